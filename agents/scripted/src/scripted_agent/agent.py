@@ -1,0 +1,195 @@
+"""The agent: takes prompts over ACP, does what they say, and reports as real agents do."""
+
+import asyncio
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import acp
+from acp.interfaces import Agent, Client
+from acp.schema import (
+    AgentCapabilities,
+    AllowedOutcome,
+    Implementation,
+    InitializeResponse,
+    NewSessionResponse,
+    PermissionOption,
+    PromptResponse,
+    SessionConfigOptionSelect,
+    SessionConfigSelectOption,
+    SetSessionConfigOptionResponse,
+    TextContentBlock,
+    ToolCallUpdate,
+)
+
+from scripted_agent.script import Instruction, read_script, split_file
+
+MODELS = ("steady", "swift")
+_PAUSE_SECONDS = {"steady": 0.05, "swift": 0.0}
+_COMMAND_SECONDS = 600
+
+
+class _Refused(Exception):
+    """A member refused permission."""
+
+
+class ScriptedAgent(Agent):
+    """One agent process; each session has a directory and a model."""
+
+    def __init__(self) -> None:
+        self._directories: dict[str, Path] = {}
+        self._models: dict[str, str] = {}
+        self._turns: dict[str, asyncio.Task[None]] = {}
+        self._client: Client | None = None
+
+    def on_connect(self, conn: Client) -> None:
+        """Keep the connection to report on."""
+        self._client = conn
+
+    async def initialize(self, protocol_version: int, *_: Any, **__: Any) -> InitializeResponse:
+        """Say what the agent can do."""
+        return InitializeResponse(
+            protocol_version=protocol_version,
+            agent_capabilities=AgentCapabilities(load_session=False),
+            agent_info=Implementation(name="scripted", version="0.1.0"),
+        )
+
+    async def new_session(self, cwd: str, *_: Any, **__: Any) -> NewSessionResponse:
+        """Open a session in a directory."""
+        session_id = uuid.uuid4().hex
+        self._directories[session_id] = Path(cwd)
+        self._models[session_id] = MODELS[0]
+        return NewSessionResponse(session_id=session_id, config_options=[self._model_option(session_id)])
+
+    async def set_config_option(
+        self, session_id: str, config_id: str, value: Any, **_: Any
+    ) -> SetSessionConfigOptionResponse:
+        """Choose the model."""
+        if config_id != "model" or value not in MODELS:
+            raise acp.RequestError.invalid_params({"message": f"no such option: {config_id}={value}"})
+        self._models[session_id] = value
+        return SetSessionConfigOptionResponse(config_options=[self._model_option(session_id)])
+
+    async def prompt(self, prompt: list[Any], session_id: str, **_: Any) -> PromptResponse:
+        """Do what the prompt says, line by line."""
+        text = "\n".join(block.text for block in prompt if isinstance(block, TextContentBlock))
+        turn = self._turns[session_id] = asyncio.create_task(self._work(session_id, read_script(text)))
+        try:
+            await turn
+        except asyncio.CancelledError:
+            return PromptResponse(stop_reason="cancelled")
+        except _Refused:
+            return PromptResponse(stop_reason="refusal")
+        finally:
+            self._turns.pop(session_id, None)
+        return PromptResponse(stop_reason="end_turn")
+
+    async def cancel(self, session_id: str, **_: Any) -> None:
+        """Stop the turn."""
+        turn = self._turns.get(session_id)
+        if turn is not None:
+            turn.cancel()
+
+    def _model_option(self, session_id: str) -> SessionConfigOptionSelect:
+        options = [SessionConfigSelectOption(value=model, name=model.title()) for model in MODELS]
+        return SessionConfigOptionSelect(
+            id="model",
+            name="Model",
+            category="model",
+            type="select",
+            current_value=self._models[session_id],
+            options=options,
+        )
+
+    async def _work(self, session_id: str, script: list[Instruction]) -> None:
+        for instruction in script:
+            await self._do(session_id, instruction)
+        await self._say(session_id, "Done." if script else "There is nothing to do.")
+
+    async def _do(self, session_id: str, instruction: Instruction) -> None:
+        argument = instruction.argument
+        match instruction.verb:
+            case "write" | "append":
+                await self._write(session_id, *split_file(argument), append=instruction.verb == "append")
+            case "run":
+                await self._run(session_id, argument)
+            case "commit":
+                quoted = (argument or "Work").replace("'", "'\\''")
+                await self._run(session_id, f"git add --all && git commit --quiet -m '{quoted}' && git log -1 --oneline")
+            case "push":
+                await self._run(session_id, "git push --quiet origin HEAD && git status -sb | head -1")
+            case "ask":
+                await self._ask(session_id, argument)
+            case "think":
+                await self._update(session_id, acp.update_agent_thought_text(argument))
+            case "repeat":
+                count, _, text = argument.partition(" ")
+                for number in range(int(count)):
+                    await self._update(session_id, acp.update_agent_message_text(f"{text} {number + 1}\n"))
+            case "wait":
+                await asyncio.sleep(float(argument or 1))
+            case "fail":
+                raise acp.RequestError(-32000, argument or "told to fail")
+            case "die":
+                os._exit(int(argument or 1))
+            case "say":
+                await self._say(session_id, argument)
+            case _:
+                await self._say(session_id, f"I read: {argument}")
+
+    async def _say(self, session_id: str, text: str) -> None:
+        """Say something word by word, as a model would."""
+        for word in f"{text}\n".split(" "):
+            await self._update(session_id, acp.update_agent_message_text(word if word.endswith("\n") else f"{word} "))
+            await asyncio.sleep(_PAUSE_SECONDS[self._models[session_id]])
+
+    async def _write(self, session_id: str, path: str, text: str, *, append: bool) -> None:
+        call_id = uuid.uuid4().hex
+        await self._update(session_id, acp.start_edit_tool_call(call_id, f"write {path}", path, text))
+        target = self._directories[session_id] / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("a" if append else "w") as file:
+            file.write(f"{text}\n")
+        await self._update(session_id, acp.update_tool_call(call_id, status="completed"))
+
+    async def _run(self, session_id: str, command: str) -> None:
+        call_id = uuid.uuid4().hex
+        start = acp.start_tool_call(call_id, command, kind="execute", status="in_progress")
+        await self._update(session_id, start)
+        process = await asyncio.create_subprocess_shell(
+            command,
+            cwd=self._directories[session_id],
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        try:
+            output, _ = await asyncio.wait_for(process.communicate(), _COMMAND_SECONDS)
+        except (TimeoutError, asyncio.CancelledError):
+            process.kill()
+            raise
+        failed = process.returncode != 0
+        content = [acp.tool_content(acp.text_block(output.decode(errors="replace")))]
+        status = "failed" if failed else "completed"
+        await self._update(session_id, acp.update_tool_call(call_id, status=status, content=content))
+        if failed:
+            raise acp.RequestError(-32000, f"{command} ended with {process.returncode}")
+
+    async def _ask(self, session_id: str, question: str) -> None:
+        assert self._client is not None
+        answer = await self._client.request_permission(
+            session_id=session_id,
+            tool_call=ToolCallUpdate(tool_call_id=uuid.uuid4().hex, title=question),
+            options=[
+                PermissionOption(option_id="allow", name="Allow", kind="allow_once"),
+                PermissionOption(option_id="reject", name="Reject", kind="reject_once"),
+            ],
+        )
+        if not isinstance(answer.outcome, AllowedOutcome) or answer.outcome.option_id != "allow":
+            await self._say(session_id, "Permission refused.")
+            raise _Refused
+
+    async def _update(self, session_id: str, update: Any) -> None:
+        assert self._client is not None
+        await self._client.session_update(session_id, update)

@@ -1,0 +1,1 @@
+"""The command line: starts services, and is a client of the gateway like any other."""

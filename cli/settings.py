@@ -1,0 +1,92 @@
+"""What an installation is configured by: `BRANCHLINE_*` in the environment, or one TOML file; an unknown key fails.
+
+`BRANCHLINE_DATA_DIR=/srv/branchline` and `data_dir = "/srv/branchline"` say the same; a service's own keys are under
+its name: `BRANCHLINE_GITHUB_DATA__TOKEN` or `[github_data] token = ...`.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, SecretStr
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+PREFIX = "BRANCHLINE_"
+CLIENT_KEYS = frozenset({"BRANCHLINE_ADDRESS", "BRANCHLINE_TOKEN"})
+CONFIG_VARIABLE = "BRANCHLINE_CONFIG"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Addresses(_Section):
+    """Where each service listens and is reached by the others."""
+
+    gateway: str = "127.0.0.1:7700"
+    organization: str = ""
+    user: str = ""
+    github_data: str = ""
+    history: str = ""
+    repository: str = ""
+    task: str = ""
+    sandbox: str = ""
+
+
+class GithubSettings(_Section):
+    """How GitHub is reached."""
+
+    url: str = "https://api.github.com"
+    token: SecretStr = SecretStr("")
+
+
+class LocalSettings(_Section):
+    """The `local` sandbox provider."""
+
+    sandbox_agent: Path | None = None
+    """The sandbox-agent program; found on the PATH or in node_modules when not given."""
+
+    isolation: str = "auto"
+    agents: dict[str, list[str]] = {}
+    """Command lines of agents by name."""
+
+    writable_paths: list[Path] = []
+    stop_machines: bool = False
+
+
+class Settings(BaseSettings):
+    """All settings of an installation."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True, toml_file=os.environ.get(CONFIG_VARIABLE)
+    )
+
+    data_dir: Path = Path("data")
+    signing_key: SecretStr = SecretStr("")
+    """Key that services sign calls with; `branchline up` makes one in the data folder."""
+
+    log_level: str = "info"
+    log_json: bool = False
+    calls_per_minute: int = 6000
+    addresses: Addresses = Addresses()
+    github: GithubSettings = GithubSettings()
+    local: LocalSettings = LocalSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], *sources: PydanticBaseSettingsSource, **named: PydanticBaseSettingsSource
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read arguments first, then the environment, then the file."""
+        given = sources or (named["init_settings"], named["env_settings"])
+        return (*given[:2], TomlConfigSettingsSource(settings_cls))
+
+
+def load_settings(**given: Any) -> Settings:
+    """Read the settings. Raise ValueError for a variable that means nothing."""
+    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
+    for variable in os.environ:
+        if not variable.startswith(PREFIX) or variable in CLIENT_KEYS or variable == CONFIG_VARIABLE:
+            continue
+        if variable.partition("__")[0].upper() not in known:
+            raise ValueError(f"{variable} is not a setting of Branchline")
+    return Settings(**given)

@@ -1,0 +1,73 @@
+"""Runs all services in this process, or one of them, until it is told to stop."""
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+from branchline.organization.v1 import organization_pb2, organization_pb2_grpc
+
+from cli.installation import SERVICES, Installation
+from services.runtime.client import open_channel
+from services.runtime.principal import Signer
+
+_BOOTSTRAP_SECONDS = 30.0
+TOKEN_FILE = "token"
+"""File in the data folder that keeps the first API token, readable by its owner alone."""
+
+
+@asynccontextmanager
+async def everything(installation: Installation) -> AsyncIterator[None]:
+    """Run all services for the length of the block."""
+    services = [installation.build(name) for name in SERVICES]
+    async with AsyncExitStack() as stack:
+        for service in services:
+            await stack.enter_async_context(service.running())
+        yield
+
+
+async def bootstrap(installation: Installation, default_agent: str) -> tuple[str, str]:
+    """Create the first user, organization and token, once; return (organization id, token).
+
+    The token is kept in the data folder; it is empty if somebody removed it from there.
+    """
+    settings = installation.settings
+    signer = Signer(installation.signing_key.get_secret_value(), "cli")
+    async with open_channel(installation.addresses.organization, signer) as channel:
+        stub = organization_pb2_grpc.OrganizationServiceStub(channel)
+        answer = await stub.Bootstrap(
+            organization_pb2.BootstrapRequest(
+                slug="home",
+                organization_name="Home",
+                user_name="First User",
+                user_email="first.user@localhost",
+                default_agent=default_agent,
+            ),
+            timeout=_BOOTSTRAP_SECONDS,
+            wait_for_ready=True,
+        )
+    path = settings.data_dir / TOKEN_FILE
+    if answer.api_token:
+        path.touch(mode=0o600)
+        path.write_text(answer.api_token)
+    return answer.organization.id, read_token(settings.data_dir)
+
+
+def read_token(data_dir: Path) -> str:
+    """Return the first API token, or nothing."""
+    with contextlib.suppress(OSError):
+        return (data_dir / TOKEN_FILE).read_text().strip()
+    return ""
+
+
+async def until_stopped() -> None:
+    """Wait for SIGINT or SIGTERM."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(sign, stop.set)
+    await stop.wait()
+
+

@@ -1,0 +1,85 @@
+"""Forwards public methods to the service that owns them: check, sign, call, pass the answer on as it is.
+
+A method is defined once, in the public contract, and implemented where the state lives. Answers are not decoded.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import grpc
+import structlog
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+
+from gateway.caller import current_caller
+from gateway.placement import Placement
+from gateway.routes import PACKAGE, Route
+from services.runtime.errors import DomainError, reason_of
+from services.runtime.principal import METADATA_KEY, Signer
+from services.runtime.retry import Backoff
+
+log = structlog.get_logger()
+
+_ATTEMPTS = 4
+
+Handler = Callable[[Any, grpc.aio.ServicerContext[Any, Any]], Any]
+
+
+class Forwarder:
+    """Makes handlers that forward."""
+
+    def __init__(self, channels: Mapping[str, grpc.aio.Channel], placement: Placement, signer: Signer) -> None:
+        self._channels = channels
+        self._placement = placement
+        self._signer = signer
+
+    def handler(self, name: str, method: MethodDescriptor, route: Route) -> "grpc.RpcMethodHandler[Any, Any]":
+        """Return the handler of one method."""
+        request_type = GetMessageClass(method.input_type)
+        response_type = GetMessageClass(method.output_type)
+        call = self._channels[route.owner].unary_unary(
+            f"/{PACKAGE}.{name}", request_serializer=request_type.SerializeToString, response_deserializer=None
+        )
+
+        async def forward(request: Message, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
+            wanted = str(getattr(request, route.target)) if route.target else ""
+            token = str(getattr(request, "consistency_token", ""))
+            principal = await self._placement.place(
+                current_caller(), route.target, wanted, token, defaults=route.defaults
+            )
+            if route.target:
+                principal.require(route.role)
+            metadata = ((METADATA_KEY, self._signer.sign(principal)),)
+            left = context.time_remaining()
+            timeout = route.timeout_seconds if left is None else min(left, route.timeout_seconds)
+            answer = await self._call(call, request, metadata, timeout, safe=route.safe)
+            if route.settle:
+                await self._settle(response_type.FromString(answer))
+            return answer
+
+        return grpc.unary_unary_rpc_method_handler(
+            forward, request_deserializer=request_type.FromString, response_serializer=None
+        )
+
+    async def _call(
+        self, call: Any, request: Message, metadata: tuple[tuple[str, str], ...], timeout: float, *, safe: bool
+    ) -> bytes:
+        """Call the owner; a safe call is repeated while the owner cannot be reached."""
+        backoff = Backoff(first_seconds=0.1, most_seconds=1.0)
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                return await call(request, metadata=metadata, timeout=timeout)
+            except grpc.aio.AioRpcError as error:
+                if error.code() != grpc.StatusCode.UNAVAILABLE or not safe or attempt == _ATTEMPTS:
+                    raise
+            await asyncio.sleep(backoff.next_seconds())
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _settle(self, answer: Message) -> None:
+        """Wait until the next call finds what this one made. It is made in any case, so a timeout is no error."""
+        try:
+            await self._placement.await_consistency(str(getattr(answer, "consistency_token", "")))
+        except (DomainError, grpc.aio.AioRpcError) as error:
+            log.info("index behind after a command", reason=reason_of(error))

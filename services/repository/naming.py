@@ -1,0 +1,60 @@
+"""Titles and branch names: derived from a task's text, or checked as given. Pure."""
+
+import re
+import unicodedata
+from collections.abc import Set
+
+from services.runtime.errors import InvalidArgument
+
+TITLE_LENGTH = 62
+BRANCH_LENGTH = 50
+
+_PREFIXES = (
+    ("fix", ("fix", "bug", "broken", "crash", "error", "repair", "wrong", "fails")),
+    ("docs", ("document", "documentation", "docs", "readme", "changelog")),
+    ("refactor", ("refactor", "rename", "clean", "simplify", "restructure", "tidy")),
+)
+_DEFAULT_PREFIX = "feat"
+# Rules of git-check-ref-format(1) for a branch, as far as they concern a name without "refs/heads/".
+_REFUSED = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|^/|/$|\.$|(^|/)\.|\.lock(/|$)|^-|^@$|^HEAD$")
+
+
+def derive_title(text: str) -> str:
+    """Return the first line of a text, cut at a word."""
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "Task")
+    line = re.sub(r"\s+", " ", line)
+    if len(line) <= TITLE_LENGTH:
+        return line
+    cut = line[: TITLE_LENGTH - 1]
+    return (cut[: cut.rfind(" ")] if " " in cut else cut).rstrip() + "…"
+
+
+def derive_branch(title: str) -> str:
+    """Return a branch name such as "fix/login-loops" for a title."""
+    ascii_title = unicodedata.normalize("NFKD", title).encode("ascii", "ignore").decode().lower()
+    words = re.findall(r"[a-z0-9]+", ascii_title)
+    prefix = next(
+        (prefix for prefix, signs in _PREFIXES if any(word in signs for word in words)), _DEFAULT_PREFIX
+    )
+    room = BRANCH_LENGTH - len(prefix) - 1
+    slug = "-".join(words)[:room].strip("-") or "task"
+    return f"{prefix}/{slug}"
+
+
+def unique_branch(wanted: str, taken: Set[str]) -> str:
+    """Return the wanted name, with the first free number behind it if it is taken."""
+    if wanted not in taken:
+        return wanted
+    number = 2
+    while True:
+        suffix = f"-{number}"
+        name = wanted[: BRANCH_LENGTH - len(suffix)].rstrip("-") + suffix
+        if name not in taken:
+            return name
+        number += 1
+
+
+def check_branch(name: str) -> None:
+    """Raise InvalidArgument for a name that git would refuse (git-check-ref-format)."""
+    if _REFUSED.search(name):
+        raise InvalidArgument("branch", f'git refuses the branch name "{name}"', "BRANCH_NAME_INVALID")

@@ -1,0 +1,31 @@
+"""Time and ids, in one place so that tests can hold them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import uuid_utils
+from google.protobuf.timestamp_pb2 import Timestamp
+
+
+def new_id(prefix: str) -> str:
+    """Make an id such as `task_0192...`: the prefix and a time-ordered UUID (version 7) in hex."""
+    return f"{prefix}_{uuid_utils.uuid7().hex}"
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Where a service takes time and ids from."""
+
+    now: Callable[[], datetime] = lambda: datetime.now(UTC)
+    new_id: Callable[[str], str] = new_id
+
+    def timestamp(self) -> Timestamp:
+        """Return the present as a protobuf timestamp."""
+        stamp = Timestamp()
+        stamp.FromDatetime(self.now())
+        return stamp
+
+    def seconds(self) -> float:
+        """Return the present in seconds since 1970, for columns."""
+        return self.now().timestamp()

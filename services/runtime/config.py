@@ -1,0 +1,23 @@
+"""Configuration that every service has. Each service adds its own fields; an unknown one is an error."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, SecretStr
+
+
+class ServiceConfig(BaseModel):
+    """Where one service listens, keeps its data, and what it shares with the others."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    listen: str
+    """Address that the server binds, such as "127.0.0.1:7702"."""
+
+    data_dir: Path
+    """Folder of this service alone: its database and whatever else it keeps."""
+
+    signing_key: SecretStr
+    """Key that principals are signed with; the same for all services of an installation."""
+
+    drain_seconds: float = 5.0
+    """Time that running calls get to end when the service stops."""

@@ -1,0 +1,102 @@
+"""One SQLite file per service: write-ahead log, one writer connection, readers beside it.
+
+A transaction has one owner: `async with database.transaction() as tx`. What it changed is announced to the
+process after the commit, in the order of commits.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import CursorResult, Executable, event
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import StaticPool
+
+_BUSY_TIMEOUT_MS = 10_000
+_READERS = 4
+
+
+class Transaction:
+    """An open write transaction."""
+
+    def __init__(self, connection: AsyncConnection) -> None:
+        self.connection = connection
+        self.after_commit: list[Callable[[], None]] = []
+
+    async def execute(
+        self, statement: Executable, parameters: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None
+    ) -> CursorResult[Any]:
+        """Run one statement."""
+        return await self.connection.execute(statement, parameters)  # pyright: ignore[reportReturnType]
+
+    @asynccontextmanager
+    async def savepoint(self) -> AsyncIterator[None]:
+        """Undo what the block did, and only that, if it raises."""
+        announced = len(self.after_commit)
+        try:
+            async with self.connection.begin_nested():
+                yield
+        except BaseException:
+            del self.after_commit[announced:]
+            raise
+
+
+class Database:
+    """The database of one service. Nobody else opens it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._writing = asyncio.Lock()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._writer = _engine(path, "BEGIN IMMEDIATE", poolclass=StaticPool)
+        self._reader = _engine(path, "BEGIN", pool_size=_READERS, max_overflow=0)
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Transaction]:
+        """Commit what the block writes, or nothing of it if it raises."""
+        async with self._writing:
+            async with self._writer.begin() as connection:
+                transaction = Transaction(connection)
+                yield transaction
+            for announce in transaction.after_commit:
+                announce()
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncConnection]:
+        """Give a connection that sees one consistent state and cannot write."""
+        async with self._reader.begin() as connection:
+            yield connection
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._writer.dispose()
+        await self._reader.dispose()
+
+
+def _engine(path: Path, begin: str, **options: Any) -> AsyncEngine:
+    """Make an engine whose transactions begin with the given statement.
+
+    SQLAlchemy documents this recipe for SQLite: the driver must not begin transactions by itself.
+    """
+    engine = create_async_engine(f"sqlite+aiosqlite:///{path}", **options)
+
+    def on_connect(connection: Any, _record: object) -> None:
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        for pragma in (
+            "journal_mode=WAL",
+            "synchronous=FULL",
+            "foreign_keys=ON",
+            f"busy_timeout={_BUSY_TIMEOUT_MS}",
+        ):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    def on_begin(connection: Any) -> None:
+        connection.exec_driver_sql(begin)
+
+    event.listen(engine.sync_engine, "connect", on_connect)
+    event.listen(engine.sync_engine, "begin", on_begin)
+    return engine

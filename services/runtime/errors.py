@@ -1,0 +1,154 @@
+"""Errors of the domain, and the one place that maps them to `google.rpc.Status`.
+
+Every error has a machine-readable reason (`ErrorInfo.reason`) and says which field or resource it is about.
+"""
+
+from collections.abc import Mapping
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+
+DOMAIN = "branchline"
+_PERMANENT = frozenset(
+    {
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.NOT_FOUND,
+        grpc.StatusCode.ALREADY_EXISTS,
+        grpc.StatusCode.PERMISSION_DENIED,
+        grpc.StatusCode.FAILED_PRECONDITION,
+        grpc.StatusCode.UNIMPLEMENTED,
+        grpc.StatusCode.OUT_OF_RANGE,
+    }
+)
+
+
+class DomainError(Exception):
+    """An error that a caller can act on."""
+
+    code = grpc.StatusCode.INTERNAL
+
+    def __init__(self, reason: str, message: str, **metadata: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.metadata: Mapping[str, str] = metadata
+
+    def details(self) -> list[Message]:
+        """Return further details beside `ErrorInfo`."""
+        return []
+
+    def to_status(self) -> status_pb2.Status:
+        """Return the error as clients see it."""
+        info = error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=self.metadata)
+        status = status_pb2.Status(code=self.code.value[0], message=self.message)
+        for detail in (info, *self.details()):
+            packed = any_pb2.Any()
+            packed.Pack(detail)
+            status.details.append(packed)
+        return status
+
+
+class InvalidArgument(DomainError):
+    """A field of the request is wrong."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+
+    def __init__(self, field: str, message: str, reason: str = "INVALID_FIELD", **metadata: str) -> None:
+        super().__init__(reason, f"{field}: {message}", **metadata)
+        self.violations = [(field, message)]
+
+    def details(self) -> list[Message]:
+        """Name every wrong field."""
+        violations = [
+            error_details_pb2.BadRequest.FieldViolation(field=field, description=message)
+            for field, message in self.violations
+        ]
+        return [error_details_pb2.BadRequest(field_violations=violations)]
+
+
+class _ResourceError(DomainError):
+    """An error about one resource."""
+
+    def __init__(self, kind: str, name: str, message: str, reason: str, **metadata: str) -> None:
+        super().__init__(reason, message, **metadata)
+        self.kind = kind
+        self.name = name
+
+    def details(self) -> list[Message]:
+        """Name the resource."""
+        return [error_details_pb2.ResourceInfo(resource_type=self.kind, resource_name=self.name)]
+
+
+class NotFound(_ResourceError):
+    """There is no such resource, or the caller may not know of it."""
+
+    code = grpc.StatusCode.NOT_FOUND
+
+    def __init__(self, kind: str, name: str) -> None:
+        super().__init__(kind, name, f'there is no {kind} "{name}"', f"{kind.upper()}_NOT_FOUND")
+
+
+class AlreadyExists(_ResourceError):
+    """The name is taken; `name` is the id of the holder."""
+
+    code = grpc.StatusCode.ALREADY_EXISTS
+
+    def __init__(self, kind: str, name: str, message: str, reason: str, **metadata: str) -> None:
+        super().__init__(kind, name, message, reason, **metadata)
+
+
+class FailedPrecondition(DomainError):
+    """The state of the resource does not allow the command."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+
+    def details(self) -> list[Message]:
+        """Name the precondition."""
+        violation = error_details_pb2.PreconditionFailure.Violation(type=self.reason, description=self.message)
+        return [error_details_pb2.PreconditionFailure(violations=[violation])]
+
+
+class Unauthenticated(DomainError):
+    """Nobody is known by the token."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+
+class PermissionDenied(DomainError):
+    """The caller's role does not allow the command."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+
+
+class DeadlineExceeded(DomainError):
+    """Something took longer than the caller or the service would wait."""
+
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class Unavailable(DomainError):
+    """Something that is needed cannot be reached now; trying again may help."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+
+    def details(self) -> list[Message]:
+        """Say when to try again."""
+        return [error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=1))]
+
+
+def is_permanent(error: BaseException) -> bool:
+    """Say whether repeating the call that failed in this way is useless."""
+    if isinstance(error, DomainError):
+        return error.code in _PERMANENT
+    return isinstance(error, grpc.aio.AioRpcError) and error.code() in _PERMANENT
+
+
+def reason_of(error: BaseException) -> str:
+    """Return words for people about a failed call."""
+    if isinstance(error, DomainError):
+        return error.message
+    if isinstance(error, grpc.aio.AioRpcError):
+        return error.details() or error.code().name
+    return str(error) or type(error).__name__

@@ -1,0 +1,28 @@
+"""Secrets: random tokens of which only hashes are stored, and encryption at rest for what must be read again."""
+
+import hashlib
+import secrets
+from pathlib import Path
+
+from cryptography.fernet import Fernet
+
+TOKEN_PREFIX = "bl_"
+
+
+def new_token() -> str:
+    """Make a token with 256 random bits, recognisable by its prefix."""
+    return TOKEN_PREFIX + secrets.token_urlsafe(32)
+
+
+def token_hash(token: str) -> str:
+    """Return the SHA-256 of a token in hex. A token is random, so it needs no salt or slow hash."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def read_or_create_key(path: Path) -> str:
+    """Return the Fernet key in a file that only its owner can read; make it on first use."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+        path.write_bytes(Fernet.generate_key())
+    return path.read_text()

@@ -1,0 +1,1 @@
+"""Sandbox providers: plug-ins found by the entry point group `branchline.sandbox_providers`."""

@@ -1,0 +1,55 @@
+"""What a sandbox provider must do. All of it is idempotent by the sandbox's id."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A running machine and the sandbox-agent server inside it."""
+
+    url: str
+    """Base URL of the server, such as "http://127.0.0.1:41234"."""
+
+    token: str
+    """Bearer token of the server."""
+
+    home: str
+    """Home directory of the agents, absolute, inside the machine."""
+
+    isolation: str
+    """How the machine is kept apart from the host, such as "bubblewrap" or "none"."""
+
+
+class ProviderError(Exception):
+    """The machine could not be made or started; the message says why, with the output's tail."""
+
+
+class SandboxProvider(Protocol):
+    """Makes, stops and destroys machines of one kind."""
+
+    name: str
+
+    async def create(self, sandbox_id: str) -> Machine:
+        """Make the machine, or return it if it runs. Raise ProviderError."""
+        ...
+
+    async def resume(self, sandbox_id: str) -> Machine:
+        """Start a stopped machine with its files as they were. Raise ProviderError."""
+        ...
+
+    async def pause(self, sandbox_id: str) -> None:
+        """Stop the machine and keep its files."""
+        ...
+
+    async def destroy(self, sandbox_id: str) -> None:
+        """Stop the machine and remove everything of it."""
+        ...
+
+    async def probe(self, sandbox_id: str) -> Machine | None:
+        """Return the machine if it runs and its server answers, else None."""
+        ...
+
+    async def list_running(self) -> set[str]:
+        """Return the ids of all sandboxes that run or have files, known to the service or not."""
+        ...
