@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -62,7 +62,6 @@ async def _run(console: Console, source: Path, folder: Path) -> int:
         console.print(f"gateway at {installation.addresses.gateway}, data in {folder}")
         async with Client(installation.addresses.gateway, token) as client, _history(client, organization_id) as events:
             task = await _work(console, client, organization_id, remote)
-            await asyncio.sleep(0)
             return await _verdict(console, client, organization_id, task, remote, events)
 
 
@@ -116,7 +115,7 @@ async def _until_pushed(console: Console, client: Client, task_id: str) -> Task:
 
 
 @asynccontextmanager
-async def _history(client: Client, organization_id: str) -> AsyncIterator[list[HistoryEvent]]:
+async def _history(client: Client, organization_id: str) -> AsyncGenerator[list[HistoryEvent], None]:
     """Collect the organization's feed, by watch, for the length of the block."""
     events: list[HistoryEvent] = []
 
@@ -138,7 +137,7 @@ async def _history(client: Client, organization_id: str) -> AsyncIterator[list[H
 async def _verdict(
     console: Console, client: Client, organization_id: str, task: Task, remote: Path, events: list[HistoryEvent]
 ) -> int:
-    while not any(event.kind == "branch.moved" for event in events) and task.status != TASK_STATUS_ERROR:
+    while not any(event.kind == "branch.moved" for event in events) and task.status != TASK_STATUS_ERROR:  # noqa: ASYNC110
         await asyncio.sleep(0.05)
     console.print(Rule("history"))
     for event in sorted(events, key=lambda event: event.sequence):

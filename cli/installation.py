@@ -16,8 +16,8 @@ from services.runtime.secrets import read_or_create_key
 from services.runtime.service import Service
 from services.sandbox.providers.local import LocalProviderConfig
 
-SERVICES = ("history", "user", "github_data", "sandbox", "task", "repository", "organization", "gateway")
-"""In the order in which they are started."""
+SERVICES = ("organization", "user", "github_data", "history", "repository", "task", "sandbox", "gateway")
+"""In the order in which they are started: coordinators before their children, so that pushes find them."""
 
 _ROOT = Path(__file__).parents[1]
 
@@ -55,7 +55,9 @@ class Installation:
             "signing_key": self.signing_key,
         }
 
-    def _child_of_organization(self, build: Callable[..., Service], config: Callable[..., object], name: str) -> Service:
+    def _child_of_organization(
+        self, build: Callable[..., Service], config: Callable[..., object], name: str
+    ) -> Service:
         return build(config(**self._common(name), organization_address=self.addresses.organization))
 
     def _organization(self) -> Service:

@@ -31,7 +31,12 @@ from cli.settings import Settings, load_settings
 from cli.up import bootstrap, everything, read_token, until_stopped
 from services.runtime.logging import configure_logging
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Branchline: the multiplayer backend for coding agents.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Branchline: the multiplayer backend for coding agents.",
+)
 repo_app = typer.Typer(no_args_is_help=True, help="Repositories.")
 task_app = typer.Typer(no_args_is_help=True, help="Tasks.")
 token_app = typer.Typer(no_args_is_help=True, help="API tokens.")
@@ -39,7 +44,9 @@ app.add_typer(repo_app, name="repo")
 app.add_typer(task_app, name="task")
 app.add_typer(token_app, name="token")
 
-console = Console()
+_PIPE_WIDTH = 160
+
+console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 errors = Console(stderr=True)
 
 DataDir = Annotated[Path, typer.Option("--data-dir", envvar="BRANCHLINE_DATA_DIR", help="Data folder.")]

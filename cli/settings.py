@@ -58,7 +58,11 @@ class Settings(BaseSettings):
     """All settings of an installation."""
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True, toml_file=os.environ.get(CONFIG_VARIABLE)
+        env_prefix=PREFIX,
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+        toml_file=os.environ.get(CONFIG_VARIABLE),
     )
 
     data_dir: Path = Path("data")

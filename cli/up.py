@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -14,12 +14,12 @@ from services.runtime.client import open_channel
 from services.runtime.principal import Signer
 
 _BOOTSTRAP_SECONDS = 30.0
-TOKEN_FILE = "token"
+TOKEN_FILE = "token"  # noqa: S105 - a file name
 """File in the data folder that keeps the first API token, readable by its owner alone."""
 
 
 @asynccontextmanager
-async def everything(installation: Installation) -> AsyncIterator[None]:
+async def everything(installation: Installation) -> AsyncGenerator[None, None]:
     """Run all services for the length of the block."""
     services = [installation.build(name) for name in SERVICES]
     async with AsyncExitStack() as stack:
@@ -69,5 +69,3 @@ async def until_stopped() -> None:
     for sign in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(sign, stop.set)
     await stop.wait()
-
-

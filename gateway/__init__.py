@@ -65,7 +65,7 @@ def build(config: GatewayConfig) -> Service:
     service = Service("gateway", config.listen, interceptors, config.drain_seconds)
     for file in _FILES:
         for descriptor in file.DESCRIPTOR.services_by_name.values():
-            handlers: dict[str, "grpc.RpcMethodHandler[Any, Any]"] = {}
+            handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
             for method in descriptor.methods:
                 name = f"{descriptor.name}/{method.name}"
                 if name in own:

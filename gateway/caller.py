@@ -1,7 +1,7 @@
 """Who calls: bearer tokens, checked against the organization's auth index and remembered for seconds."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ class Authenticator:
 
     def __init__(self, organization: OrganizationServiceStub) -> None:
         self._organization = organization
-        self._known: TTLCache[str, Caller] = TTLCache(_CACHED_TOKENS, CACHE_SECONDS)
+        self._known = TTLCache[str, Caller](_CACHED_TOKENS, CACHE_SECONDS)
 
     async def authenticate(self, hashed: str) -> Caller:
         """Return the caller with this token's hash; raise Unauthenticated (as the organization says it)."""
@@ -76,7 +76,7 @@ class CallerInterceptor(AroundInterceptor):
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
 
     @asynccontextmanager
-    async def around(self, call: Call) -> AsyncIterator[None]:
+    async def around(self, call: Call) -> AsyncGenerator[None, None]:
         """Bind the caller for the length of the call."""
         if not call.is_open:
             scheme, _, token = call.metadata("authorization").partition(" ")

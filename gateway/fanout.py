@@ -5,7 +5,7 @@ returning clients are served from here. It closes a while after its last watcher
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -113,7 +113,8 @@ class Topic:
             await self._catch_up(watch.consistency)
             if point is not None and point.epoch == self._epoch and point.change_seq > self._position:
                 behind = Unavailable("INDEX_BEHIND", "the index is behind the resume token")
-                await self._until(lambda: point.change_seq <= self._position, behind)
+                wanted = point.change_seq
+                await self._until(lambda: wanted <= self._position, behind)
             while True:
                 generation, position = self.generation, self._position
                 watcher.drain()
@@ -224,7 +225,7 @@ class FanOut:
                 return
 
     @contextmanager
-    def topic(self, name: str, kinds: frozenset[str], open_upstream: OpenUpstream) -> Iterator[Topic]:
+    def topic(self, name: str, kinds: frozenset[str], open_upstream: OpenUpstream) -> Generator[Topic, None, None]:
         """Hold a topic open for the length of the block."""
         topic = self._topics.get(name)
         if topic is None:

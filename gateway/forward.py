@@ -5,7 +5,7 @@ A method is defined once, in the public contract, and implemented where the stat
 
 import asyncio
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import structlog
@@ -52,7 +52,7 @@ class Forwarder:
             if route.target:
                 principal.require(route.role)
             metadata = ((METADATA_KEY, self._signer.sign(principal)),)
-            left = context.time_remaining()
+            left = cast("float | None", context.time_remaining())  # None without a deadline
             timeout = route.timeout_seconds if left is None else min(left, route.timeout_seconds)
             answer = await self._call(call, request, metadata, timeout, safe=route.safe)
             if route.settle:
@@ -64,13 +64,13 @@ class Forwarder:
         )
 
     async def _call(
-        self, call: Any, request: Message, metadata: tuple[tuple[str, str], ...], timeout: float, *, safe: bool
+        self, call: Any, request: Message, metadata: tuple[tuple[str, str], ...], seconds: float, *, safe: bool
     ) -> bytes:
         """Call the owner; a safe call is repeated while the owner cannot be reached."""
         backoff = Backoff(first_seconds=0.1, most_seconds=1.0)
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                return await call(request, metadata=metadata, timeout=timeout)
+                return await call(request, metadata=metadata, timeout=seconds)
             except grpc.aio.AioRpcError as error:
                 if error.code() != grpc.StatusCode.UNAVAILABLE or not safe or attempt == _ATTEMPTS:
                     raise

@@ -41,13 +41,9 @@ class Placement:
 
     async def await_consistency(self, token: str) -> None:
         """Wait until the organization has indexed what a command made."""
-        await self._organization.AwaitConsistency(
-            organization_pb2.AwaitConsistencyRequest(consistency_token=token)
-        )
+        await self._organization.AwaitConsistency(organization_pb2.AwaitConsistencyRequest(consistency_token=token))
 
-    def _principal(
-        self, caller: Caller, organization_id: str, role: int, settings: OrganizationSettings
-    ) -> Principal:
+    def _principal(self, caller: Caller, organization_id: str, role: int, settings: OrganizationSettings) -> Principal:
         user = caller.user
         return Principal(
             user_id=user.id,

@@ -20,9 +20,7 @@ from services.runtime.spine.tokens import parse_consistency_token
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-ORGANIZATION_KINDS = frozenset(
-    {"organization", "member", "repository", "task", "github_status", "user_task_state"}
-)
+ORGANIZATION_KINDS = frozenset({"organization", "member", "repository", "task", "github_status", "user_task_state"})
 HISTORY_KINDS = frozenset({"history_event"})
 TASK_KINDS = frozenset({"task", "session", "sandbox", "transcript_entry"})
 
@@ -70,9 +68,7 @@ class Watches:
         def visible(change: WatchChange) -> bool:
             return not request.task_id or change.task_id == request.task_id
 
-        watch = await self._watch(
-            "organization_id", organization_id, request.resume_token, ConsistencyPoint(), visible
-        )
+        watch = await self._watch("organization_id", organization_id, request.resume_token, ConsistencyPoint(), visible)
 
         def upstream(token: str) -> AsyncIterator[Any]:
             wanted = organization_pb2.WatchIndexRequest(

@@ -22,7 +22,7 @@ class HistoryServicer(history_pb2_grpc.HistoryServiceServicer):
     async def AppendEvents(
         self, request: history_pb2.AppendEventsRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> history_pb2.AppendEventsResponse:
-        """Number, store and push up the events that are new."""
+        """Give numbers to, store and push up the events that are new."""
         async with self.chassis.database.transaction() as tx:
             numbered = await self.store.append(tx, request.events)
             await self.chassis.outbox.mark(tx, [Mark(event.id, 1, event) for event in numbered])

@@ -19,7 +19,7 @@ class HistoryStore:
     database: Database
 
     async def append(self, tx: Transaction, new: Sequence[HistoryEvent]) -> list[HistoryEvent]:
-        """Number and store the events that are not stored yet; return those."""
+        """Give numbers to and store the events that are not stored yet; return those."""
         known = select(events.c.id).where(events.c.id.in_([event.id for event in new]))
         seen = set((await tx.execute(known)).scalars())
         numbered: list[HistoryEvent] = []

@@ -12,6 +12,7 @@ from services.runtime.service import Chassis
 from services.runtime.spine.outbox import Mark
 
 DEFAULT_IDLE_SECONDS = 1800
+FIRST_TOKEN = "first token"  # noqa: S105 - its name
 DEFAULT_SANDBOX_PROVIDER = "local"
 
 

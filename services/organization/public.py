@@ -26,7 +26,7 @@ from branchline.user.v1.user_pb2 import CreateUserRequest
 from branchline.user.v1.user_pb2_grpc import UserServiceStub
 
 from services.organization.ingest import TO_GITHUB_DATA, TO_REPOSITORY
-from services.organization.membership import found_organization, join, record, refuse_taken_slug
+from services.organization.membership import FIRST_TOKEN, found_organization, join, record, refuse_taken_slug
 from services.organization.remote import check_remote_url, name_from_url
 from services.organization.store import OrganizationStore, member_id
 from services.runtime.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
@@ -162,7 +162,7 @@ class PublicOrganizationServicer(_Public, organizations_pb2_grpc.OrganizationSer
     async def _create_user(self, email: str, display_name: str) -> tuple[User, str]:
         user_id = self.chassis.clock.new_id("usr")
         created = await self.user.CreateUser(
-            CreateUserRequest(user_id=user_id, display_name=display_name, email=email, token_name="first token")
+            CreateUserRequest(user_id=user_id, display_name=display_name, email=email, token_name=FIRST_TOKEN)
         )
         await self.store.index.await_point(parse_consistency_token(created.consistency_token))
         return created.user, created.api_token
@@ -300,4 +300,3 @@ def _is_field(path: str) -> bool:
     if field is None:
         return False
     return not tail or (field.message_type is not None and tail in field.message_type.fields_by_name)
-

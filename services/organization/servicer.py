@@ -11,7 +11,7 @@ from branchline.user.v1.user_pb2 import CreateUserRequest
 from branchline.user.v1.user_pb2 import GetGitCredentialRequest as UserGitCredentialRequest
 from branchline.user.v1.user_pb2_grpc import UserServiceStub
 
-from services.organization.membership import found_organization
+from services.organization.membership import FIRST_TOKEN, found_organization
 from services.organization.store import OrganizationStore
 from services.organization.tables import HISTORY, WATCHED
 from services.runtime.errors import NotFound, Unauthenticated
@@ -44,7 +44,7 @@ class OrganizationServicer(organization_pb2_grpc.OrganizationServiceServicer):
                 user_id=user_id or self.chassis.clock.new_id("usr"),
                 display_name=request.user_name,
                 email=request.user_email,
-                token_name="first token",
+                token_name=FIRST_TOKEN,
             )
         )
         if created.consistency_token:  # the token works once this answers
@@ -131,5 +131,3 @@ class OrganizationServicer(organization_pb2_grpc.OrganizationServiceServicer):
             UserGitCredentialRequest(user_id=request.user_id, host=request.host)
         )
         return organization_pb2.GetGitCredentialResponse(username=credential.username, secret=credential.secret)
-
-

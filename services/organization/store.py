@@ -185,13 +185,9 @@ class OrganizationStore:
         rows = await _all(reader, query.order_by(auth_session_index.c.token_id.desc()))
         return [ApiToken.FromString(row.payload) for row in rows]
 
-    async def list_repositories(
-        self, organization_id: str, page_size: int, token: str
-    ) -> tuple[list[Repository], str]:
+    async def list_repositories(self, organization_id: str, page_size: int, token: str) -> tuple[list[Repository], str]:
         """Return a page of the catalogue, by name, and the next page's token."""
-        query = select(repositories).where(
-            repositories.c.scope == organization_id, repositories.c.deleted.is_(False)
-        )
+        query = select(repositories).where(repositories.c.scope == organization_id, repositories.c.deleted.is_(False))
         if token:
             name, last_id = _cursor(token)
             query = query.where(tuple_(repositories.c.full_name, repositories.c.id) > tuple_(name, last_id))
@@ -215,7 +211,9 @@ class OrganizationStore:
             query = query.where(table.c.owner_user_id == request.owner_user_id)
         if request.query:
             like = request.query
-            query = query.where(table.c.title.icontains(like, autoescape=True) | table.c.branch.icontains(like, autoescape=True))
+            query = query.where(
+                table.c.title.icontains(like, autoescape=True) | table.c.branch.icontains(like, autoescape=True)
+            )
         column, descending = _SORT_COLUMNS[request.sort]
         if request.page_token:
             position = tuple_(*_cursor(request.page_token))
@@ -284,6 +282,3 @@ def _cursor(token: str) -> tuple[Any, str]:
     except (ValueError, TypeError) as error:
         raise InvalidArgument("page_token", "is not one of ours", "PAGE_TOKEN_INVALID") from error
     return value, last_id
-
-
-

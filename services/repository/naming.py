@@ -33,9 +33,7 @@ def derive_branch(title: str) -> str:
     """Return a branch name such as "fix/login-loops" for a title."""
     ascii_title = unicodedata.normalize("NFKD", title).encode("ascii", "ignore").decode().lower()
     words = re.findall(r"[a-z0-9]+", ascii_title)
-    prefix = next(
-        (prefix for prefix, signs in _PREFIXES if any(word in signs for word in words)), _DEFAULT_PREFIX
-    )
+    prefix = next((prefix for prefix, signs in _PREFIXES if any(word in signs for word in words)), _DEFAULT_PREFIX)
     room = BRANCH_LENGTH - len(prefix) - 1
     slug = "-".join(words)[:room].strip("-") or "task"
     return f"{prefix}/{slug}"

@@ -50,9 +50,7 @@ class _Public:
 class PublicTaskServicer(_Public, tasks_pb2_grpc.TaskServiceServicer):
     """Creation of tasks, and the workbench of one."""
 
-    async def CreateTask(
-        self, request: tasks_pb2.CreateTaskRequest, context: Context
-    ) -> tasks_pb2.CreateTaskResponse:
+    async def CreateTask(self, request: tasks_pb2.CreateTaskRequest, context: Context) -> tasks_pb2.CreateTaskResponse:
         """Reserve the branch, show the task at once, and have the child created."""
         if request.branch:
             check_branch(request.branch)
@@ -210,6 +208,4 @@ class PublicRepositoryReader(_Public, repositories_pb2_grpc.RepositoryServiceSer
             repository = await self.store.repository(connection, request.repository_id, current_principal())
             branches, pulls = await self.store.cached(connection, repository.id)
             holders = await self.store.branch_holders(connection, repository.id)
-        return repositories_pb2.GetRepositoryOverviewResponse(
-            branches=overview(repository, branches, pulls, holders)
-        )
+        return repositories_pb2.GetRepositoryOverviewResponse(branches=overview(repository, branches, pulls, holders))

@@ -208,5 +208,3 @@ class RepositoryStore:
             [Branch.FromString(payload) for payload in (await reader.execute(heads)).scalars()],
             [PullRequest.FromString(payload) for payload in (await reader.execute(pulls)).scalars()],
         )
-
-

@@ -5,7 +5,7 @@ process after the commit, in the order of commits.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ class Transaction:
         return await self.connection.execute(statement, parameters)  # pyright: ignore[reportReturnType]
 
     @asynccontextmanager
-    async def savepoint(self) -> AsyncIterator[None]:
+    async def savepoint(self) -> AsyncGenerator[None, None]:
         """Undo what the block did, and only that, if it raises."""
         announced = len(self.after_commit)
         try:
@@ -54,7 +54,7 @@ class Database:
         self._reader = _engine(path, "BEGIN", pool_size=_READERS, max_overflow=0)
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[Transaction]:
+    async def transaction(self) -> AsyncGenerator[Transaction, None]:
         """Commit what the block writes, or nothing of it if it raises."""
         async with self._writing:
             async with self._writer.begin() as connection:
@@ -64,7 +64,7 @@ class Database:
                 announce()
 
     @asynccontextmanager
-    async def read(self) -> AsyncIterator[AsyncConnection]:
+    async def read(self) -> AsyncGenerator[AsyncConnection, None]:
         """Give a connection that sees one consistent state and cannot write."""
         async with self._reader.begin() as connection:
             yield connection

@@ -1,8 +1,9 @@
 """What happens around every call of every server: errors, logging, principal, validation."""
 
+import asyncio
 import time
 from abc import ABC
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from google.protobuf.message import Message
 from google.rpc import status_pb2
 from grpc_status import rpc_status
 
-from services.runtime.errors import DOMAIN, DomainError
+from services.runtime.errors import DomainError, Unavailable
 from services.runtime.principal import METADATA_KEY, Signer, bind_principal
 from services.runtime.validation import validate
 
@@ -29,6 +30,7 @@ class Call:
 
     method: str
     context: grpc.aio.ServicerContext[Any, Any]
+    streaming: bool = False
 
     @property
     def is_open(self) -> bool:
@@ -87,7 +89,7 @@ class AroundInterceptor(grpc.aio.ServerInterceptor, ABC):
 
     def _streaming(self, method: str, serve: Callable[..., Any], *, checked: bool) -> Callable[..., Any]:
         async def wrapped(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            call = Call(method, context)
+            call = Call(method, context, streaming=True)
             async with self.around(call):
                 if checked:
                     self.check(call, request)
@@ -105,7 +107,7 @@ class ErrorInterceptor(AroundInterceptor):
     """Turns domain errors, and errors of calls made on the way, into one status with details."""
 
     @asynccontextmanager
-    async def around(self, call: Call) -> AsyncIterator[None]:
+    async def around(self, call: Call) -> AsyncGenerator[None, None]:
         """Abort the call with the status of what it raises."""
         try:
             yield
@@ -131,7 +133,7 @@ class LoggingInterceptor(AroundInterceptor):
         self._service = service
 
     @asynccontextmanager
-    async def around(self, call: Call) -> AsyncIterator[None]:
+    async def around(self, call: Call) -> AsyncGenerator[None, None]:
         """Log when the call ends."""
         started = time.monotonic()
         outcome = "OK"
@@ -148,6 +150,37 @@ class LoggingInterceptor(AroundInterceptor):
             log.debug("call", service=self._service, method=call.method, outcome=outcome, elapsed_ms=elapsed_ms)
 
 
+class DrainInterceptor(AroundInterceptor):
+    """Ends long-lived streams when the service stops, so that their clients go elsewhere at once."""
+
+    def __init__(self) -> None:
+        self._streams: set[asyncio.Task[Any]] = set()
+        self._draining = False
+
+    @asynccontextmanager
+    async def around(self, call: Call) -> AsyncGenerator[None, None]:
+        """Keep track of a stream for its length."""
+        task = asyncio.current_task()
+        if not call.streaming or task is None:
+            yield
+            return
+        self._streams.add(task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not self._draining:
+                raise
+            raise Unavailable("DRAINING", "the service stops; connect again") from None
+        finally:
+            self._streams.discard(task)
+
+    def drain(self) -> None:
+        """End all streams."""
+        self._draining = True
+        for task in self._streams:
+            task.cancel()
+
+
 class PrincipalInterceptor(AroundInterceptor):
     """Lets in only calls that carry a principal signed by one of our own."""
 
@@ -155,7 +188,7 @@ class PrincipalInterceptor(AroundInterceptor):
         self._signer = signer
 
     @asynccontextmanager
-    async def around(self, call: Call) -> AsyncIterator[None]:
+    async def around(self, call: Call) -> AsyncGenerator[None, None]:
         """Bind the principal for the length of the call."""
         if not call.is_open:
             bind_principal(self._signer.verify(call.metadata(METADATA_KEY)))
@@ -169,15 +202,3 @@ class ValidationInterceptor(AroundInterceptor):
         """Raise InvalidArgument if the request breaks a rule."""
         if not call.is_open:
             validate(request)
-
-
-__all__ = [
-    "DOMAIN",
-    "OPEN_SERVICES",
-    "AroundInterceptor",
-    "Call",
-    "ErrorInterceptor",
-    "LoggingInterceptor",
-    "PrincipalInterceptor",
-    "ValidationInterceptor",
-]

@@ -7,7 +7,7 @@ The gateway makes it from a bearer token; services pass it on. It lives for a mi
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any, cast
+from typing import Any
 
 import jwt
 from branchline.resource.v1 import organization_pb2
@@ -67,7 +67,7 @@ class Signer:
     def verify(self, token: str) -> Principal:
         """Return the principal of a token; raise Unauthenticated if it is not ours or too old."""
         try:
-            claims = cast(dict[str, Any], jwt.decode(token, self._key, algorithms=["HS256"], leeway=_LEEWAY))
+            claims = jwt.decode(token, self._key, algorithms=["HS256"], leeway=_LEEWAY)
             del claims["exp"]
             return Principal(**claims)
         except (jwt.InvalidTokenError, KeyError, TypeError) as error:

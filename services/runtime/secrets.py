@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cryptography.fernet import Fernet
 
-TOKEN_PREFIX = "bl_"
+TOKEN_PREFIX = "bl_"  # noqa: S105 - the beginning of every token
 
 
 def new_token() -> str:

@@ -1,7 +1,7 @@
 """Runs one service: migrations, gRPC server with health and reflection, background loops, graceful drain."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +9,7 @@ from pathlib import Path
 import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer  # pyright: ignore[reportMissingTypeStubs]
 from grpc_reflection.v1alpha import reflection
 
 from services.runtime.client import MESSAGE_LIMIT_BYTES, open_channel
@@ -16,6 +17,7 @@ from services.runtime.clock import Clock
 from services.runtime.config import ServiceConfig
 from services.runtime.database import Database
 from services.runtime.interceptors import (
+    DrainInterceptor,
     ErrorInterceptor,
     LoggingInterceptor,
     PrincipalInterceptor,
@@ -51,10 +53,13 @@ class Service:
     interceptors: Sequence[grpc.aio.ServerInterceptor]
     drain_seconds: float = 5.0
     service_names: list[str] = field(default_factory=list[str])
-    registrations: list[Callable[[grpc.aio.Server], None]] = field(default_factory=list[Callable[[grpc.aio.Server], None]])
+    registrations: list[Callable[[grpc.aio.Server], None]] = field(
+        default_factory=list[Callable[[grpc.aio.Server], None]]
+    )
     loops: list[Loop] = field(default_factory=list[Loop])
     before_start: list[Loop] = field(default_factory=list[Loop])
     after_stop: list[Loop] = field(default_factory=list[Loop])
+    _drain: DrainInterceptor = field(default_factory=DrainInterceptor)
 
     def serves(self, service_name: str, register: Callable[[grpc.aio.Server], None]) -> None:
         """Add a gRPC service by its full name."""
@@ -62,7 +67,7 @@ class Service:
         self.registrations.append(register)
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
+    async def running(self) -> AsyncGenerator[None, None]:
         """Run the service for the length of the block. A loop that fails takes the service down."""
         for prepare in self.before_start:
             await prepare()
@@ -78,6 +83,7 @@ class Service:
                     yield
                 finally:
                     await checks.enter_graceful_shutdown()
+                    self._drain.drain()
                     await server.stop(self.drain_seconds)
                     for task in tasks:
                         task.cancel()
@@ -86,11 +92,11 @@ class Service:
                 await clean()
             log.info("service stopped", service=self.name)
 
-    def _server(self) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
-        server = grpc.aio.server(interceptors=list(self.interceptors), options=SERVER_OPTIONS)
+    def _server(self) -> "tuple[grpc.aio.Server, HealthServicer]":
+        server = grpc.aio.server(interceptors=[*self.interceptors, self._drain], options=SERVER_OPTIONS)
         for register in self.registrations:
             register(server)
-        checks = health.aio.HealthServicer()
+        checks = HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(checks, server)
         names = [*self.service_names, health.SERVICE_NAME, reflection.SERVICE_NAME]
         reflection.enable_server_reflection(names, server)
@@ -138,4 +144,3 @@ def chassis(name: str, config: ServiceConfig, spine: SpineTables, room: Path, cl
 def internal_interceptors(name: str, signer: Signer) -> list[grpc.aio.ServerInterceptor]:
     """Return the interceptors of a service that only other services call."""
     return [ErrorInterceptor(), LoggingInterceptor(name), PrincipalInterceptor(signer), ValidationInterceptor()]
-

@@ -5,7 +5,7 @@ are posted, everything the agent says comes as numbered server-sent events that 
 """
 
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -90,7 +90,7 @@ class AgentServer:
         }
         wait = httpx.Timeout(timeout_seconds + _COMMAND_GRACE_SECONDS, connect=_CONNECT_SECONDS)
         answer = await self._send("POST", "/v1/processes/run", json=body, timeout=wait)
-        if answer.status_code != httpx.codes.OK:
+        if not answer.is_success:
             raise FailedPrecondition("COMMAND_NOT_STARTED", _detail(answer))
         result = answer.json()
         exit_code = result["exitCode"] if result["exitCode"] is not None else -1
@@ -152,7 +152,7 @@ class AgentServer:
         wait = httpx.Timeout(timeout_seconds, connect=_CONNECT_SECONDS)
         query = {"agent": agent} if agent else {}
         answer = await self._send("POST", f"/v1/acp/{connection}", json=message, params=query, timeout=wait)
-        if answer.status_code != httpx.codes.OK:
+        if not answer.is_success:
             if "unsupported_agent" in answer.text:
                 raise AgentUnknownError(_detail(answer))
             raise AgentError(_detail(answer))
@@ -168,7 +168,7 @@ class AgentServer:
             raise AgentError(_detail(answer))
 
     @asynccontextmanager
-    async def events(self, connection: str, after: int) -> AsyncIterator[AsyncIterator[AgentEvent]]:
+    async def events(self, connection: str, after: int) -> AsyncGenerator[AsyncIterator[AgentEvent], None]:
         """Follow what the agent says after an event number. Raise AgentError if there is no such connection."""
         wait = httpx.Timeout(None, connect=_CONNECT_SECONDS)
         headers = {"Last-Event-ID": str(after)}

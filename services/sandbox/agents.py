@@ -85,7 +85,5 @@ def _flat(options: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the choices of a select option, those of its groups included."""
     flat: list[dict[str, Any]] = []
     for option in options:
-        flat += option["options"] if "options" in option else [option]
+        flat += option.get("options", [option])
     return flat
-
-

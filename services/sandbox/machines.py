@@ -114,11 +114,12 @@ class Machines:
         for sandbox in held.values():
             if sandbox.status == sandbox_pb2.SANDBOX_STATUS_DESTROYING:
                 await self.destroy(sandbox.id)
-            elif sandbox.status == sandbox_pb2.SANDBOX_STATUS_RUNNING:
-                if await self.providers[sandbox.provider].probe(sandbox.id) is None:
-                    log.warning("machine of a running sandbox is missing", sandbox=sandbox.id)
-                    reason = "its machine stopped; it starts again when it is needed"
-                    await self.store.change_sandbox(sandbox.id, sandbox_pb2.SANDBOX_STATUS_PAUSED, reason)
+                continue
+            running = sandbox.status == sandbox_pb2.SANDBOX_STATUS_RUNNING
+            if running and await self.providers[sandbox.provider].probe(sandbox.id) is None:
+                log.warning("machine of a running sandbox is missing", sandbox=sandbox.id)
+                reason = "its machine stopped; it starts again when it is needed"
+                await self.store.change_sandbox(sandbox.id, sandbox_pb2.SANDBOX_STATUS_PAUSED, reason)
 
     async def stop_all(self) -> None:
         """Stop every running machine and keep the files."""

@@ -103,9 +103,7 @@ class SandboxServicer(sandbox_pb2_grpc.SandboxServiceServicer):
             except NotFound:
                 return None
 
-    async def StartTurn(
-        self, request: sandbox_pb2.StartTurnRequest, context: Context
-    ) -> sandbox_pb2.StartTurnResponse:
+    async def StartTurn(self, request: sandbox_pb2.StartTurnRequest, context: Context) -> sandbox_pb2.StartTurnResponse:
         """Record the prompt, once per turn, and start the status sync."""
         async with self.chassis.database.transaction() as tx:
             record = await self.store.session(tx, request.session_id)

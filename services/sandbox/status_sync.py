@@ -36,7 +36,7 @@ _RESEND_RPC_STEP = 1_000_000
 _QUEUE_EVENTS = 1000
 
 
-class TurnFailed(Exception):  # noqa: N818
+class TurnFailed(Exception):
     """The turn is over and did not end well; the message says why."""
 
 
@@ -109,7 +109,7 @@ class Follower:
             server = await self.machines.server(record.sandbox_id)
             await self._attach(server, record, builder)
             await self._turn(server, record, builder)
-        except* Exception as errors:
+        except* Exception as errors:  # noqa: BLE001 - the turn must end with a reason, whatever it is
             failure = _first(errors)
         if failure is not None and not isinstance(failure, TurnFailed | DomainError | AgentError):
             log.error("status sync failed", session=self.session_id, exc_info=failure)

@@ -166,9 +166,7 @@ class SandboxStore:
         """Store an agent session without telling the task. The wish to cancel is not the follower's to change."""
         values = _values(record)
         del values["cancel_wanted"]
-        await tx.execute(
-            update(agent_sessions).where(agent_sessions.c.session_id == record.session_id).values(values)
-        )
+        await tx.execute(update(agent_sessions).where(agent_sessions.c.session_id == record.session_id).values(values))
 
     async def want_cancel(self, tx: Transaction, session_id: str, *, wanted: bool) -> None:
         """Record whether the turn shall be cancelled."""
@@ -250,7 +248,9 @@ class SandboxStore:
         """Record the first answer; return False if there was one."""
         answered = await tx.execute(
             update(permissions)
-            .where(permissions.c.entry_id == entry_id, permissions.c.option_id == "", permissions.c.delivered.is_(False))
+            .where(
+                permissions.c.entry_id == entry_id, permissions.c.option_id == "", permissions.c.delivered.is_(False)
+            )
             .values(option_id=option_id, user_id=user_id)
         )
         return answered.rowcount > 0

@@ -56,7 +56,7 @@ class TaskIngest:
         await self.turns.apply(tx, record, session, pushed.state)
 
     async def transcript_entry(self, tx: Transaction, pushed: Pushed[TranscriptEntry]) -> None:
-        """Number a new entry, or store a newer state of one."""
+        """Give a new entry its number, or store a newer state of one."""
         await self._task(tx, pushed.state.task_id)
         await self.store.put_entry(tx, pushed.state)
 

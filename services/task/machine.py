@@ -21,9 +21,7 @@ _PATIENCE_SECONDS = 60.0
 _CREATE_SECONDS = 120.0
 _SESSION_SECONDS = 300.0
 _GRACE_SECONDS = 30.0
-_TRANSIENT = frozenset(
-    {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED}
-)
+_TRANSIENT = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED})
 
 T = TypeVar("T")
 
@@ -74,9 +72,7 @@ class Machine:
             environment=environment,
             timeout_seconds=timeout_seconds,
         )
-        result = await patiently(
-            lambda: self.sandbox.Execute(request, timeout=timeout_seconds + _GRACE_SECONDS)
-        )
+        result = await patiently(lambda: self.sandbox.Execute(request, timeout=timeout_seconds + _GRACE_SECONDS))
         if result.timed_out:
             raise FailedPrecondition("COMMAND_TIMED_OUT", f"{command[0]} took longer than {timeout_seconds} s")
         if result.exit_code:

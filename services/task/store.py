@@ -183,9 +183,7 @@ class TaskStore:
         await self.chassis.outbox.mark(tx, [Mark(session.id, session.revision, session)])
         del record.task.sessions[:]
         for one in await self.sessions(tx, session.task_id):
-            record.task.sessions.append(
-                SessionSummary(id=one.id, name=one.name, status=one.status, agent=one.agent)
-            )
+            record.task.sessions.append(SessionSummary(id=one.id, name=one.name, status=one.status, agent=one.agent))
 
     async def newer_agent_state(self, tx: Transaction, session_id: str, revision: int) -> str | None:
         """Take note of an agent's state; return the session's task, or None if the state is not newer."""
@@ -199,7 +197,7 @@ class TaskStore:
         return taken.scalar_one_or_none()
 
     async def add_entry(self, tx: Transaction, entry: TranscriptEntry, *, queued: bool = False) -> None:
-        """Number a new transcript entry, store it and push it up."""
+        """Give a new transcript entry its number, store it and push it up."""
         table = transcript_entries
         last = select(func.coalesce(func.max(table.c.position), 0)).where(table.c.session_id == entry.session_id)
         entry.position = (await tx.execute(last)).scalar_one() + 1

@@ -111,9 +111,7 @@ class Turns:
             case session_pb2.SESSION_STATUS_ERROR:
                 reason = session.status_reason
                 await self.store.change_status(tx, record, task_pb2.TASK_STATUS_ERROR, reason, session.id)
-                await self.store.record_event(
-                    tx, task, "agent.failed", f"{name}: {reason}", session.id, by_agent=True
-                )
+                await self.store.record_event(tx, task, "agent.failed", f"{name}: {reason}", session.id, by_agent=True)
                 await self._refresh(tx, task.id)
             case _:
                 pass

@@ -4,10 +4,10 @@ Each step can be repeated. A step says what failed instead of raising, so that t
 A service that is killed in a step does that step again after the restart.
 """
 
-from dbos import DBOS, DBOSConfiguredInstance
-
 from branchline.resource.v1 import session_pb2, task_pb2
 from branchline.resource.v1.session_pb2 import TranscriptEntry
+from dbos import DBOS, DBOSConfiguredInstance
+
 from services.runtime.errors import reason_of
 from services.runtime.principal import Principal, bind_principal
 from services.runtime.remote import host_of
@@ -42,12 +42,12 @@ class TaskWorkflows(DBOSConfiguredInstance):
     @DBOS.workflow(name="task.provision")
     async def provision(self, task_id: str, attempt: int) -> None:
         """Bring a task from pending to its first turn; end in `error` with what failed."""
-        for stage in _WHAT:
+        for stage, what in _WHAT.items():
             if not await self.enter(task_id, attempt, stage):
                 return
             failure = await self.perform(task_id, stage)
             if failure:
-                await self.fail(task_id, attempt, f"{_WHAT[stage]}: {failure}")
+                await self.fail(task_id, attempt, f"{what}: {failure}")
                 return
         await self.finish(task_id, attempt)
 

@@ -23,9 +23,7 @@ class UserServicer(user_pb2_grpc.UserServiceServicer):
     chassis: Chassis
     store: UserStore
 
-    async def CreateUser(
-        self, request: user_pb2.CreateUserRequest, context: Context
-    ) -> user_pb2.CreateUserResponse:
+    async def CreateUser(self, request: user_pb2.CreateUserRequest, context: Context) -> user_pb2.CreateUserResponse:
         """Create a user with a first token, once."""
         async with self.chassis.database.transaction() as tx:
             user = await self.store.find(tx, request.user_id)
@@ -51,9 +49,7 @@ class UserServicer(user_pb2_grpc.UserServiceServicer):
             return user_pb2.GetGitCredentialResponse()
         return user_pb2.GetGitCredentialResponse(username=credential.username, secret=credential.secret)
 
-    async def MarkUnread(
-        self, request: user_pb2.MarkUnreadRequest, context: Context
-    ) -> user_pb2.MarkUnreadResponse:
+    async def MarkUnread(self, request: user_pb2.MarkUnreadRequest, context: Context) -> user_pb2.MarkUnreadResponse:
         """Mark a task unread for users, once per event."""
         async with self.chassis.database.transaction() as tx:
             if not await self.store.first_time(tx, request.event_id):

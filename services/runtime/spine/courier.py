@@ -46,7 +46,7 @@ class Courier:
         parked: dict[int, str] = {}
         try:
             await self.deliver(rows)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the row stays or is parked with it
             if not is_permanent(error):
                 log.info("delivery failed", destination=self.destination, reason=reason_of(error))
                 await asyncio.sleep(self._backoff.next_seconds())
@@ -55,7 +55,7 @@ class Courier:
                 for row in rows:
                     await self._carry([row])
                 return
-            log.error("delivery parked", destination=self.destination, reason=reason_of(error))
+            log.error("delivery parked", destination=self.destination, reason=reason_of(error))  # noqa: TRY400
             parked = {rows[0].seq: reason_of(error)}
         self._backoff.reset()
         await self.outbox.settle([row.seq for row in rows], parked)

@@ -6,7 +6,7 @@ that outgrows the limit the queue is dropped and the reader is told to catch up 
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 
 from branchline.resource.v1.watch_pb2 import WatchChange
@@ -61,7 +61,7 @@ class Hub:
         self.changed = Signal()
 
     @contextmanager
-    def watcher(self, scope: str) -> Iterator[Watcher]:
+    def watcher(self, scope: str) -> Generator[Watcher, None, None]:
         """Watch a scope for the length of the block."""
         watcher = Watcher()
         self._watchers[scope].add(watcher)

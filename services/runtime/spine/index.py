@@ -152,7 +152,7 @@ class Index:
                 elif spec.snapshot_limit is not None:
                     query = query.order_by(spec.table.c.change_seq.desc()).limit(spec.snapshot_limit)
                 rows = (await connection.execute(query)).all()
-                changes += [_change(spec, row._mapping) for row in rows]  # pyright: ignore[reportPrivateUsage]
+                changes += [_change(spec, dict(row._mapping)) for row in rows]  # pyright: ignore[reportPrivateUsage]
                 if not after and spec.snapshot_limit == len(rows):
                     horizon = max(horizon, min(row.change_seq for row in rows))
         changes.sort(key=lambda change: change.change_seq)
@@ -201,8 +201,13 @@ class Index:
             for spec in self._tables.values():
                 table = spec.table
                 old = (table.c.deleted.is_(True), table.c.change_time < before_seconds)
-                newest = select(table.c.scope, func.max(table.c.change_seq)).where(*old).group_by(table.c.scope)
-                for scope, seq in (await tx.execute(newest)).all():
+                newest = (
+                    select(table.c.scope, func.max(table.c.change_seq).label("newest"))
+                    .where(*old)
+                    .group_by(table.c.scope)
+                )
+                for row in (await tx.execute(newest)).all():
+                    scope, seq = row.scope, row.newest
                     await tx.execute(
                         update(self._sequences)
                         .where(self._sequences.c.scope == scope, self._sequences.c.horizon < seq)

@@ -129,7 +129,7 @@ class PushServicer(push_pb2_grpc.PushServiceServicer):
     def __init__(self, ingest: Ingest) -> None:
         self._ingest = ingest
 
-    async def Push(  # noqa: N802
+    async def Push(
         self, request_iterator: AsyncIterator[push_pb2.PushRequest], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[push_pb2.PushResponse]:
         """Apply batches and acknowledge each after its commit, in order."""

@@ -95,9 +95,7 @@ class Outbox:
         async with self.database.read() as connection:
             rows = (await connection.execute(query)).all()
         return [
-            OutboxRow(
-                row.seq, row.entity_id, row.revision, row.deleted, Any(type_url=row.type_url, value=row.payload)
-            )
+            OutboxRow(row.seq, row.entity_id, row.revision, row.deleted, Any(type_url=row.type_url, value=row.payload))
             for row in rows
         ]
 
@@ -133,5 +131,3 @@ class Outbox:
         condition = outbox.c.parked_reason.is_not(None) if parked else outbox.c.parked_reason.is_(None)
         async with self.database.read() as connection:
             return (await connection.execute(select(func.count()).select_from(outbox).where(condition))).scalar_one()
-
-

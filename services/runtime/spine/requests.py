@@ -13,7 +13,6 @@ from services.runtime.errors import InvalidArgument
 from services.runtime.principal import current_principal
 from services.runtime.spine.tables import SpineTables
 
-
 R = TypeVar("R", bound=Message)
 
 

@@ -14,6 +14,7 @@ from sqlalchemy import (
     Table,
     UniqueConstraint,
 )
+from sqlalchemy.schema import SchemaItem
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +68,12 @@ def spine_tables(metadata: MetaData) -> SpineTables:
     return SpineTables(outbox, change_sequences, requests)
 
 
-def index_table(name: str, metadata: MetaData, *columns: Column[object], comment: str) -> Table:
+def index_table(name: str, metadata: MetaData, *columns: SchemaItem, comment: str) -> Table:
     """Define a watched index table: the standard columns of the spine, then those that reads filter by.
 
     `scope` is what is watched as a whole (an organization, a task), `payload` the entity as its owner pushed it,
-    `revision` the owner's number of that state, `change_seq` the scope's number of the change, `viewer_id` the one user who may see it (empty: everybody).
+    `revision` the owner's number of that state, `change_seq` the scope's number of the change, `viewer_id` the one
+    user who may see it (empty: everybody).
     """
     return Table(
         name,

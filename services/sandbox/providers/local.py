@@ -28,6 +28,7 @@ _MARK = "BRANCHLINE_SANDBOX_ID"
 _START_SECONDS = 20.0
 _STOP_SECONDS = 3.0
 _LIMITS = ("--core=0", "--nofile=8192", "--nproc=8192")
+_TMP = "/tmp"  # noqa: S108 - each sandbox gets an empty one of its own
 _ACP_TIMEOUT_MS = str(24 * 3600 * 1000)
 
 _LAUNCHER = """#!/bin/sh
@@ -132,7 +133,7 @@ class LocalProvider:
                 answer = await http.get(f"{url}/v1/agents", headers={"Authorization": f"Bearer {known['token']}"})
         except httpx.HTTPError:
             return None
-        if answer.status_code != httpx.codes.OK:
+        if not answer.is_success:
             return None
         return Machine(url, known["token"], str(self._root / sandbox_id / "home"), known["isolation"])
 
@@ -168,7 +169,7 @@ class LocalProvider:
     def _bubblewrap(self, home: Path) -> list[str]:
         home.mkdir(parents=True, exist_ok=True)
         command = ["bwrap", "--unshare-all", "--share-net", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
-        for path in ("/tmp", *map(str, self._config.hidden_paths)):
+        for path in (_TMP, *map(str, self._config.hidden_paths)):
             command += ["--tmpfs", path]
         for path in self._config.readable_paths:
             command += ["--ro-bind", str(path), str(path)]

@@ -9,7 +9,8 @@ from scripted_agent.agent import ScriptedAgent
 
 def main() -> None:
     """Serve until standard input ends."""
-    asyncio.run(acp.run_agent(ScriptedAgent()))
+    agent = ScriptedAgent()  # pyright: ignore[reportAbstractUsage] - what it cannot do it does not announce
+    asyncio.run(acp.run_agent(agent))
 
 
 if __name__ == "__main__":

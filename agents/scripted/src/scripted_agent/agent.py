@@ -116,7 +116,9 @@ class ScriptedAgent(Agent):
                 await self._run(session_id, argument)
             case "commit":
                 quoted = (argument or "Work").replace("'", "'\\''")
-                await self._run(session_id, f"git add --all && git commit --quiet -m '{quoted}' && git log -1 --oneline")
+                await self._run(
+                    session_id, f"git add --all && git commit --quiet -m '{quoted}' && git log -1 --oneline"
+                )
             case "push":
                 await self._run(session_id, "git push --quiet origin HEAD && git status -sb | head -1")
             case "ask":

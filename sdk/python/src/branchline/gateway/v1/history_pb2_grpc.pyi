@@ -6,7 +6,6 @@ isort:skip_file
 from branchline.gateway.v1 import history_pb2 as _history_pb2
 from collections import abc as _abc
 from grpc import aio as _aio
-import abc as _abc_1
 
 
 GRPC_GENERATED_VERSION: str
@@ -21,10 +20,9 @@ class HistoryServiceStub:
     WatchHistory: _aio.UnaryStreamMultiCallable[_history_pb2.WatchHistoryRequest, _history_pb2.WatchHistoryResponse]
     """Watches the feed: the newest events, then each event as it arrives."""
 
-class HistoryServiceServicer(metaclass=_abc_1.ABCMeta):
+class HistoryServiceServicer:
     """The feed of everything that happened in an organization."""
 
-    @_abc_1.abstractmethod
     def ListHistory(
         self,
         request: _history_pb2.ListHistoryRequest,
@@ -32,7 +30,6 @@ class HistoryServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_history_pb2.ListHistoryResponse]:
         """Lists events, newest first or oldest first."""
 
-    @_abc_1.abstractmethod
     def WatchHistory(
         self,
         request: _history_pb2.WatchHistoryRequest,

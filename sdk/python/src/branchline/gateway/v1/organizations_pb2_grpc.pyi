@@ -6,7 +6,6 @@ isort:skip_file
 from branchline.gateway.v1 import organizations_pb2 as _organizations_pb2
 from collections import abc as _abc
 from grpc import aio as _aio
-import abc as _abc_1
 
 
 GRPC_GENERATED_VERSION: str
@@ -38,10 +37,9 @@ class OrganizationServiceStub:
     INVALID_ARGUMENT if the resume token is not one of ours; a token that is too old gives a reset.
     """
 
-class OrganizationServiceServicer(metaclass=_abc_1.ABCMeta):
+class OrganizationServiceServicer:
     """Organizations, their members, and the live view of everything in them."""
 
-    @_abc_1.abstractmethod
     def CreateOrganization(
         self,
         request: _organizations_pb2.CreateOrganizationRequest,
@@ -51,7 +49,6 @@ class OrganizationServiceServicer(metaclass=_abc_1.ABCMeta):
         ALREADY_EXISTS if the slug is taken.
         """
 
-    @_abc_1.abstractmethod
     def GetOrganization(
         self,
         request: _organizations_pb2.GetOrganizationRequest,
@@ -59,7 +56,6 @@ class OrganizationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_organizations_pb2.GetOrganizationResponse]:
         """Reads one organization. NOT_FOUND unless the caller is a member."""
 
-    @_abc_1.abstractmethod
     def ListOrganizations(
         self,
         request: _organizations_pb2.ListOrganizationsRequest,
@@ -67,7 +63,6 @@ class OrganizationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_organizations_pb2.ListOrganizationsResponse]:
         """Lists the organizations that the caller is a member of, by slug."""
 
-    @_abc_1.abstractmethod
     def UpdateOrganization(
         self,
         request: _organizations_pb2.UpdateOrganizationRequest,
@@ -75,7 +70,6 @@ class OrganizationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_organizations_pb2.UpdateOrganizationResponse]:
         """Changes the fields named in the mask. Needs the role admin."""
 
-    @_abc_1.abstractmethod
     def AddMember(
         self,
         request: _organizations_pb2.AddMemberRequest,
@@ -85,7 +79,6 @@ class OrganizationServiceServicer(metaclass=_abc_1.ABCMeta):
         ALREADY_EXISTS if the person is a member.
         """
 
-    @_abc_1.abstractmethod
     def ListMembers(
         self,
         request: _organizations_pb2.ListMembersRequest,
@@ -93,7 +86,6 @@ class OrganizationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_organizations_pb2.ListMembersResponse]:
         """Lists the members, by display name."""
 
-    @_abc_1.abstractmethod
     def WatchOrganization(
         self,
         request: _organizations_pb2.WatchOrganizationRequest,

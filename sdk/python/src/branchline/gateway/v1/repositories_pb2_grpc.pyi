@@ -6,7 +6,6 @@ isort:skip_file
 from branchline.gateway.v1 import repositories_pb2 as _repositories_pb2
 from collections import abc as _abc
 from grpc import aio as _aio
-import abc as _abc_1
 
 
 GRPC_GENERATED_VERSION: str
@@ -32,10 +31,9 @@ class RepositoryServiceStub:
     FAILED_PRECONDITION if the organization has no GitHub login. Progress shows in the GitHub status.
     """
 
-class RepositoryServiceServicer(metaclass=_abc_1.ABCMeta):
+class RepositoryServiceServicer:
     """Repositories of an organization."""
 
-    @_abc_1.abstractmethod
     def AddRepository(
         self,
         request: _repositories_pb2.AddRepositoryRequest,
@@ -46,7 +44,6 @@ class RepositoryServiceServicer(metaclass=_abc_1.ABCMeta):
         ALREADY_EXISTS naming the repository that has this URL.
         """
 
-    @_abc_1.abstractmethod
     def ListRepositories(
         self,
         request: _repositories_pb2.ListRepositoriesRequest,
@@ -54,7 +51,6 @@ class RepositoryServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_repositories_pb2.ListRepositoriesResponse]:
         """Lists the organization's repositories, by name."""
 
-    @_abc_1.abstractmethod
     def GetRepositoryOverview(
         self,
         request: _repositories_pb2.GetRepositoryOverviewRequest,
@@ -64,7 +60,6 @@ class RepositoryServiceServicer(metaclass=_abc_1.ABCMeta):
         then branches with tasks, then by name.
         """
 
-    @_abc_1.abstractmethod
     def SyncGithub(
         self,
         request: _repositories_pb2.SyncGithubRequest,

@@ -6,7 +6,6 @@ isort:skip_file
 from branchline.gateway.v1 import sandboxes_pb2 as _sandboxes_pb2
 from collections import abc as _abc
 from grpc import aio as _aio
-import abc as _abc_1
 
 
 GRPC_GENERATED_VERSION: str
@@ -29,12 +28,11 @@ class SandboxServiceStub:
     DeleteFile: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.DeleteFileRequest, _sandboxes_pb2.DeleteFileResponse]
     """Deletes one file or empty directory. NOT_FOUND with the path."""
 
-class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
+class SandboxServiceServicer:
     """The machine of a task: commands and files. All of it needs the role member and a running sandbox;
     FAILED_PRECONDITION with the sandbox's status otherwise.
     """
 
-    @_abc_1.abstractmethod
     def RunCommand(
         self,
         request: _sandboxes_pb2.RunCommandRequest,
@@ -42,7 +40,6 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_sandboxes_pb2.RunCommandResponse]:
         """Runs one command and gives its output. A command that fails is an answer, not an error."""
 
-    @_abc_1.abstractmethod
     def ListFiles(
         self,
         request: _sandboxes_pb2.ListFilesRequest,
@@ -50,7 +47,6 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_sandboxes_pb2.ListFilesResponse]:
         """Lists one directory."""
 
-    @_abc_1.abstractmethod
     def ReadFile(
         self,
         request: _sandboxes_pb2.ReadFileRequest,
@@ -58,7 +54,6 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_sandboxes_pb2.ReadFileResponse]:
         """Reads one file. NOT_FOUND with the path; at most 4 MiB."""
 
-    @_abc_1.abstractmethod
     def WriteFile(
         self,
         request: _sandboxes_pb2.WriteFileRequest,
@@ -66,7 +61,6 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_sandboxes_pb2.WriteFileResponse]:
         """Writes one file, its directories included."""
 
-    @_abc_1.abstractmethod
     def DeleteFile(
         self,
         request: _sandboxes_pb2.DeleteFileRequest,

@@ -6,7 +6,6 @@ isort:skip_file
 from branchline.gateway.v1 import sessions_pb2 as _sessions_pb2
 from collections import abc as _abc
 from grpc import aio as _aio
-import abc as _abc_1
 
 
 GRPC_GENERATED_VERSION: str
@@ -37,10 +36,9 @@ class SessionServiceStub:
     ListTranscript: _aio.UnaryUnaryMultiCallable[_sessions_pb2.ListTranscriptRequest, _sessions_pb2.ListTranscriptResponse]
     """Reads a page of a session's transcript."""
 
-class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
+class SessionServiceServicer:
     """Conversations with agents. A task has several; one works at a time."""
 
-    @_abc_1.abstractmethod
     def CreateSession(
         self,
         request: _sessions_pb2.CreateSessionRequest,
@@ -50,7 +48,6 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         agent is unknown; FAILED_PRECONDITION unless the task is provisioned.
         """
 
-    @_abc_1.abstractmethod
     def RenameSession(
         self,
         request: _sessions_pb2.RenameSessionRequest,
@@ -58,7 +55,6 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_sessions_pb2.RenameSessionResponse]:
         """Renames a session."""
 
-    @_abc_1.abstractmethod
     def CloseSession(
         self,
         request: _sessions_pb2.CloseSessionRequest,
@@ -66,7 +62,6 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_sessions_pb2.CloseSessionResponse]:
         """Closes a session; its transcript stays. FAILED_PRECONDITION while it works."""
 
-    @_abc_1.abstractmethod
     def ReopenSession(
         self,
         request: _sessions_pb2.ReopenSessionRequest,
@@ -74,7 +69,6 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_sessions_pb2.ReopenSessionResponse]:
         """Opens a closed session again; the next message starts its agent."""
 
-    @_abc_1.abstractmethod
     def SendMessage(
         self,
         request: _sessions_pb2.SendMessageRequest,
@@ -84,7 +78,6 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         the task works and queueing was not asked for.
         """
 
-    @_abc_1.abstractmethod
     def CancelTurn(
         self,
         request: _sessions_pb2.CancelTurnRequest,
@@ -92,7 +85,6 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_sessions_pb2.CancelTurnResponse]:
         """Asks the agent to stop its turn. FAILED_PRECONDITION if it does not work."""
 
-    @_abc_1.abstractmethod
     def AnswerPermission(
         self,
         request: _sessions_pb2.AnswerPermissionRequest,
@@ -100,7 +92,6 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_sessions_pb2.AnswerPermissionResponse]:
         """Answers a permission request. The first answer wins: FAILED_PRECONDITION for later ones."""
 
-    @_abc_1.abstractmethod
     def ListTranscript(
         self,
         request: _sessions_pb2.ListTranscriptRequest,

@@ -6,7 +6,6 @@ isort:skip_file
 from branchline.gateway.v1 import tasks_pb2 as _tasks_pb2
 from collections import abc as _abc
 from grpc import aio as _aio
-import abc as _abc_1
 
 
 GRPC_GENERATED_VERSION: str
@@ -35,10 +34,9 @@ class TaskServiceStub:
     KillTask: _aio.UnaryUnaryMultiCallable[_tasks_pb2.KillTaskRequest, _tasks_pb2.KillTaskResponse]
     """Destroys the sandbox and ends the task, whatever it is doing."""
 
-class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
+class TaskServiceServicer:
     """Tasks: one branch each, with agent sessions and a sandbox."""
 
-    @_abc_1.abstractmethod
     def CreateTask(
         self,
         request: _tasks_pb2.CreateTaskRequest,
@@ -48,7 +46,6 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         ALREADY_EXISTS naming the task that holds the branch; INVALID_ARGUMENT for a name git refuses.
         """
 
-    @_abc_1.abstractmethod
     def GetTask(
         self,
         request: _tasks_pb2.GetTaskRequest,
@@ -56,7 +53,6 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_tasks_pb2.GetTaskResponse]:
         """Reads one task's workbench: the task, its sessions, its sandboxes."""
 
-    @_abc_1.abstractmethod
     def ListTasks(
         self,
         request: _tasks_pb2.ListTasksRequest,
@@ -64,7 +60,6 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_tasks_pb2.ListTasksResponse]:
         """Lists the tasks of all repositories of an organization: the sidebar."""
 
-    @_abc_1.abstractmethod
     def WatchTask(
         self,
         request: _tasks_pb2.WatchTaskRequest,
@@ -74,7 +69,6 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         Snapshot, then changes for ever, with heartbeats.
         """
 
-    @_abc_1.abstractmethod
     def RetryTask(
         self,
         request: _tasks_pb2.RetryTaskRequest,
@@ -82,7 +76,6 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_tasks_pb2.RetryTaskResponse]:
         """Provisions a task in error again. FAILED_PRECONDITION in any other status."""
 
-    @_abc_1.abstractmethod
     def ArchiveTask(
         self,
         request: _tasks_pb2.ArchiveTaskRequest,
@@ -90,7 +83,6 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_tasks_pb2.ArchiveTaskResponse]:
         """Releases the sandbox and puts the task away. The branch stays on the remote."""
 
-    @_abc_1.abstractmethod
     def KillTask(
         self,
         request: _tasks_pb2.KillTaskRequest,

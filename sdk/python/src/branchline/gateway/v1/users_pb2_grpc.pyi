@@ -6,7 +6,6 @@ isort:skip_file
 from branchline.gateway.v1 import users_pb2 as _users_pb2
 from collections import abc as _abc
 from grpc import aio as _aio
-import abc as _abc_1
 
 
 GRPC_GENERATED_VERSION: str
@@ -31,10 +30,9 @@ class UserServiceStub:
     SetTaskState: _aio.UnaryUnaryMultiCallable[_users_pb2.SetTaskStateRequest, _users_pb2.SetTaskStateResponse]
     """Sets what the caller has open, unread and half written on one task or session."""
 
-class UserServiceServicer(metaclass=_abc_1.ABCMeta):
+class UserServiceServicer:
     """The caller's own account, tokens, preferences and per-task state."""
 
-    @_abc_1.abstractmethod
     def WhoAmI(
         self,
         request: _users_pb2.WhoAmIRequest,
@@ -42,7 +40,6 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_users_pb2.WhoAmIResponse]:
         """Says who the caller is and what the caller is a member of."""
 
-    @_abc_1.abstractmethod
     def UpdatePreferences(
         self,
         request: _users_pb2.UpdatePreferencesRequest,
@@ -50,7 +47,6 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_users_pb2.UpdatePreferencesResponse]:
         """Changes the caller's preferences."""
 
-    @_abc_1.abstractmethod
     def CreateApiToken(
         self,
         request: _users_pb2.CreateApiTokenRequest,
@@ -58,7 +54,6 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_users_pb2.CreateApiTokenResponse]:
         """Creates an API token for the caller. The token is in this answer and nowhere else."""
 
-    @_abc_1.abstractmethod
     def ListApiTokens(
         self,
         request: _users_pb2.ListApiTokensRequest,
@@ -66,7 +61,6 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_users_pb2.ListApiTokensResponse]:
         """Lists the caller's API tokens, newest first, without the tokens themselves."""
 
-    @_abc_1.abstractmethod
     def RevokeApiToken(
         self,
         request: _users_pb2.RevokeApiTokenRequest,
@@ -74,7 +68,6 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_users_pb2.RevokeApiTokenResponse]:
         """Ends an API token. NOT_FOUND unless it is the caller's."""
 
-    @_abc_1.abstractmethod
     def SetGitCredential(
         self,
         request: _users_pb2.SetGitCredentialRequest,
@@ -82,7 +75,6 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_users_pb2.SetGitCredentialResponse]:
         """Stores a git credential of the caller for one host, encrypted. Sandboxes of the caller's tasks use it."""
 
-    @_abc_1.abstractmethod
     def SetTaskState(
         self,
         request: _users_pb2.SetTaskStateRequest,

@@ -6,7 +6,6 @@ isort:skip_file
 from branchline.github_data.v1 import github_data_pb2 as _github_data_pb2
 from collections import abc as _abc
 from grpc import aio as _aio
-import abc as _abc_1
 
 
 GRPC_GENERATED_VERSION: str
@@ -21,10 +20,9 @@ class GithubDataServiceStub:
     Answers when the work is recorded; the GitHub status tells how it went.
     """
 
-class GithubDataServiceServicer(metaclass=_abc_1.ABCMeta):
+class GithubDataServiceServicer:
     """The cache of GitHub, a child of organization."""
 
-    @_abc_1.abstractmethod
     def SyncOrganization(
         self,
         request: _github_data_pb2.SyncOrganizationRequest,

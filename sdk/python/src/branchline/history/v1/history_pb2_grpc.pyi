@@ -6,7 +6,6 @@ isort:skip_file
 from branchline.history.v1 import history_pb2 as _history_pb2
 from collections import abc as _abc
 from grpc import aio as _aio
-import abc as _abc_1
 
 
 GRPC_GENERATED_VERSION: str
@@ -23,10 +22,9 @@ class HistoryServiceStub:
     holds included. For operators.
     """
 
-class HistoryServiceServicer(metaclass=_abc_1.ABCMeta):
+class HistoryServiceServicer:
     """The organization-wide feed, a child of organization."""
 
-    @_abc_1.abstractmethod
     def AppendEvents(
         self,
         request: _history_pb2.AppendEventsRequest,
@@ -34,7 +32,6 @@ class HistoryServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_history_pb2.AppendEventsResponse]:
         """Numbers and stores events. Idempotent by the events' ids."""
 
-    @_abc_1.abstractmethod
     def ExportEvents(
         self,
         request: _history_pb2.ExportEventsRequest,

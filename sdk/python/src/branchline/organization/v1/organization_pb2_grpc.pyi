@@ -6,7 +6,6 @@ isort:skip_file
 from branchline.organization.v1 import organization_pb2 as _organization_pb2
 from collections import abc as _abc
 from grpc import aio as _aio
-import abc as _abc_1
 
 
 GRPC_GENERATED_VERSION: str
@@ -35,12 +34,11 @@ class OrganizationServiceStub:
     GetGitCredential: _aio.UnaryUnaryMultiCallable[_organization_pb2.GetGitCredentialRequest, _organization_pb2.GetGitCredentialResponse]
     """Asks the user service for a git credential of a member. Not found is an empty answer."""
 
-class OrganizationServiceServicer(metaclass=_abc_1.ABCMeta):
+class OrganizationServiceServicer:
     """What the gateway and the children ask of the organization coordinator.
     Its public commands and reads are served under branchline.gateway.v1.
     """
 
-    @_abc_1.abstractmethod
     def Bootstrap(
         self,
         request: _organization_pb2.BootstrapRequest,
@@ -50,7 +48,6 @@ class OrganizationServiceServicer(metaclass=_abc_1.ABCMeta):
         same slug gives the organization without a token.
         """
 
-    @_abc_1.abstractmethod
     def Authenticate(
         self,
         request: _organization_pb2.AuthenticateRequest,
@@ -58,7 +55,6 @@ class OrganizationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_organization_pb2.AuthenticateResponse]:
         """Says whom a token speaks for. UNAUTHENTICATED if nobody."""
 
-    @_abc_1.abstractmethod
     def ResolveRoute(
         self,
         request: _organization_pb2.ResolveRouteRequest,
@@ -68,7 +64,6 @@ class OrganizationServiceServicer(metaclass=_abc_1.ABCMeta):
         user is not a member of its organization.
         """
 
-    @_abc_1.abstractmethod
     def WatchIndex(
         self,
         request: _organization_pb2.WatchIndexRequest,
@@ -76,7 +71,6 @@ class OrganizationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.AsyncIterator[_organization_pb2.WatchIndexResponse]:
         """Watches all index tables of one organization, tombstones included. The gateway's upstream."""
 
-    @_abc_1.abstractmethod
     def AwaitConsistency(
         self,
         request: _organization_pb2.AwaitConsistencyRequest,
@@ -84,7 +78,6 @@ class OrganizationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_organization_pb2.AwaitConsistencyResponse]:
         """Waits until the index is as new as the token. DEADLINE_EXCEEDED with reason INDEX_BEHIND."""
 
-    @_abc_1.abstractmethod
     def GetGitCredential(
         self,
         request: _organization_pb2.GetGitCredentialRequest,

@@ -6,7 +6,6 @@ isort:skip_file
 from branchline.repository.v1 import repository_pb2 as _repository_pb2
 from collections import abc as _abc
 from grpc import aio as _aio
-import abc as _abc_1
 
 
 GRPC_GENERATED_VERSION: str
@@ -27,12 +26,11 @@ class RepositoryServiceStub:
     GetGitCredential: _aio.UnaryUnaryMultiCallable[_repository_pb2.GetGitCredentialRequest, _repository_pb2.GetGitCredentialResponse]
     """Asks upward for a git credential of a task's owner. Not found is an empty answer."""
 
-class RepositoryServiceServicer(metaclass=_abc_1.ABCMeta):
+class RepositoryServiceServicer:
     """What the organization, the gateway and the task ask of the repository coordinator.
     Its public commands and reads are served under branchline.gateway.v1.
     """
 
-    @_abc_1.abstractmethod
     def EnsureRepository(
         self,
         request: _repository_pb2.EnsureRepositoryRequest,
@@ -42,7 +40,6 @@ class RepositoryServiceServicer(metaclass=_abc_1.ABCMeta):
         date. Idempotent; called by organization alone.
         """
 
-    @_abc_1.abstractmethod
     def WatchIndex(
         self,
         request: _repository_pb2.WatchIndexRequest,
@@ -50,7 +47,6 @@ class RepositoryServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.AsyncIterator[_repository_pb2.WatchIndexResponse]:
         """Watches the index tables of one task, tombstones included. The gateway's upstream."""
 
-    @_abc_1.abstractmethod
     def GetGitCredential(
         self,
         request: _repository_pb2.GetGitCredentialRequest,

@@ -6,7 +6,6 @@ isort:skip_file
 from branchline.sandbox.v1 import sandbox_pb2 as _sandbox_pb2
 from collections import abc as _abc
 from grpc import aio as _aio
-import abc as _abc_1
 
 
 GRPC_GENERATED_VERSION: str
@@ -43,12 +42,11 @@ class SandboxServiceStub:
     CloseSession: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.CloseSessionRequest, _sandbox_pb2.CloseSessionResponse]
     """Stops the agent of a session. Idempotent."""
 
-class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
+class SandboxServiceServicer:
     """What the task coordinator asks of its sandboxes and of the agents in them.
     Its public commands are served under branchline.gateway.v1.
     """
 
-    @_abc_1.abstractmethod
     def CreateSandbox(
         self,
         request: _sandbox_pb2.CreateSandboxRequest,
@@ -58,7 +56,6 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         for the same machine. INVALID_ARGUMENT naming the providers that exist.
         """
 
-    @_abc_1.abstractmethod
     def DestroySandbox(
         self,
         request: _sandbox_pb2.DestroySandboxRequest,
@@ -66,7 +63,6 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_sandbox_pb2.DestroySandboxResponse]:
         """Destroys a sandbox and its files. Idempotent."""
 
-    @_abc_1.abstractmethod
     def Execute(
         self,
         request: _sandbox_pb2.ExecuteRequest,
@@ -74,7 +70,6 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_sandbox_pb2.ExecuteResponse]:
         """Runs a command in the sandbox."""
 
-    @_abc_1.abstractmethod
     def PutFile(
         self,
         request: _sandbox_pb2.PutFileRequest,
@@ -82,7 +77,6 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_sandbox_pb2.PutFileResponse]:
         """Writes a file with a mode, such as the git credentials of the task's owner."""
 
-    @_abc_1.abstractmethod
     def OpenSession(
         self,
         request: _sandbox_pb2.OpenSessionRequest,
@@ -92,7 +86,6 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         INVALID_ARGUMENT naming the agents or models that exist.
         """
 
-    @_abc_1.abstractmethod
     def StartTurn(
         self,
         request: _sandbox_pb2.StartTurnRequest,
@@ -102,7 +95,6 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         ends. Idempotent by session and turn.
         """
 
-    @_abc_1.abstractmethod
     def CancelTurn(
         self,
         request: _sandbox_pb2.CancelTurnRequest,
@@ -110,7 +102,6 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_sandbox_pb2.CancelTurnResponse]:
         """Asks the agent to stop its turn. Idempotent."""
 
-    @_abc_1.abstractmethod
     def AnswerPermission(
         self,
         request: _sandbox_pb2.AnswerPermissionRequest,
@@ -118,7 +109,6 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_sandbox_pb2.AnswerPermissionResponse]:
         """Answers a permission request of the agent. Idempotent."""
 
-    @_abc_1.abstractmethod
     def CloseSession(
         self,
         request: _sandbox_pb2.CloseSessionRequest,

@@ -6,7 +6,6 @@ isort:skip_file
 from branchline.spine.v1 import push_pb2 as _push_pb2
 from collections import abc as _abc
 from grpc import aio as _aio
-import abc as _abc_1
 
 
 GRPC_GENERATED_VERSION: str
@@ -21,10 +20,9 @@ class PushServiceStub:
     A batch is acknowledged after it is committed; what was not acknowledged is sent again.
     """
 
-class PushServiceServicer(metaclass=_abc_1.ABCMeta):
+class PushServiceServicer:
     """State travels up the tree. Served by every coordinator, called by its direct children alone."""
 
-    @_abc_1.abstractmethod
     def Push(
         self,
         request_iterator: _abc.AsyncIterator[_push_pb2.PushRequest],

@@ -6,7 +6,6 @@ isort:skip_file
 from branchline.task.v1 import task_pb2 as _task_pb2
 from collections import abc as _abc
 from grpc import aio as _aio
-import abc as _abc_1
 
 
 GRPC_GENERATED_VERSION: str
@@ -23,12 +22,11 @@ class TaskServiceStub:
     Idempotent by the task's id.
     """
 
-class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
+class TaskServiceServicer:
     """What the repository coordinator asks of the task service.
     Its public commands are served under branchline.gateway.v1.
     """
 
-    @_abc_1.abstractmethod
     def CreateTask(
         self,
         request: _task_pb2.CreateTaskRequest,

@@ -6,7 +6,6 @@ isort:skip_file
 from branchline.user.v1 import user_pb2 as _user_pb2
 from collections import abc as _abc
 from grpc import aio as _aio
-import abc as _abc_1
 
 
 GRPC_GENERATED_VERSION: str
@@ -25,12 +24,11 @@ class UserServiceStub:
     MarkUnread: _aio.UnaryUnaryMultiCallable[_user_pb2.MarkUnreadRequest, _user_pb2.MarkUnreadResponse]
     """Marks a task as unread for users. Idempotent."""
 
-class UserServiceServicer(metaclass=_abc_1.ABCMeta):
+class UserServiceServicer:
     """What the organization coordinator asks of its child user.
     Its public commands are served under branchline.gateway.v1.
     """
 
-    @_abc_1.abstractmethod
     def CreateUser(
         self,
         request: _user_pb2.CreateUserRequest,
@@ -38,7 +36,6 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_user_pb2.CreateUserResponse]:
         """Creates a user with a first API token. Repeating the id gives the user without a token."""
 
-    @_abc_1.abstractmethod
     def GetGitCredential(
         self,
         request: _user_pb2.GetGitCredentialRequest,
@@ -46,7 +43,6 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_user_pb2.GetGitCredentialResponse]:
         """Gives a git credential. Not found is an empty answer."""
 
-    @_abc_1.abstractmethod
     def MarkUnread(
         self,
         request: _user_pb2.MarkUnreadRequest,

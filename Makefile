@@ -1,0 +1,58 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# They need Python 3.11 or newer and git; Node's npm is taken from the system, else from PyPI.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+NPM := $(shell command -v npm 2>/dev/null || echo $(CURDIR)/$(BIN)/npm)
+
+.PHONY: setup demo test check generate generate-check bench format lock clean
+
+setup: $(VENV)/.installed node_modules/.installed
+
+$(VENV)/.installed: requirements.lock pyproject.toml sdk/python/pyproject.toml agents/scripted/pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.9"
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --requirement requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable . --editable sdk/python --editable agents/scripted
+	touch $@
+
+node_modules/.installed: package.json package-lock.json | $(VENV)/.installed
+	$(NPM) ci --no-audit --no-fund --loglevel=error
+	touch $@
+
+demo: setup
+	$(BIN)/branchline demo
+
+test: setup
+	$(BIN)/pytest -q
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code protos
+	if git rev-parse --verify --quiet main >/dev/null && git cat-file -e main:buf.yaml; then $(BIN)/buf breaking --against '.git#branch=main'; fi
+	$(MAKE) generate-check
+
+generate: setup
+	$(BIN)/buf generate
+
+generate-check: setup
+	rm -rf build/generated && mkdir -p build/generated
+	$(BIN)/buf generate --output build/generated 2>/dev/null
+	diff -r -x __pycache__ -x client.py -x __init__.py -x py.typed build/generated/sdk/python/src sdk/python/src
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/buf format --write protos
+
+lock:
+	$(BIN)/uv export --quiet --all-groups --no-emit-workspace --no-annotate --no-header --output-file requirements.lock
+
+clean:
+	rm -rf build data node_modules $(VENV)

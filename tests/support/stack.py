@@ -1,0 +1,229 @@
+"""A whole installation in this process, and what tests do with it."""
+
+import asyncio
+import subprocess
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+from branchline.client import Client
+from branchline.gateway.v1 import organizations_pb2, repositories_pb2, sessions_pb2, tasks_pb2
+from branchline.resource.v1 import organization_pb2, task_pb2
+from branchline.resource.v1.session_pb2 import TranscriptEntry
+from branchline.resource.v1.task_pb2 import Task
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from cli.demo import scripted_agents
+from cli.installation import SERVICES, Installation, local_installation
+from cli.settings import Addresses, Settings
+from cli.up import bootstrap
+from contextlib import AsyncExitStack
+from services.runtime.interceptors import AroundInterceptor, Call
+
+DEADLINE_SECONDS = 60.0
+T = TypeVar("T")
+
+
+def request_id() -> str:
+    return uuid.uuid4().hex
+
+
+async def eventually(look: Callable[[], Awaitable[T | None]], seconds: float = DEADLINE_SECONDS) -> T:
+    """Look until there is something to see."""
+    async with asyncio.timeout(seconds):
+        while True:
+            seen = await look()
+            if seen:
+                return seen
+            await asyncio.sleep(0.02)
+
+
+class Recorder(AroundInterceptor):
+    """Writes down every call that a service serves."""
+
+    def __init__(self, service: str, calls: list[tuple[str, str]]) -> None:
+        self._service = service
+        self._calls = calls
+
+    @asynccontextmanager
+    async def around(self, call: Call) -> AsyncGenerator[None, None]:
+        self._calls.append((self._service, call.method))
+        yield
+
+
+def git(*arguments: str, cwd: Path | None = None) -> str:
+    return subprocess.run(
+        ["git", *arguments], cwd=cwd, check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def make_remote(folder: Path, name: str = "") -> Path:
+    """Make a bare repository with one commit on main."""
+    remote = folder / f"{name or uuid.uuid4().hex[:8]}.git"
+    git("init", "--quiet", "--bare", "--initial-branch=main", str(remote))
+    work = folder / f"work-{uuid.uuid4().hex[:8]}"
+    git("clone", "--quiet", str(remote), str(work))
+    (work / "README.md").write_text("hello\n")
+    git("add", "--all", cwd=work)
+    git("-c", "user.name=Test", "-c", "user.email=test@localhost", "commit", "--quiet", "-m", "First", cwd=work)
+    git("push", "--quiet", "origin", "HEAD:main", cwd=work)
+    return remote
+
+
+@dataclass
+class Stack:
+    """A running installation with a client of its first user."""
+
+    installation: Installation
+    client: Client
+    token: str
+    organization_id: str
+    remotes: Path
+    calls: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def address(self) -> str:
+        return self.installation.addresses.gateway
+
+    async def add_repository(self, remote: Path | None = None, url: str = "") -> str:
+        remote_url = url or f"file://{remote or make_remote(self.remotes)}"
+        answer = await self.client.repositories.AddRepository(
+            repositories_pb2.AddRepositoryRequest(
+                request_id=request_id(), organization_id=self.organization_id, remote_url=remote_url
+            )
+        )
+        return answer.repository.id
+
+    async def create_task(self, repository_id: str, text: str = "say hello", **fields: Any) -> Task:
+        answer = await self.client.tasks.CreateTask(
+            tasks_pb2.CreateTaskRequest(request_id=request_id(), repository_id=repository_id, text=text, **fields)
+        )
+        return answer.task
+
+    async def ready_task(self, repository_id: str = "", **fields: Any) -> Task:
+        """Create a task and wait until it is idle, its text unsent."""
+        task = await self.create_task(repository_id or await self.add_repository(), hold_prompt=True, **fields)
+        return await self.until(task.id, task_pb2.TASK_STATUS_IDLE)
+
+    async def task(self, task_id: str) -> Task:
+        return (await self.client.tasks.GetTask(tasks_pb2.GetTaskRequest(task_id=task_id))).task
+
+    async def until(self, task_id: str, *statuses: int, turn: int = 0) -> Task:
+        """Wait until the task stands in one of the statuses, and its first session has had so many turns."""
+
+        async def look() -> Task | None:
+            answer = await self.client.tasks.GetTask(tasks_pb2.GetTaskRequest(task_id=task_id))
+            turns = answer.sessions[0].turn if answer.sessions else 0
+            return answer.task if answer.task.status in statuses and turns >= turn else None
+
+        return await eventually(look)
+
+    async def send(self, task: Task, text: str, *, queue: bool = False, session_id: str = "") -> TranscriptEntry:
+        answer = await self.client.sessions.SendMessage(
+            sessions_pb2.SendMessageRequest(
+                request_id=request_id(),
+                task_id=task.id,
+                session_id=session_id or task.sessions[0].id,
+                text=text,
+                queue=queue,
+            )
+        )
+        return answer.entry
+
+    async def transcript(self, task: Task, session_id: str = "") -> list[TranscriptEntry]:
+        answer = await self.client.sessions.ListTranscript(
+            sessions_pb2.ListTranscriptRequest(
+                task_id=task.id, session_id=session_id or task.sessions[0].id, page_size=1000
+            )
+        )
+        return list(answer.entries)
+
+    async def new_member(
+        self, role: int = organization_pb2.ROLE_MEMBER, organization_id: str = ""
+    ) -> tuple[Client, str]:
+        """Add a member; return a client of theirs and their user id."""
+        answer = await self.client.organizations.AddMember(
+            organizations_pb2.AddMemberRequest(
+                request_id=request_id(),
+                organization_id=organization_id or self.organization_id,
+                email=f"{uuid.uuid4().hex}@example.com",
+                display_name="Someone",
+                role=role,
+            )
+        )
+        return Client(self.address, answer.api_token), answer.member.user_id
+
+    async def new_organization(self) -> str:
+        answer = await self.client.organizations.CreateOrganization(
+            organizations_pb2.CreateOrganizationRequest(
+                request_id=request_id(),
+                slug=f"o{uuid.uuid4().hex[:12]}",
+                display_name="Other",
+                kind=organization_pb2.ORGANIZATION_KIND_TEAM,
+            )
+        )
+        return answer.organization.id
+
+
+@asynccontextmanager
+async def running_stack(folder: Path, **settings: Any) -> AsyncGenerator[Stack, None]:
+    """Run an installation with its data in a folder."""
+    remotes = folder / "remotes"
+    remotes.mkdir(parents=True, exist_ok=True)
+    local = {"agents": scripted_agents(), "writable_paths": [remotes], "stop_machines": True}
+    made = Settings(
+        data_dir=folder / "data", local=local, addresses=Addresses(gateway=""), calls_per_minute=10**6, **settings
+    )
+    installation = local_installation(made)
+    calls: list[tuple[str, str]] = []
+    async with AsyncExitStack() as stack:
+        for name in SERVICES:
+            service = installation.build(name)
+            service.interceptors = [Recorder(name, calls), *service.interceptors]
+            await stack.enter_async_context(service.running())
+        organization_id, token = await bootstrap(installation, "mock")
+        client = await stack.enter_async_context(Client(installation.addresses.gateway, token))
+        yield Stack(installation, client, token, organization_id, remotes, calls)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A failed call: its code, reason, message and details."""
+
+    code: grpc.StatusCode
+    reason: str
+    message: str
+    metadata: dict[str, str]
+    fields: list[str]
+    resource: str
+
+
+async def failure(call: Awaitable[Any]) -> Failure:
+    """Return how a call fails; fail if it does not."""
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        return failure_of(error)
+    raise AssertionError("the call was expected to fail")
+
+
+def failure_of(error: grpc.aio.AioRpcError) -> Failure:
+    info, bad, resource = (
+        error_details_pb2.ErrorInfo(),
+        error_details_pb2.BadRequest(),
+        error_details_pb2.ResourceInfo(),
+    )
+    status = rpc_status.from_call(error)
+    for detail in status.details if status else ():
+        for message in (info, bad, resource):
+            if detail.Is(message.DESCRIPTOR):
+                detail.Unpack(message)
+    fields = [violation.field for violation in bad.field_violations]
+    return Failure(
+        error.code(), info.reason, error.details() or "", dict(info.metadata), fields, resource.resource_name
+    )
