@@ -6,7 +6,7 @@ are posted, everything the agent says comes as numbered server-sent events that 
 
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -21,6 +21,7 @@ Json = dict[str, Any]
 
 _TIMEOUT_SECONDS = 30.0
 _CONNECT_SECONDS = 5.0
+_DISCONNECT_SECONDS = 1.0
 _COMMAND_GRACE_SECONDS = 10.0
 
 
@@ -135,8 +136,13 @@ class AgentServer:
         return {server["serverId"] for server in answer.json()["servers"]}
 
     async def disconnect(self, connection: str) -> None:
-        """Stop the agent of a connection."""
-        await self._send("DELETE", f"/v1/acp/{connection}")
+        """Stop the agent of a connection.
+
+        The server forgets the connection at once and may not answer until the process is gone, so the answer is
+        not waited for.
+        """
+        with suppress(httpx.ReadTimeout):
+            await self._http.delete(f"/v1/acp/{connection}", timeout=_DISCONNECT_SECONDS)
 
     async def request(
         self,

@@ -21,6 +21,8 @@ from services.sandbox.store import GONE, SandboxStore
 
 log = structlog.get_logger()
 
+_PARALLEL_STOPS = 8
+
 WORKSPACE = "workspace"
 """Directory of the working tree, below the sandbox's home."""
 
@@ -125,10 +127,15 @@ class Machines:
         """Stop every running machine and keep the files."""
         async with self.chassis.database.read() as connection:
             held = await self.store.all_sandboxes(connection)
-        for sandbox in held:
-            if sandbox.status == sandbox_pb2.SANDBOX_STATUS_RUNNING:
+        running = [sandbox for sandbox in held if sandbox.status == sandbox_pb2.SANDBOX_STATUS_RUNNING]
+        limit = asyncio.Semaphore(_PARALLEL_STOPS)
+
+        async def stop(sandbox: Sandbox) -> None:
+            async with limit:
                 await self.providers[sandbox.provider].pause(sandbox.id)
-                await self.store.change_sandbox(sandbox.id, sandbox_pb2.SANDBOX_STATUS_PAUSED, "the backend stopped")
+            await self.store.change_sandbox(sandbox.id, sandbox_pb2.SANDBOX_STATUS_PAUSED, "the backend stopped")
+
+        await asyncio.gather(*(stop(sandbox) for sandbox in running))
 
     async def close(self) -> None:
         """Close all connections. The machines go on."""

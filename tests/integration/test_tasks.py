@@ -152,9 +152,7 @@ async def test_a_sandbox_sees_neither_the_backend_nor_its_secrets(stack: Stack) 
     data = stack.installation.settings.data_dir.absolute()
     command = ["sh", "-c", f"ls {data}/task {data}/signing.key; env | grep -i signing"]
 
-    answer = await stack.client.sandboxes.RunCommand(
-        sandboxes_pb2.RunCommandRequest(task_id=task.id, command=command)
-    )
+    answer = await stack.client.sandboxes.RunCommand(sandboxes_pb2.RunCommandRequest(task_id=task.id, command=command))
     workbench = await stack.client.tasks.GetTask(tasks_pb2.GetTaskRequest(task_id=task.id))
 
     if workbench.sandboxes[0].isolation == "bubblewrap":

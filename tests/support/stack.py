@@ -4,7 +4,7 @@ import asyncio
 import subprocess
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +22,6 @@ from cli.demo import scripted_agents
 from cli.installation import SERVICES, Installation, local_installation
 from cli.settings import Addresses, Settings
 from cli.up import bootstrap
-from contextlib import AsyncExitStack
 from services.runtime.interceptors import AroundInterceptor, Call
 
 DEADLINE_SECONDS = 60.0
@@ -57,9 +56,7 @@ class Recorder(AroundInterceptor):
 
 
 def git(*arguments: str, cwd: Path | None = None) -> str:
-    return subprocess.run(
-        ["git", *arguments], cwd=cwd, check=True, capture_output=True, text=True
-    ).stdout.strip()
+    return subprocess.run(["git", *arguments], cwd=cwd, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def make_remote(folder: Path, name: str = "") -> Path:
@@ -121,7 +118,10 @@ class Stack:
             turns = answer.sessions[0].turn if answer.sessions else 0
             return answer.task if answer.task.status in statuses and turns >= turn else None
 
-        return await eventually(look)
+        try:
+            return await eventually(look)
+        except TimeoutError as error:
+            raise AssertionError(f"the task stands elsewhere: {await self.task(task_id)}") from error
 
     async def send(self, task: Task, text: str, *, queue: bool = False, session_id: str = "") -> TranscriptEntry:
         answer = await self.client.sessions.SendMessage(

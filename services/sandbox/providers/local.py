@@ -26,7 +26,7 @@ log = structlog.get_logger()
 
 _MARK = "BRANCHLINE_SANDBOX_ID"
 _START_SECONDS = 20.0
-_STOP_SECONDS = 3.0
+_STOP_SECONDS = (0.3, 5.0)
 _LIMITS = ("--core=0", "--nofile=8192", "--nproc=8192")
 _TMP = "/tmp"  # noqa: S108 - each sandbox gets an empty one of its own
 _ACP_TIMEOUT_MS = str(24 * 3600 * 1000)
@@ -219,14 +219,14 @@ class LocalProvider:
         await asyncio.to_thread(self._stop_now, sandbox_id)
 
     def _stop_now(self, sandbox_id: str) -> None:
-        for how in (signal.SIGTERM, signal.SIGKILL):
+        for how, patience in zip((signal.SIGTERM, signal.SIGKILL), _STOP_SECONDS, strict=True):
             found = [process for name, process in self._processes() if name == sandbox_id]
             for process in found:
                 try:
                     process.send_signal(how)
                 except psutil.NoSuchProcess:
                     continue
-            _, alive = psutil.wait_procs(found, timeout=_STOP_SECONDS)
+            _, alive = psutil.wait_procs(found, timeout=patience)
             if not alive:
                 return
 
