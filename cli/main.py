@@ -104,6 +104,7 @@ def up(
         async with everything(installation):
             organization_id, token = await bootstrap(installation, agent)
             views.print_welcome(console, installation.addresses, organization_id, token)
+            console.print("\nBranchline is up. Ctrl-C stops it; agents at work go on and are found again.")
             await until_stopped()
 
     _run(main())
@@ -122,6 +123,21 @@ def serve(
         built = distributed_installation(_settings(data_dir)).build(service)
         async with built.running():
             await until_stopped()
+
+    _run(main())
+
+
+@app.command("bootstrap")
+def bootstrap_command(
+    data_dir: DataDir = DEFAULT_DATA,
+    agent: Annotated[str, typer.Option(help="Agent of tasks that name none.")] = "claude",
+) -> None:
+    """Create the first user, organization and token of services that run apart."""
+
+    async def main() -> None:
+        installation = distributed_installation(_settings(data_dir))
+        organization_id, token = await bootstrap(installation, agent)
+        views.print_welcome(console, installation.addresses, organization_id, token)
 
     _run(main())
 

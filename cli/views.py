@@ -167,4 +167,3 @@ def print_welcome(console: Console, addresses: Addresses, organization_id: str, 
     console.print(table)
     console.print(f"organization  {organization_id}")
     console.print(f"token         {token}", soft_wrap=True)
-    console.print("\nBranchline is up. Ctrl-C stops it.")

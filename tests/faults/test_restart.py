@@ -1,0 +1,196 @@
+"""What a kill leaves: nothing lost, nothing doubled, nothing stuck."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from branchline.client import Client
+from branchline.gateway.v1 import history_pb2, repositories_pb2, sessions_pb2, tasks_pb2
+from branchline.resource.v1 import task_pb2
+from branchline.resource.v1.session_pb2 import TranscriptEntry
+from branchline.resource.v1.task_pb2 import Task
+
+from tests.support.process import SERVICES, Processes, one_process, own_processes
+from tests.support.stack import eventually, git, make_remote
+
+IDLE, ERROR, RUNNING = task_pb2.TASK_STATUS_IDLE, task_pb2.TASK_STATUS_ERROR, task_pb2.TASK_STATUS_RUNNING
+COUNT = "\n".join(f"say word{number}\nwait 0.2" for number in range(1, 16))
+
+
+@asynccontextmanager
+async def up(folder: Path) -> AsyncGenerator[Processes, None]:
+    processes = one_process(folder)
+    await processes.start("up", "up")
+    try:
+        yield processes
+    finally:
+        await processes.stop()
+
+
+async def create_task(client: Client, organization_id: str, folder: Path, text: str, *, hold: bool = True) -> Task:
+    remote = make_remote(folder / "remotes")
+    added = await client.repositories.AddRepository(
+        repositories_pb2.AddRepositoryRequest(
+            request_id=uuid.uuid4().hex, organization_id=organization_id, remote_url=f"file://{remote}"
+        )
+    )
+    made = await client.tasks.CreateTask(
+        tasks_pb2.CreateTaskRequest(
+            request_id=uuid.uuid4().hex, repository_id=added.repository.id, text=text, hold_prompt=hold
+        )
+    )
+    return made.task
+
+
+async def until(client: Client, task_id: str, *statuses: int, turn: int = 0, seconds: float = 60) -> Task:
+    async def look() -> Task | None:
+        try:
+            answer = await client.tasks.GetTask(tasks_pb2.GetTaskRequest(task_id=task_id), timeout=5)
+        except grpc.aio.AioRpcError:
+            return None
+        reached = answer.task.status in statuses and answer.sessions[0].turn >= turn
+        return answer.task if reached else None
+
+    return await eventually(look, seconds)
+
+
+async def send(client: Client, task: Task, text: str) -> None:
+    await client.sessions.SendMessage(
+        sessions_pb2.SendMessageRequest(
+            request_id=uuid.uuid4().hex, task_id=task.id, session_id=task.sessions[0].id, text=text
+        )
+    )
+
+
+async def transcript(client: Client, task: Task) -> list[TranscriptEntry]:
+    answer = await client.sessions.ListTranscript(
+        sessions_pb2.ListTranscriptRequest(task_id=task.id, session_id=task.sessions[0].id, page_size=1000)
+    )
+    return list(answer.entries)
+
+
+async def some_words(client: Client, task: Task) -> bool:
+    return any("word2" in entry.text for entry in (await transcript(client, task))[1:])
+
+
+async def history_kinds(client: Client, organization_id: str, task: Task) -> list[str]:
+    answer = await client.history.ListHistory(
+        history_pb2.ListHistoryRequest(
+            organization_id=organization_id, task_id=task.id, oldest_first=True, page_size=1000
+        )
+    )
+    sequences = [event.sequence for event in answer.events]
+    assert sequences == sorted(set(sequences))
+    return [event.kind for event in answer.events]
+
+
+async def test_a_kill_in_mid_turn_loses_and_doubles_no_word(tmp_path: Path) -> None:  # OPS-3, SES-7
+    async with up(tmp_path) as processes, AsyncExitStack() as stack:
+        client, organization_id = await processes.client(stack)
+        task = await until(client, (await create_task(client, organization_id, tmp_path, "go")).id, IDLE)
+        await send(client, task, COUNT)
+        await eventually(lambda: some_words(client, task))
+
+        await processes.kill("up")
+        await processes.start("up", "up")
+        client, organization_id = await processes.client(stack)
+        await until(client, task.id, IDLE, turn=1)
+
+        text = "".join(entry.text for entry in (await transcript(client, task))[1:])
+        assert text == "".join(f"word{number}\n" for number in range(1, 16)) + "Done.\n"
+
+        async def finished() -> bool:
+            return (await history_kinds(client, organization_id, task)).count("agent.finished") == 1
+
+        assert await eventually(finished)
+
+
+async def test_a_kill_of_agents_too_ends_the_turn_with_a_reason_and_a_way_on(tmp_path: Path) -> None:  # OPS-3, SES-8
+    async with up(tmp_path) as processes, AsyncExitStack() as stack:
+        client, organization_id = await processes.client(stack)
+        task = await until(client, (await create_task(client, organization_id, tmp_path, "go")).id, IDLE)
+        await send(client, task, f"write kept.txt: kept\n{COUNT}")
+        await eventually(lambda: some_words(client, task))
+
+        await processes.kill("up")
+        processes.kill_sandboxes()
+        await processes.start("up", "up")
+        client, _ = await processes.client(stack)
+        failed = await until(client, task.id, ERROR)
+        await send(client, task, "run cat kept.txt\ncommit Keep\npush")
+        await until(client, task.id, IDLE, turn=2)
+
+        assert "send a message to go on" in failed.status_reason
+        entries = await transcript(client, task)
+        assert any(entry.output.strip() == "kept" for entry in entries)
+        assert not any(entry.streaming for entry in entries)
+        assert [entry.position for entry in entries] == list(range(1, len(entries) + 1))
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.3, 0.8])
+async def test_a_kill_while_provisioning_leaves_no_task_stuck_and_no_second_sandbox(
+    tmp_path: Path, delay: float
+) -> None:  # TSK-2, TSK-8, SBX-5
+    async with up(tmp_path) as processes, AsyncExitStack() as stack:
+        client, organization_id = await processes.client(stack)
+        task = await create_task(client, organization_id, tmp_path, "write a.txt: a\ncommit A\npush", hold=False)
+        await asyncio.sleep(delay)
+
+        await processes.kill("up")
+        await processes.start("up", "up")
+        client, _ = await processes.client(stack)
+        await until(client, task.id, IDLE, turn=1)
+
+        answer = await client.tasks.GetTask(tasks_pb2.GetTaskRequest(task_id=task.id))
+        assert len(answer.sandboxes) == 1
+        assert git("show", f"{task.branch}:a.txt", cwd=next((tmp_path / "remotes").glob("*.git"))) == "a"
+        said = [entry.text for entry in await transcript(client, task)]
+        assert said.count("write a.txt: a\ncommit A\npush") == 1
+
+
+async def test_an_orphaned_sandbox_is_destroyed_at_the_next_start(tmp_path: Path) -> None:  # SBX-5
+    async with up(tmp_path) as processes, AsyncExitStack() as stack:
+        client, organization_id = await processes.client(stack)
+        await until(client, (await create_task(client, organization_id, tmp_path, "go")).id, IDLE)
+        await processes.kill("up")
+        for file in (tmp_path / "data" / "sandbox").glob("sandbox.sqlite*"):
+            file.unlink()  # the service has forgotten its sandboxes
+        assert processes.sandbox_processes()
+
+        await processes.start("up", "up")
+        await processes.client(stack)
+
+        assert not processes.sandbox_processes()
+
+
+async def test_services_that_run_apart_are_killed_one_by_one_under_work(tmp_path: Path) -> None:  # OPS-2, OPS-3
+    processes = own_processes(tmp_path)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(processes.stop)
+        for name in SERVICES:
+            await processes.start(name, "serve", name)
+        await processes.start("bootstrap", "bootstrap", "--agent", "mock")
+        client, organization_id = await processes.client(stack)
+        task = await until(client, (await create_task(client, organization_id, tmp_path, "go")).id, IDLE)
+        await send(client, task, COUNT)
+
+        for name in SERVICES:
+            await processes.kill(name)
+            await processes.start(name, "serve", name)
+        client, organization_id = await processes.client(stack)
+        await until(client, task.id, IDLE, turn=1)
+
+        async def told() -> bool:
+            text = "".join(entry.text for entry in (await transcript(client, task))[1:])
+            return text == "".join(f"word{number}\n" for number in range(1, 16)) + "Done.\n"
+
+        assert await eventually(told)
+
+        async def recorded() -> bool:
+            return (await history_kinds(client, organization_id, task)).count("agent.finished") == 1
+
+        assert await eventually(recorded)

@@ -1,0 +1,134 @@
+"""Branchline as users run it: its own processes, killed and started again."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+from branchline.client import Client
+from branchline.gateway.v1 import users_pb2
+
+from cli.demo import scripted_agents
+from tests.support.stack import eventually
+
+PROGRAM = Path(sys.executable).with_name("branchline")
+SERVICES = ("organization", "user", "github_data", "history", "repository", "task", "sandbox", "gateway")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Processes:
+    """Processes of one installation, by name."""
+
+    folder: Path
+    environment: dict[str, str]
+    address: str
+    running: dict[str, asyncio.subprocess.Process] = field(default_factory=dict)
+
+    async def start(self, name: str, *arguments: str) -> None:
+        """Start a command in a session of its own."""
+        log = (self.folder / f"{name}.log").open("ab")
+        self.running[name] = await asyncio.create_subprocess_exec(
+            str(PROGRAM),
+            *arguments,
+            "--data-dir",
+            str(self.folder / "data"),
+            env={**os.environ, **self.environment},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        log.close()
+
+    async def kill(self, name: str) -> None:
+        """Kill with SIGKILL."""
+        process = self.running.pop(name)
+        process.kill()
+        await process.wait()
+
+    async def stop(self) -> None:
+        """Stop all, politely and then not."""
+        for process in self.running.values():
+            if process.returncode is None:
+                process.send_signal(signal.SIGTERM)
+        for process in self.running.values():
+            try:
+                await asyncio.wait_for(process.wait(), 20)
+            except TimeoutError:
+                process.kill()
+        self.running.clear()
+        self.kill_sandboxes()
+
+    def sandbox_processes(self) -> list[psutil.Process]:
+        """Return all processes of this installation's sandboxes."""
+        root = str(self.folder / "data" / "sandbox")
+        found: list[psutil.Process] = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("HOME", "").startswith(root):
+                    found.append(process)
+            except (psutil.Error, OSError):
+                continue
+        return found
+
+    def kill_sandboxes(self) -> None:
+        """Kill every sandbox with SIGKILL."""
+        processes = self.sandbox_processes()
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(processes, timeout=5)
+
+    async def client(self, stack: AsyncExitStack, token: str = "") -> tuple[Client, str]:
+        """Return a client once the gateway answers, and the first organization."""
+        path = self.folder / "data" / "token"
+
+        async def connected() -> tuple[Client, str] | None:
+            known = token or (path.read_text() if path.exists() else "")
+            if not known:
+                return None
+            client = Client(self.address, known)
+            try:
+                me = await client.users.WhoAmI(users_pb2.WhoAmIRequest(), timeout=5)
+            except Exception:  # not up yet
+                await client.close()
+                return None
+            return client, me.memberships[0].organization_id
+
+        client, organization_id = await eventually(connected)
+        stack.push_async_callback(client.close)
+        return client, organization_id
+
+
+def one_process(folder: Path) -> Processes:
+    """Prepare `branchline up`."""
+    address = f"127.0.0.1:{free_port()}"
+    return Processes(folder, {"BRANCHLINE_ADDRESSES__GATEWAY": address, **_common(folder)}, address)
+
+
+def own_processes(folder: Path) -> Processes:
+    """Prepare `branchline serve` for each service."""
+    addresses = {name: f"127.0.0.1:{free_port()}" for name in SERVICES}
+    environment = {f"BRANCHLINE_ADDRESSES__{name.upper()}": address for name, address in addresses.items()}
+    environment["BRANCHLINE_SIGNING_KEY"] = "a key for tests, long enough for HS256"
+    environment["BRANCHLINE_LOCAL__AGENTS"] = json.dumps(scripted_agents())
+    return Processes(folder, {**environment, **_common(folder)}, addresses["gateway"])
+
+
+def _common(folder: Path) -> dict[str, str]:
+    remotes = folder / "remotes"
+    remotes.mkdir(parents=True, exist_ok=True)
+    return {"BRANCHLINE_LOCAL__WRITABLE_PATHS": json.dumps([str(remotes)])}
