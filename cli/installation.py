@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import SecretStr
 
 import gateway
-from cli.settings import Addresses, Settings
+from cli.settings import Addresses, Settings, SettingsError
 from services import github_data, history, organization, repository, sandbox, task, user
 from services.runtime.secrets import read_or_create_key
 from services.runtime.service import Service
@@ -20,10 +20,6 @@ SERVICES = ("organization", "user", "github_data", "history", "repository", "tas
 """In the order in which they are started: coordinators before their children, so that pushes find them."""
 
 _ROOT = Path(__file__).parents[1]
-
-
-class SettingsError(Exception):
-    """The settings do not suffice; the message says what to do."""
 
 
 class Installation:

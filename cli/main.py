@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import importlib
 import os
 import sys
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import grpc
@@ -24,12 +26,8 @@ from google.protobuf.json_format import MessageToJson
 from grpc_status import rpc_status
 from rich.console import Console
 
-from cli import demo as demo_job
 from cli import views
-from cli.installation import SERVICES, SettingsError, distributed_installation, local_installation
-from cli.settings import Settings, load_settings
-from cli.up import bootstrap, everything, read_token, until_stopped
-from services.runtime.logging import configure_logging
+from cli.settings import SettingsError, read_token
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -71,12 +69,6 @@ def _run(main: Coroutine[Any, Any, int | None]) -> None:
     raise typer.Exit(code or 0)
 
 
-def _settings(data_dir: Path, **given: Any) -> Settings:
-    settings = load_settings(data_dir=data_dir, **given)
-    configure_logging(json=settings.log_json, level=settings.log_level)
-    return settings
-
-
 async def _as_client(data_dir: Path, job: Callable[[Client, str], Awaitable[int | None]]) -> int | None:
     """Run a job with a client and the caller's first organization."""
     address = os.environ.get("BRANCHLINE_ADDRESS", "127.0.0.1:7700")
@@ -95,51 +87,25 @@ def up(
     agent: Annotated[str, typer.Option(help="Agent of tasks that name none.")] = "mock",
 ) -> None:
     """Run all services in this process on loopback, until Ctrl-C."""
-
-    async def main() -> None:
-        settings = _settings(data_dir)
-        if not settings.local.agents:
-            settings = _settings(data_dir, local={**settings.local.model_dump(), "agents": demo_job.scripted_agents()})
-        installation = local_installation(settings)
-        async with everything(installation):
-            organization_id, token = await bootstrap(installation, agent)
-            views.print_welcome(console, installation.addresses, organization_id, token)
-            console.print("\nBranchline is up. Ctrl-C stops it; agents at work go on and are found again.")
-            await until_stopped()
-
-    _run(main())
+    _run(_server().up(console, data_dir, agent))
 
 
 @app.command()
 def serve(
-    service: Annotated[str, typer.Argument(help=f"One of: {', '.join(SERVICES)}.")],
+    service: Annotated[str, typer.Argument(help="The service's name, such as task or gateway.")],
     data_dir: DataDir = DEFAULT_DATA,
 ) -> None:
     """Run one service in this process, until it is told to stop."""
-
-    async def main() -> None:
-        if service not in SERVICES:
-            raise SettingsError(f'there is no service "{service}"; there are: {", ".join(SERVICES)}')
-        built = distributed_installation(_settings(data_dir)).build(service)
-        async with built.running():
-            await until_stopped()
-
-    _run(main())
+    _run(_server().serve(data_dir, service))
 
 
-@app.command("bootstrap")
-def bootstrap_command(
+@app.command()
+def bootstrap(
     data_dir: DataDir = DEFAULT_DATA,
     agent: Annotated[str, typer.Option(help="Agent of tasks that name none.")] = "claude",
 ) -> None:
     """Create the first user, organization and token of services that run apart."""
-
-    async def main() -> None:
-        installation = distributed_installation(_settings(data_dir))
-        organization_id, token = await bootstrap(installation, agent)
-        views.print_welcome(console, installation.addresses, organization_id, token)
-
-    _run(main())
+    _run(_server().bootstrap(console, data_dir, agent))
 
 
 @app.command()
@@ -148,8 +114,12 @@ def demo(
     data_dir: Annotated[Path | None, typer.Option(help="Data folder; a temporary one when not given.")] = None,
 ) -> None:
     """Start everything, let an agent change a file, commit and push, and show it live."""
-    configure_logging(level=os.environ.get("BRANCHLINE_LOG_LEVEL", "error"))
-    _run(demo_job.run(console, source.absolute(), data_dir))
+    _run(_server().demo(console, source.absolute(), data_dir))
+
+
+def _server() -> ModuleType:
+    """Load the services only for the commands that run them: the others start at once."""
+    return importlib.import_module("cli.server")
 
 
 @repo_app.command("add")

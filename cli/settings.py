@@ -4,6 +4,7 @@
 its name: `BRANCHLINE_GITHUB_DATA__TOKEN` or `[github_data] token = ...`.
 """
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,14 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 PREFIX = "BRANCHLINE_"
 CLIENT_KEYS = frozenset({"BRANCHLINE_ADDRESS", "BRANCHLINE_TOKEN"})
 CONFIG_VARIABLE = "BRANCHLINE_CONFIG"
+
+
+TOKEN_FILE = "token"  # noqa: S105 - a file name
+"""File in the data folder that keeps the first API token, readable by its owner alone."""
+
+
+class SettingsError(Exception):
+    """The settings do not suffice; the message says what to do."""
 
 
 class _Section(BaseModel):
@@ -94,3 +103,10 @@ def load_settings(**given: Any) -> Settings:
         if variable.partition("__")[0].upper() not in known:
             raise ValueError(f"{variable} is not a setting of Branchline")
     return Settings(**given)
+
+
+def read_token(data_dir: Path) -> str:
+    """Return the first API token, or nothing."""
+    with contextlib.suppress(OSError):
+        return (data_dir / TOKEN_FILE).read_text().strip()
+    return ""

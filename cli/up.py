@@ -1,21 +1,18 @@
 """Runs all services in this process, or one of them, until it is told to stop."""
 
 import asyncio
-import contextlib
 import signal
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
-from pathlib import Path
 
 from branchline.organization.v1 import organization_pb2, organization_pb2_grpc
 
 from cli.installation import SERVICES, Installation
+from cli.settings import TOKEN_FILE, read_token
 from services.runtime.client import open_channel
 from services.runtime.principal import Signer
 
 _BOOTSTRAP_SECONDS = 30.0
-TOKEN_FILE = "token"  # noqa: S105 - a file name
-"""File in the data folder that keeps the first API token, readable by its owner alone."""
 
 
 @asynccontextmanager
@@ -53,13 +50,6 @@ async def bootstrap(installation: Installation, default_agent: str) -> tuple[str
         path.touch(mode=0o600)
         path.write_text(answer.api_token)
     return answer.organization.id, read_token(settings.data_dir)
-
-
-def read_token(data_dir: Path) -> str:
-    """Return the first API token, or nothing."""
-    with contextlib.suppress(OSError):
-        return (data_dir / TOKEN_FILE).read_text().strip()
-    return ""
 
 
 async def until_stopped() -> None:

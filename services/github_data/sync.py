@@ -14,7 +14,7 @@ from branchline.github_data.v1.github_data_pb2 import GithubRepository
 from branchline.resource.v1 import organization_pb2
 from branchline.resource.v1.organization_pb2 import GithubStatus
 from branchline.resource.v1.repository_pb2 import Branch, PullRequest
-from githubkit import GitHub
+from githubkit import GitHub, Response
 from githubkit.exception import GitHubException, RequestFailed
 
 from services.github_data.store import GithubStore
@@ -23,8 +23,11 @@ from services.runtime.signal import Signal
 
 log = structlog.get_logger()
 
+Json = dict[str, Any]
+
 _PARALLEL_REPOSITORIES = 4
 _REFUSED = frozenset({401, 403})
+_NO_SUCH_ACCOUNT = 404
 
 
 @dataclass(slots=True)
@@ -49,28 +52,16 @@ class GithubSync:
         try:
             status.repository_count = await self._read_account(organization_id, login)
             status.connection = organization_pb2.GITHUB_CONNECTION_CONNECTED
-        except RequestFailed as error:
-            refused = error.response.status_code in _REFUSED
-            status.connection = (
-                organization_pb2.GITHUB_CONNECTION_RECONNECT_REQUIRED
-                if refused
-                else organization_pb2.GITHUB_CONNECTION_FAILING
-            )
-            status.detail = f"GitHub answered {error.response.status_code}: {error.response.text[:500]}"
-        except (GitHubException, httpx.HTTPError) as error:
-            status.connection = organization_pb2.GITHUB_CONNECTION_FAILING
-            status.detail = str(error)[:500]
+        except* (GitHubException, httpx.HTTPError, KeyError, ValueError) as errors:
+            _explain(status, errors)
         log.info("github sync ended", organization=organization_id, detail=status.detail)
         return status
 
     async def _read_account(self, organization_id: str, login: str) -> int:
-        repositories = [
-            repository
-            async for repository in self.github.rest.paginate(self.github.rest.repos.async_list_for_org, org=login)
-        ]
+        repositories = await self._repositories(login)
         limit = asyncio.Semaphore(_PARALLEL_REPOSITORIES)
 
-        async def read(repository: Any) -> None:
+        async def read(repository: Json) -> None:
             async with limit:
                 reported = await self._read_repository(organization_id, login, repository)
                 await self.store.save_repository(reported)
@@ -80,33 +71,64 @@ class GithubSync:
                 group.create_task(read(repository))
         return len(repositories)
 
-    async def _read_repository(self, organization_id: str, login: str, repository: Any) -> GithubRepository:
+    async def _repositories(self, login: str) -> list[Json]:
+        """Return the repositories of an organization, or of a person if there is no such organization."""
         rest = self.github.rest
+        try:
+            return [one async for one in rest.paginate(rest.repos.async_list_for_org, map_func=_json, org=login)]
+        except RequestFailed as error:
+            if error.response.status_code != _NO_SUCH_ACCOUNT:
+                raise
+        return [one async for one in rest.paginate(rest.repos.async_list_for_user, map_func=_json, username=login)]
+
+    async def _read_repository(self, organization_id: str, login: str, repository: Json) -> GithubRepository:
+        rest = self.github.rest
+        name = str(repository["name"])
         reported = GithubRepository(
             organization_id=organization_id,
-            github_id=repository.id,
-            full_name=repository.full_name,
-            clone_url=repository.clone_url or repository.html_url,
-            default_branch=repository.default_branch or "",
+            github_id=repository["id"],
+            full_name=repository["full_name"],
+            clone_url=repository.get("clone_url") or repository["html_url"],
+            default_branch=repository.get("default_branch") or "",
         )
-        async for branch in rest.paginate(rest.repos.async_list_branches, owner=login, repo=repository.name):
+        async for branch in rest.paginate(rest.repos.async_list_branches, map_func=_json, owner=login, repo=name):
+            head = branch["commit"]["sha"]
             reported.branches.append(
-                Branch(name=branch.name, head_commit=branch.commit.sha, protected=bool(branch.protected))
+                Branch(name=branch["name"], head_commit=head, protected=bool(branch.get("protected")))
             )
-        async for pull in rest.paginate(rest.pulls.async_list, owner=login, repo=repository.name, state="open"):
+        async for pull in rest.paginate(rest.pulls.async_list, map_func=_json, owner=login, repo=name, state="open"):
             reported.pull_requests.append(_pull_request(pull))
         return reported
 
 
-def _pull_request(pull: Any) -> PullRequest:
+def _explain(status: GithubStatus, errors: BaseExceptionGroup[Exception]) -> None:
+    """Say in the status why a sync failed."""
+    error = errors.exceptions[0]
+    if isinstance(error, BaseExceptionGroup):
+        _explain(status, error)
+        return
+    status.connection = organization_pb2.GITHUB_CONNECTION_FAILING
+    status.detail = f"{type(error).__name__}: {error}"[:500]
+    if isinstance(error, RequestFailed):
+        status.detail = f"GitHub answered {error.response.status_code}: {error.response.text[:500]}"
+        if error.response.status_code in _REFUSED:
+            status.connection = organization_pb2.GITHUB_CONNECTION_RECONNECT_REQUIRED
+
+
+def _json(response: Response[Any]) -> list[Json]:
+    """Return a page as it came. Not as githubkit's models: those refuse a page for a field that we do not read."""
+    return response.json()
+
+
+def _pull_request(pull: Json) -> PullRequest:
     message = PullRequest(
-        number=pull.number,
-        title=pull.title,
-        head_branch=pull.head.ref,
-        base_branch=pull.base.ref,
-        author_login=pull.user.login if pull.user else "",
-        draft=bool(pull.draft),
-        url=pull.html_url,
+        number=pull["number"],
+        title=pull["title"],
+        head_branch=pull["head"]["ref"],
+        base_branch=pull["base"]["ref"],
+        author_login=(pull.get("user") or {}).get("login", ""),
+        draft=bool(pull.get("draft")),
+        url=pull["html_url"],
     )
-    message.update_time.FromDatetime(pull.updated_at)
+    message.update_time.FromJsonString(pull["updated_at"])
     return message

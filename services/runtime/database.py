@@ -5,8 +5,9 @@ process after the commit, in the order of commits.
 """
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class Database:
         self.path = path
         self._writing = asyncio.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
+        _use_write_ahead_log(path)
         self._writer = _engine(path, "BEGIN IMMEDIATE", poolclass=StaticPool)
         self._reader = _engine(path, "BEGIN", pool_size=_READERS, max_overflow=0)
 
@@ -75,6 +77,12 @@ class Database:
         await self._reader.dispose()
 
 
+def _use_write_ahead_log(path: Path) -> None:
+    """Switch the file to the write-ahead log. It stays so; the switch itself needs the file for itself."""
+    with closing(sqlite3.connect(path, timeout=_BUSY_TIMEOUT_MS / 1000)) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
+
+
 def _engine(path: Path, begin: str, **options: Any) -> AsyncEngine:
     """Make an engine whose transactions begin with the given statement.
 
@@ -85,12 +93,7 @@ def _engine(path: Path, begin: str, **options: Any) -> AsyncEngine:
     def on_connect(connection: Any, _record: object) -> None:
         connection.isolation_level = None
         cursor = connection.cursor()
-        for pragma in (
-            "journal_mode=WAL",
-            "synchronous=FULL",
-            "foreign_keys=ON",
-            f"busy_timeout={_BUSY_TIMEOUT_MS}",
-        ):
+        for pragma in (f"busy_timeout={_BUSY_TIMEOUT_MS}", "synchronous=FULL", "foreign_keys=ON"):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
 

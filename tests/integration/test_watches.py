@@ -1,6 +1,7 @@
 """Watches: a snapshot, then changes; exactly what was missed after a break; nobody sees what is not theirs."""
 
 import asyncio
+import itertools
 from typing import Any
 
 import grpc
@@ -132,7 +133,7 @@ async def test_a_task_is_watched_with_its_transcript_as_it_streams(stack: Stack)
     streamed = next(states for states in seen.values() if states[-1][1].endswith("Done.\n"))
     assert len(streamed) > 3
     assert [revision for revision, _ in streamed] == sorted({revision for revision, _ in streamed})
-    assert all(later.startswith(earlier) for (_, earlier), (_, later) in zip(streamed, streamed[1:], strict=False))
+    assert all(later.startswith(earlier) for (_, earlier), (_, later) in itertools.pairwise(streamed))
 
 
 async def test_a_users_own_state_is_seen_by_nobody_else(stack: Stack) -> None:  # USR-5

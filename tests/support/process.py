@@ -5,27 +5,21 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import sys
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import grpc
 import psutil
 from branchline.client import Client
 from branchline.gateway.v1 import users_pb2
 
 from cli.demo import scripted_agents
-from tests.support.stack import eventually
+from tests.support.stack import eventually, free_port
 
 PROGRAM = Path(sys.executable).with_name("branchline")
 SERVICES = ("organization", "user", "github_data", "history", "repository", "task", "sandbox", "gateway")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass
@@ -103,7 +97,7 @@ class Processes:
             client = Client(self.address, known)
             try:
                 me = await client.users.WhoAmI(users_pb2.WhoAmIRequest(), timeout=5)
-            except Exception:  # not up yet
+            except grpc.aio.AioRpcError:  # not up yet
                 await client.close()
                 return None
             return client, me.memberships[0].organization_id

@@ -1,6 +1,7 @@
 """A whole installation in this process, and what tests do with it."""
 
 import asyncio
+import socket
 import subprocess
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -20,11 +21,22 @@ from grpc_status import rpc_status
 
 from cli.demo import scripted_agents
 from cli.installation import SERVICES, Installation, local_installation
-from cli.settings import Addresses, Settings
+from cli.settings import Addresses, GithubSettings, Settings
 from cli.up import bootstrap
 from services.runtime.interceptors import AroundInterceptor, Call
 
 DEADLINE_SECONDS = 60.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+GITHUB_PORT = free_port()
+"""Where the installation expects GitHub; `test_github` runs a simulator there."""
+
 T = TypeVar("T")
 
 
@@ -177,7 +189,12 @@ async def running_stack(folder: Path, **settings: Any) -> AsyncGenerator[Stack, 
     remotes.mkdir(parents=True, exist_ok=True)
     local = {"agents": scripted_agents(), "writable_paths": [remotes], "stop_machines": True}
     made = Settings(
-        data_dir=folder / "data", local=local, addresses=Addresses(gateway=""), calls_per_minute=10**6, **settings
+        data_dir=folder / "data",
+        local=local,
+        addresses=Addresses(gateway=""),
+        github=GithubSettings(url=f"http://127.0.0.1:{GITHUB_PORT}", token="token"),
+        calls_per_minute=10**6,
+        **settings,
     )
     installation = local_installation(made)
     calls: list[tuple[str, str]] = []

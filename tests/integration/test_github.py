@@ -1,0 +1,116 @@
+"""Repositories, branches and pull requests from GitHub, against a simulator that speaks its REST API."""
+
+import asyncio
+import shutil
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+import grpc
+import pytest
+import pytest_asyncio
+from branchline.gateway.v1 import organizations_pb2, repositories_pb2
+from branchline.resource.v1 import organization_pb2, repository_pb2
+from branchline.resource.v1.organization_pb2 import Organization
+from google.protobuf.field_mask_pb2 import FieldMask
+
+from tests.support.stack import GITHUB_PORT, Stack, eventually, failure, request_id
+
+SIMULATOR = Path(__file__).parents[1] / "support" / "github_simulator.mjs"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def github() -> AsyncGenerator[None, None]:
+    """Run the simulator where the installation expects GitHub."""
+    node = shutil.which("node")
+    assert node, "node runs the simulator"
+    process = await asyncio.create_subprocess_exec(
+        node, str(SIMULATOR), str(GITHUB_PORT), stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert b"listening" in await asyncio.wait_for(process.stdout.readline(), 60)
+    yield
+    process.kill()
+    await process.wait()
+
+
+async def connected_organization(stack: Stack, login: str) -> str:
+    organization_id = await stack.new_organization()
+    await stack.client.organizations.UpdateOrganization(
+        organizations_pb2.UpdateOrganizationRequest(
+            request_id=request_id(),
+            organization_id=organization_id,
+            organization=Organization(github_login=login),
+            update_mask=FieldMask(paths=["github_login"]),
+        )
+    )
+    return organization_id
+
+
+async def sync(stack: Stack, organization_id: str) -> organization_pb2.GithubStatus:
+    await stack.client.repositories.SyncGithub(
+        repositories_pb2.SyncGithubRequest(request_id=request_id(), organization_id=organization_id)
+    )
+
+    async def ended() -> organization_pb2.GithubStatus | None:
+        answer = await stack.client.organizations.GetOrganization(
+            organizations_pb2.GetOrganizationRequest(organization_id=organization_id)
+        )
+        return answer.github_status if answer.github_status.revision else None
+
+    return await eventually(ended)
+
+
+@pytest.mark.usefixtures("github")
+async def test_repositories_are_imported_with_branches_and_pull_requests(stack: Stack) -> None:  # GHD-7, ORG-4, REP-6
+    organization_id = await connected_organization(stack, "acme")
+
+    status = await sync(stack, organization_id)
+
+    async def imported() -> list[repository_pb2.Repository] | None:
+        answer = await stack.client.repositories.ListRepositories(
+            repositories_pb2.ListRepositoriesRequest(organization_id=organization_id)
+        )
+        return list(answer.repositories) if len(answer.repositories) == 2 else None
+
+    repositories = await eventually(imported)
+    assert status.connection == organization_pb2.GITHUB_CONNECTION_CONNECTED
+    assert status.repository_count == 2
+    assert [one.full_name for one in repositories] == ["acme/shop", "acme/site"]
+    assert repositories[1].default_branch == "trunk"
+
+    async def overview() -> list[repository_pb2.BranchOverview] | None:
+        answer = await stack.client.repositories.GetRepositoryOverview(
+            repositories_pb2.GetRepositoryOverviewRequest(repository_id=repositories[0].id)
+        )
+        return list(answer.branches) or None
+
+    branches = await eventually(overview)
+    assert [(one.branch.name, one.is_default) for one in branches] == [("main", True), ("topic", False)]
+    assert all(len(one.branch.head_commit) == 40 for one in branches)
+
+
+@pytest.mark.usefixtures("github")
+async def test_a_second_sync_changes_nothing(stack: Stack) -> None:  # GHD-3
+    organization_id = await connected_organization(stack, "acme")
+    await sync(stack, organization_id)
+    await sync(stack, organization_id)
+
+    async def imported() -> set[str] | None:
+        answer = await stack.client.repositories.ListRepositories(
+            repositories_pb2.ListRepositoriesRequest(organization_id=organization_id)
+        )
+        return {one.full_name for one in answer.repositories} if len(answer.repositories) >= 2 else None
+
+    assert await eventually(imported) == {"acme/shop", "acme/site"}
+
+
+async def test_without_a_login_nothing_is_synced(stack: Stack) -> None:  # GHD-2
+    organization_id = await stack.new_organization()
+
+    refused = await failure(
+        stack.client.repositories.SyncGithub(
+            repositories_pb2.SyncGithubRequest(request_id=request_id(), organization_id=organization_id)
+        )
+    )
+
+    assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "GITHUB_NOT_CONNECTED")

@@ -1,0 +1,70 @@
+"""Titles and branch names. REP-3."""
+
+import subprocess
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.repository.naming import (
+    BRANCH_LENGTH,
+    TITLE_LENGTH,
+    check_branch,
+    derive_branch,
+    derive_title,
+    unique_branch,
+)
+from services.runtime.errors import InvalidArgument
+
+
+@pytest.mark.parametrize(
+    ("title", "branch"),
+    [
+        ("Add a shop window", "feat/add-a-shop-window"),
+        ("Fix the login loop", "fix/fix-the-login-loop"),
+        ("Update the README", "docs/update-the-readme"),
+        ("Rename the module", "refactor/rename-the-module"),
+        ("Ünïcode – naïve", "feat/unicode-naive"),
+        ("日本語", "feat/task"),
+    ],
+)
+def test_a_branch_says_what_the_title_says(title: str, branch: str) -> None:
+    assert derive_branch(title) == branch
+
+
+def test_a_long_title_is_cut_at_a_word() -> None:
+    title = derive_title("word " * 40)
+
+    assert len(title) <= TITLE_LENGTH
+    assert title.endswith("word…")
+
+
+@given(st.text(min_size=1, max_size=200))
+def test_derived_names_are_within_limits_and_git_takes_them(text: str) -> None:
+    title = derive_title(text)
+    branch = derive_branch(title)
+
+    assert 0 < len(title) <= TITLE_LENGTH
+    assert len(branch) <= BRANCH_LENGTH
+    check_branch(branch)
+
+
+@given(st.sets(st.integers(2, 30)))
+def test_a_unique_name_is_free_and_short(numbers: set[int]) -> None:
+    wanted = "feat/" + "x" * (BRANCH_LENGTH - 5)
+    taken = {wanted} | {wanted[: BRANCH_LENGTH - len(f"-{number}")] + f"-{number}" for number in numbers}
+
+    name = unique_branch(wanted, taken)
+
+    assert name not in taken
+    assert len(name) <= BRANCH_LENGTH
+
+
+@given(st.text(alphabet="ab./-~^: @{\\*[?_\x7f", min_size=1, max_size=8))
+def test_we_refuse_every_name_that_git_refuses(name: str) -> None:
+    git = subprocess.run(["git", "check-ref-format", "--branch", name], capture_output=True, check=False)
+    try:
+        check_branch(name)
+    except InvalidArgument:
+        return
+    assert git.returncode == 0

@@ -1,0 +1,70 @@
+"""The checkout script, run by a real shell on real repositories. TSK-2."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from branchline.resource.v1.repository_pb2 import Repository
+from branchline.resource.v1.task_pb2 import Task
+
+from services.task.git import CHECKOUT, checkout_environment, credentials_line
+from tests.support.stack import git, make_remote
+
+
+def check_out(home: Path, remote: Path, branch: str, base: str = "") -> subprocess.CompletedProcess[str]:
+    repository = Repository(remote_url=f"file://{remote}", default_branch=base)
+    environment = checkout_environment(Task(branch=branch), repository, "Ann", "ann@example.com")
+    return subprocess.run(
+        ["sh", "-c", CHECKOUT],
+        env={**os.environ, "HOME": str(home), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    (tmp_path / "home").mkdir()
+    return tmp_path / "home"
+
+
+def test_a_new_branch_begins_at_the_default_branch(home: Path, tmp_path: Path) -> None:
+    remote = make_remote(tmp_path)
+
+    result = check_out(home, remote, "feat/x")
+
+    assert git("branch", "--show-current", cwd=home / "workspace") == "feat/x"
+    assert result.stdout.strip() == git("rev-parse", "main", cwd=remote)
+
+
+def test_doing_it_again_keeps_the_work(home: Path, tmp_path: Path) -> None:
+    remote = make_remote(tmp_path)
+    check_out(home, remote, "feat/x")
+    (home / "workspace" / "new.txt").write_text("kept")
+
+    again = check_out(home, remote, "feat/x")
+
+    assert again.returncode == 0
+    assert (home / "workspace" / "new.txt").read_text() == "kept"
+
+
+def test_a_clone_that_was_cut_off_is_begun_again(home: Path, tmp_path: Path) -> None:
+    remote = make_remote(tmp_path)
+    (home / "workspace.part" / ".git").mkdir(parents=True)
+
+    assert check_out(home, remote, "feat/x").returncode == 0
+
+
+def test_a_base_that_is_not_there_is_named(home: Path, tmp_path: Path) -> None:
+    result = check_out(home, make_remote(tmp_path), "feat/x", base="develop")
+
+    assert result.returncode == 1
+    assert "no branch develop" in result.stderr
+
+
+def test_credentials_are_quoted() -> None:
+    line = credentials_line("https://host/x.git", "host", "a@b", "p:/ w")
+
+    assert line == b"https://a%40b:p%3A%2F%20w@host\n"
