@@ -1,11 +1,10 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
-# They need Python 3.11 or newer and git; Node's npm is taken from the system, else from PyPI.
+# They need Python 3.11 or newer, git, and Node's npm, which brings the sandbox-agent program.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-NPM := $(shell command -v npm 2>/dev/null || echo $(CURDIR)/$(BIN)/npm)
 
 .PHONY: setup demo test check generate generate-check bench format lock clean
 
@@ -19,7 +18,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml sdk/python/pyproject.toml a
 	touch $@
 
 node_modules/.installed: package.json package-lock.json | $(VENV)/.installed
-	$(NPM) ci --no-audit --no-fund --loglevel=error
+	npm ci --no-audit --no-fund --loglevel=error
 	touch $@
 
 demo: setup

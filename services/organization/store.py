@@ -13,7 +13,6 @@ from branchline.resource.v1.task_pb2 import TASK_STATUS_ARCHIVED, TASK_STATUS_KI
 from branchline.resource.v1.user_pb2 import ApiToken, User
 from sqlalchemy import Row, Select, select, tuple_
 from sqlalchemy.dialects.sqlite import insert as upsert
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.organization.tables import (
     auth_email_index,
@@ -28,12 +27,10 @@ from services.organization.tables import (
     task_summaries,
     users,
 )
-from services.runtime.database import Database, Transaction
+from services.runtime.database import Database, Reader, Transaction
 from services.runtime.errors import InvalidArgument, NotFound
 from services.runtime.spine.index import Entry, Index
 from services.runtime.spine.tokens import page_token, parse_page_token
-
-Reader = AsyncConnection | Transaction
 
 _SORT_COLUMNS = {
     tasks_pb2.TASK_SORT_UNSPECIFIED: (task_summaries.c.update_time, True),

@@ -9,7 +9,6 @@ from branchline.resource.v1.session_pb2 import Session, TranscriptEntry
 from branchline.resource.v1.task_pb2 import Task
 from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.repository.tables import (
     branches,
@@ -21,14 +20,12 @@ from services.repository.tables import (
     task_index,
     transcript_entries,
 )
-from services.runtime.database import Database, Transaction
+from services.runtime.database import Database, Reader, Transaction
 from services.runtime.errors import NotFound
 from services.runtime.principal import Principal
 from services.runtime.service import Chassis
 from services.runtime.spine.index import Entry, Index
 from services.runtime.spine.outbox import Mark
-
-Reader = AsyncConnection | Transaction
 
 
 @dataclass(frozen=True, slots=True)

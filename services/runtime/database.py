@@ -6,10 +6,10 @@ process after the commit, in the order of commits.
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, closing
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import CursorResult, Executable, event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -18,19 +18,28 @@ from sqlalchemy.pool import StaticPool
 _BUSY_TIMEOUT_MS = 10_000
 _READERS = 4
 
+T = TypeVar("T")
 
-class Transaction:
-    """An open write transaction."""
+
+class Reader:
+    """A connection within a transaction: sees one consistent state."""
 
     def __init__(self, connection: AsyncConnection) -> None:
         self.connection = connection
-        self.after_commit: list[Callable[[], None]] = []
 
     async def execute(
         self, statement: Executable, parameters: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None
     ) -> CursorResult[Any]:
         """Run one statement."""
-        return await self.connection.execute(statement, parameters)  # pyright: ignore[reportReturnType]
+        return await _whole(self.connection.execute(statement, parameters))  # pyright: ignore[reportReturnType]
+
+
+class Transaction(Reader):
+    """An open write transaction."""
+
+    def __init__(self, connection: AsyncConnection) -> None:
+        super().__init__(connection)
+        self.after_commit: list[Callable[[], None]] = []
 
     @asynccontextmanager
     async def savepoint(self) -> AsyncGenerator[None, None]:
@@ -57,24 +66,62 @@ class Database:
 
     @asynccontextmanager
     async def transaction(self) -> AsyncGenerator[Transaction, None]:
-        """Commit what the block writes, or nothing of it if it raises."""
-        async with self._writing:
-            async with self._writer.begin() as connection:
-                transaction = Transaction(connection)
-                yield transaction
-            for announce in transaction.after_commit:
-                announce()
+        """Commit what the block writes, or nothing of it if it raises or is cancelled."""
+        async with self._writing, _begun(self._writer) as connection:
+            transaction = Transaction(connection)
+            yield transaction
+            try:
+                await _whole(connection.commit())
+            except asyncio.CancelledError:  # the commit has ended all the same, so others must hear of it
+                _announce(transaction)
+                raise
+            _announce(transaction)
 
     @asynccontextmanager
-    async def read(self) -> AsyncGenerator[AsyncConnection, None]:
-        """Give a connection that sees one consistent state and cannot write."""
-        async with self._reader.begin() as connection:
-            yield connection
+    async def read(self) -> AsyncGenerator[Reader, None]:
+        """Give a connection that sees one consistent state."""
+        async with _begun(self._reader) as connection:
+            yield Reader(connection)
 
     async def close(self) -> None:
         """Close all connections."""
         await self._writer.dispose()
         await self._reader.dispose()
+
+
+@asynccontextmanager
+async def _begun(engine: AsyncEngine) -> AsyncGenerator[AsyncConnection, None]:
+    """Give a connection with a transaction begun; roll back what was not committed."""
+    connection = engine.connect()
+    try:
+        await _whole(connection.start())
+        await _whole(connection.begin().start())
+        yield connection
+    finally:
+        if connection.sync_connection is not None:
+            await _whole(connection.close())
+
+
+async def _whole(statement: Coroutine[Any, Any, T]) -> T:
+    """Await something that runs in the database's thread and cannot be called back.
+
+    If the caller is cancelled meanwhile, the cancellation waits for the end: a connection that was left in the
+    middle of a statement would keep its lock.
+    """
+    running = asyncio.ensure_future(statement)
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        while not running.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait({running})
+        running.result()
+        raise
+
+
+def _announce(transaction: Transaction) -> None:
+    for announce in transaction.after_commit:
+        announce()
 
 
 def _use_write_ahead_log(path: Path) -> None:

@@ -43,18 +43,16 @@ class Machines:
             known = ", ".join(sorted(self.providers))
             raise InvalidArgument("sandbox_provider", f'there is no provider "{provider}"; there are: {known}')
         async with self.chassis.database.transaction() as tx:
-            known_sandbox = await self.store.active_sandbox(tx, task_id, organization_id)
-            if known_sandbox is None or known_sandbox.id != sandbox_id:
-                now = self.chassis.clock.timestamp()
-                sandbox = Sandbox(
-                    id=sandbox_id,
-                    task_id=task_id,
-                    provider=provider,
-                    status=sandbox_pb2.SANDBOX_STATUS_CREATING,
-                    status_time=now,
-                    create_time=now,
-                )
-                await self.store.add_sandbox(tx, sandbox, organization_id)
+            now = self.chassis.clock.timestamp()
+            sandbox = Sandbox(
+                id=sandbox_id,
+                task_id=task_id,
+                provider=provider,
+                status=sandbox_pb2.SANDBOX_STATUS_CREATING,
+                status_time=now,
+                create_time=now,
+            )
+            await self.store.add_sandbox(tx, sandbox, organization_id)
         await self.server(sandbox_id)
         async with self.chassis.database.read() as connection:
             return await self.store.sandbox(connection, sandbox_id)

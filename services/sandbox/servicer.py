@@ -48,11 +48,11 @@ class SandboxServicer(sandbox_pb2_grpc.SandboxServiceServicer):
     async def DestroySandbox(
         self, request: sandbox_pb2.DestroySandboxRequest, context: Context
     ) -> sandbox_pb2.DestroySandboxResponse:
-        """Destroy a sandbox, its agents first. One that was never made is gone already."""
-        try:
+        """Destroy a sandbox with its agents. One that was never made is never made after this."""
+        async with self.chassis.database.transaction() as tx:
+            never_made = await self.store.bury(tx, request.sandbox_id)
+        if not never_made:
             await self.machines.destroy(request.sandbox_id)
-        except NotFound:
-            return sandbox_pb2.DestroySandboxResponse()
         return sandbox_pb2.DestroySandboxResponse()
 
     async def Execute(self, request: sandbox_pb2.ExecuteRequest, context: Context) -> sandbox_pb2.ExecuteResponse:

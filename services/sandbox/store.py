@@ -8,18 +8,15 @@ from branchline.resource.v1.sandbox_pb2 import Sandbox
 from branchline.resource.v1.session_pb2 import TranscriptEntry
 from branchline.sandbox.v1.sandbox_pb2 import AgentSession, StartTurnRequest
 from google.protobuf.message import Message
-from sqlalchemy import Row, insert, select, update
+from sqlalchemy import Row, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
-from sqlalchemy.ext.asyncio import AsyncConnection
 
-from services.runtime.database import Database, Transaction
+from services.runtime.database import Database, Reader, Transaction
 from services.runtime.errors import NotFound
 from services.runtime.service import Chassis
 from services.runtime.spine.outbox import Mark
 from services.sandbox.tables import agent_sessions, entries, permissions, sandboxes
 from services.sandbox.transcript import Draft
-
-Reader = AsyncConnection | Transaction
 
 WORKING = (session_pb2.SESSION_STATUS_RUNNING, session_pb2.SESSION_STATUS_WAITING)
 GONE = (sandbox_pb2.SANDBOX_STATUS_DESTROYING, sandbox_pb2.SANDBOX_STATUS_DESTROYED)
@@ -102,17 +99,30 @@ class SandboxStore:
         return [Sandbox.FromString(payload) for payload in (await reader.execute(query)).scalars()]
 
     async def add_sandbox(self, tx: Transaction, sandbox: Sandbox, organization_id: str) -> None:
-        """Store a new sandbox."""
-        await tx.execute(
-            insert(sandboxes).values(
-                id=sandbox.id,
-                task_id=sandbox.task_id,
-                organization_id=organization_id,
-                status=sandbox.status,
-                payload=b"",
-            )
+        """Store a new sandbox; leave one that is there, whatever its state."""
+        statement = upsert(sandboxes).values(
+            id=sandbox.id,
+            task_id=sandbox.task_id,
+            organization_id=organization_id,
+            status=sandbox.status,
+            payload=b"",
         )
-        await self.save_sandbox(tx, sandbox)
+        if (await tx.execute(statement.on_conflict_do_nothing())).rowcount:
+            await self.save_sandbox(tx, sandbox)
+
+    async def bury(self, tx: Transaction, sandbox_id: str) -> bool:
+        """Note that a sandbox is gone before it was made, so that a creation on its way is refused.
+
+        Return False if it was made.
+        """
+        statement = upsert(sandboxes).values(
+            id=sandbox_id,
+            task_id="",
+            organization_id="",
+            status=sandbox_pb2.SANDBOX_STATUS_DESTROYED,
+            payload=Sandbox(id=sandbox_id, status=sandbox_pb2.SANDBOX_STATUS_DESTROYED).SerializeToString(),
+        )
+        return (await tx.execute(statement.on_conflict_do_nothing())).rowcount > 0
 
     async def save_sandbox(self, tx: Transaction, sandbox: Sandbox) -> None:
         """Store a new state of a sandbox."""

@@ -15,17 +15,14 @@ from branchline.resource.v1.task_pb2 import PROVISIONING_STAGE_UNSPECIFIED, Task
 from branchline.task.v1.task_pb2 import CreateTaskRequest
 from sqlalchemy import func, insert, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
-from sqlalchemy.ext.asyncio import AsyncConnection
 
-from services.runtime.database import Database, Transaction
+from services.runtime.database import Database, Reader, Transaction
 from services.runtime.errors import NotFound
 from services.runtime.principal import Principal, principal_or_none
 from services.runtime.service import Chassis
 from services.runtime.spine.outbox import Mark
 from services.task.status import Status, check_transition, status_name
 from services.task.tables import task_sandboxes, task_workbench_sessions, tasks, transcript_entries
-
-Reader = AsyncConnection | Transaction
 
 
 @dataclass(slots=True)

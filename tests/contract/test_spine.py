@@ -73,7 +73,7 @@ class Coordinator:
             yield index
         finally:
             await server.stop(None)
-            applying.cancel()
+            await cancelled(applying)
             await store.close()
 
 
@@ -104,9 +104,14 @@ async def child_of(coordinator: Coordinator, path: Path) -> AsyncGenerator[Child
     try:
         yield Child(store, outbox)
     finally:
-        pushing.cancel()
+        await cancelled(pushing)
         await channel.close()
         await store.close()
+
+
+async def cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait({task})
 
 
 async def empty(child: Child) -> bool:

@@ -16,10 +16,9 @@ from branchline.spine.v1.push_pb2 import ConsistencyPoint
 from google.protobuf.message import Message
 from sqlalchemy import Column, Row, Table, delete, func, insert, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.runtime.clock import Clock
-from services.runtime.database import Database, Transaction
+from services.runtime.database import Database, Reader, Transaction
 from services.runtime.errors import DeadlineExceeded
 from services.runtime.spine.hub import Hub
 from services.runtime.spine.tables import SpineTables
@@ -158,7 +157,7 @@ class Index:
         changes.sort(key=lambda change: change.change_seq)
         return View(epoch, value, horizon, changes)
 
-    async def _sequence(self, connection: AsyncConnection, scope: str) -> Row[Any] | None:
+    async def _sequence(self, connection: Reader, scope: str) -> Row[Any] | None:
         query = select(self._sequences).where(self._sequences.c.scope == scope)
         return (await connection.execute(query)).one_or_none()
 

@@ -1,0 +1,141 @@
+"""Branchline as people use it: the demo, the command line, and grpcurl with reflection."""
+
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from branchline.gateway.v1 import tasks_pb2
+from branchline.resource.v1 import task_pb2
+
+from tests.support.stack import Stack, git, make_remote, request_id
+
+BIN = Path(sys.executable).parent
+
+
+async def run(*command: str, **environment: str) -> tuple[int, str, str]:
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        env={**os.environ, **environment},
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    async with asyncio.timeout(120):
+        out, errors = await process.communicate()
+    return process.returncode or 0, out.decode(), errors.decode()
+
+
+async def grpcurl(stack: Stack, method: str, request: dict[str, Any], *options: str) -> str:
+    bearer = f"authorization: Bearer {stack.token}"
+    command = [str(BIN / "grpcurl"), "-plaintext", "-H", bearer, *options, "-d", json.dumps(request)]
+    _, out, errors = await run(*command, stack.address, f"branchline.gateway.v1.{method}")
+    return out + errors
+
+
+async def branchline(stack: Stack, *arguments: str) -> tuple[int, str, str]:
+    return await run(
+        str(BIN / "branchline"), *arguments, BRANCHLINE_ADDRESS=stack.address, BRANCHLINE_TOKEN=stack.token
+    )
+
+
+async def test_the_demo_ends_with_the_sidebar_and_the_remote_in_agreement(tmp_path: Path) -> None:  # OPS-1
+    work = tmp_path / "project"
+    git("clone", "--quiet", str(make_remote(tmp_path)), str(work))
+
+    code, out, errors = await run(
+        str(BIN / "branchline"), "demo", "--source", str(work), "--data-dir", str(tmp_path / "data")
+    )
+
+    assert code == 0, errors
+    for words in ("provisioning (sandbox)", "running", "Written by an agent", "agent.finished", "they agree"):
+        assert words in out
+    assert not (tmp_path / "data" / "sandbox" / "local" / "server.json").exists()
+
+
+async def test_grpcurl_lists_creates_and_watches_without_protos(stack: Stack) -> None:  # API-1
+    _, services, _ = await run(str(BIN / "grpcurl"), "-plaintext", stack.address, "list")
+    _, health, _ = await run(str(BIN / "grpcurl"), "-plaintext", stack.address, "grpc.health.v1.Health/Check")
+    remote = make_remote(stack.remotes)
+    added = json.loads(
+        await grpcurl(
+            stack,
+            "RepositoryService/AddRepository",
+            {"request_id": request_id(), "organization_id": stack.organization_id, "remote_url": f"file://{remote}"},
+        )
+    )
+    made = json.loads(
+        await grpcurl(
+            stack,
+            "TaskService/CreateTask",
+            {
+                "request_id": request_id(),
+                "repository_id": added["repository"]["id"],
+                "text": "write NOTE.md: hello\ncommit Add a note\npush",
+            },
+        )
+    )
+    await stack.until(made["task"]["id"], task_pb2.TASK_STATUS_IDLE, turn=1)
+    watched = await grpcurl(stack, "TaskService/WatchTask", {"task_id": made["task"]["id"]}, "-max-time", "3")
+
+    assert "branchline.gateway.v1.TaskService" in services.split()
+    assert "SERVING" in health
+    assert git("show", f"{made['task']['branch']}:NOTE.md", cwd=remote) == "hello"
+    for words in ("WATCH_FRAME_KIND_RESET", "WATCH_FRAME_KIND_SYNCED", "resumeToken", "transcript_entry"):
+        assert words in watched
+
+
+async def test_the_command_line_adds_creates_lists_shows_and_sends(stack: Stack) -> None:  # OPS-6
+    _, added, _ = await branchline(stack, "repo", "add", f"file://{make_remote(stack.remotes)}")
+    repository_id = added.split()[-1]
+    code, created, errors = await branchline(
+        stack, "task", "create", repository_id, "say good morning", "--branch", "hello", "--watch"
+    )
+    task_id = created.split()[0]
+    await branchline(stack, "task", "send", task_id, "say good night")
+    await stack.until(task_id, task_pb2.TASK_STATUS_IDLE, turn=2)
+    _, listed, _ = await branchline(stack, "task", "list", "--query", "HELLO")
+    _, shown, _ = await branchline(stack, "task", "show", task_id)
+    _, history, _ = await branchline(stack, "history", "--task", task_id, "--json")
+
+    assert code == 0, errors
+    assert "good morning" in created
+    assert task_id in listed
+    assert "good night" in shown
+    assert json.loads(history.splitlines()[0])["kind"] == "task.created"
+
+
+async def test_the_command_line_says_what_is_wrong(stack: Stack) -> None:
+    code, _, errors = await branchline(stack, "task", "show", "task_x")
+
+    assert code == 1
+    assert 'NOT_FOUND there is no task "task_x"' in errors
+
+
+async def test_an_unknown_setting_is_an_error(tmp_path: Path) -> None:
+    code, _, errors = await run(
+        str(BIN / "branchline"), "up", "--data-dir", str(tmp_path), BRANCHLINE_SIGNNG_KEY="mistyped"
+    )
+
+    assert code == 2
+    assert "BRANCHLINE_SIGNNG_KEY is not a setting" in errors
+
+
+@pytest.mark.parametrize("pause_seconds", [0.0, 0.05, 0.2])
+async def test_a_task_that_is_killed_at_its_birth_leaves_no_sandbox(
+    stack: Stack, pause_seconds: float
+) -> None:  # TSK-7
+    task = await stack.create_task(await stack.add_repository())
+    await asyncio.sleep(pause_seconds)
+
+    await stack.client.tasks.KillTask(tasks_pb2.KillTaskRequest(request_id=request_id(), task_id=task.id))
+    await stack.until(task.id, task_pb2.TASK_STATUS_KILLED)
+    await asyncio.sleep(1)  # long enough for a creation on its way to arrive
+
+    answer = await stack.client.tasks.GetTask(tasks_pb2.GetTaskRequest(task_id=task.id))
+    folder = stack.installation.settings.data_dir / "sandbox" / "local"
+    assert all(not (folder / sandbox.id).exists() for sandbox in answer.sandboxes)
+    assert answer.task.status == task_pb2.TASK_STATUS_KILLED
