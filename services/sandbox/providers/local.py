@@ -26,6 +26,7 @@ log = structlog.get_logger()
 
 _MARK = "BRANCHLINE_SANDBOX_ID"
 _START_SECONDS = 20.0
+_START_ATTEMPTS = 3  # another process may take the port between our look and the server's start
 _STOP_SECONDS = (0.3, 5.0)
 _LIMITS = ("--core=0", "--nofile=8192", "--nproc=8192")
 _TMP = "/tmp"  # noqa: S108 - each sandbox gets an empty one of its own
@@ -95,18 +96,31 @@ class LocalProvider:
         folder = self._root / sandbox_id
         await asyncio.to_thread(self._furnish, folder / "home")
         isolation = await self.isolation()
-        port, token = _free_port(), secrets.token_urlsafe(24)
-        _write_private(folder / "server.json", json.dumps({"port": port, "token": token, "isolation": isolation}))
-        await self._spawn(sandbox_id, folder, isolation, port, token)
+        ended: int | None = None
+        for _ in range(_START_ATTEMPTS):
+            port, token = _free_port(), secrets.token_hex(24)
+            _write_private(folder / "server.json", json.dumps({"port": port, "token": token, "isolation": isolation}))
+            server = await self._spawn(sandbox_id, folder, isolation, port, token)
+            running = await self._answering(sandbox_id, server)
+            if running is not None:
+                return running
+            ended = server.returncode
+            await self._stop_processes(sandbox_id)
+            if ended is None:
+                break
+        how = "did not answer in time" if ended is None else f"ended with code {ended}"
+        tail = (folder / "server.log").read_text(errors="replace")[-2000:]
+        raise ProviderError(f"the sandbox-agent server {how}: {tail}")
+
+    async def _answering(self, sandbox_id: str, server: asyncio.subprocess.Process) -> Machine | None:
+        """Wait until the server answers; none if it ends before, or takes too long."""
         deadline = asyncio.get_running_loop().time() + _START_SECONDS
-        while asyncio.get_running_loop().time() < deadline:
+        while server.returncode is None and asyncio.get_running_loop().time() < deadline:
             running = await self.probe(sandbox_id)
             if running is not None:
                 return running
             await asyncio.sleep(0.05)
-        tail = (folder / "server.log").read_text(errors="replace")[-2000:]
-        await self._stop_processes(sandbox_id)
-        raise ProviderError(f"the sandbox-agent server did not answer within {_START_SECONDS:.0f} s: {tail}")
+        return None
 
     async def resume(self, sandbox_id: str) -> Machine:
         """Start the server again; the files are as they were."""
@@ -187,7 +201,9 @@ class LocalProvider:
             launcher.chmod(0o755)
         (home / ".gitconfig").write_text(_GITCONFIG)
 
-    async def _spawn(self, sandbox_id: str, folder: Path, isolation: str, port: int, token: str) -> None:
+    async def _spawn(
+        self, sandbox_id: str, folder: Path, isolation: str, port: int, token: str
+    ) -> asyncio.subprocess.Process:
         home = folder / "home"
         prefix = self._bubblewrap(home) if isolation == "bubblewrap" else []
         limits = ["prlimit", *_LIMITS] if shutil.which("prlimit") else []
@@ -202,7 +218,7 @@ class LocalProvider:
             _MARK: sandbox_id,
         }
         with (folder / "server.log").open("ab") as output:
-            await asyncio.create_subprocess_exec(
+            return await asyncio.create_subprocess_exec(
                 *limits,
                 *prefix,
                 *server,

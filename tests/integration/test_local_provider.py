@@ -1,0 +1,43 @@
+"""The `local` provider against the real sandbox-agent server: how starts fail and what is tried again."""
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from services.sandbox.providers import local
+from services.sandbox.providers.base import ProviderError
+from services.sandbox.providers.local import LocalProvider, LocalProviderConfig
+
+AGENT_SERVER = Path("node_modules/.bin/sandbox-agent")
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    """A port that somebody else listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        yield int(other.getsockname()[1])
+
+
+async def test_a_program_that_ends_at_once_is_told_with_its_code(tmp_path: Path) -> None:  # SBX-2
+    provider = LocalProvider(tmp_path, LocalProviderConfig(sandbox_agent=Path("/bin/false"), isolation="none"))
+    with pytest.raises(ProviderError, match="ended with code 1"):
+        await provider.create("sbx_ends")
+    assert not [name for name, _ in provider._processes() if name == "sbx_ends"]  # pyright: ignore[reportPrivateUsage]
+
+
+async def test_a_port_that_was_taken_meanwhile_is_given_up_for_another(
+    tmp_path: Path, taken_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:  # SBX-2
+    find = local._free_port  # pyright: ignore[reportPrivateUsage]
+    ports = iter([taken_port])
+    monkeypatch.setattr(local, "_free_port", lambda: next(ports, None) or find())
+    provider = LocalProvider(tmp_path, LocalProviderConfig(sandbox_agent=AGENT_SERVER, isolation="none"))
+    try:
+        machine = await provider.create("sbx_port")
+        assert not machine.url.endswith(f":{taken_port}")
+        assert await provider.probe("sbx_port") == machine
+    finally:
+        await provider.destroy("sbx_port")
+    assert await provider.list_running() == set()
