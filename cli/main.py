@@ -22,6 +22,7 @@ from branchline.gateway.v1 import (
     tasks_pb2,
     users_pb2,
 )
+from branchline.resource.v1.organization_pb2 import ROLE_UNSPECIFIED, ROLE_VIEWER
 from google.protobuf.json_format import MessageToJson
 from grpc_status import rpc_status
 from rich.console import Console
@@ -312,11 +313,16 @@ def history(
 
 
 @token_app.command("create")
-def token_create(name: str, data_dir: DataDir = DEFAULT_DATA) -> None:
+def token_create(
+    name: str,
+    read_only: Annotated[bool, typer.Option(help="A token that only reads and watches.")] = False,
+    data_dir: DataDir = DEFAULT_DATA,
+) -> None:
     """Create an API token; it is shown this once."""
+    limit = ROLE_VIEWER if read_only else ROLE_UNSPECIFIED
 
     async def job(client: Client, _organization_id: str) -> None:
-        answer = await client.users.CreateApiToken(users_pb2.CreateApiTokenRequest(name=name))
+        answer = await client.users.CreateApiToken(users_pb2.CreateApiTokenRequest(name=name, role_limit=limit))
         console.print(f"{answer.api_token.id}: [bold]{answer.secret}[/bold]")
 
     _run(_as_client(data_dir, job))

@@ -34,6 +34,11 @@ class Caller:
     user: User
     roles: dict[str, int]
     token_hash: str
+    role_limit: int = 0
+
+    def held_to(self, role: int) -> int:
+        """Return what a role is worth with the caller's token."""
+        return min(role, self.role_limit) if self.role_limit else role
 
 
 def current_caller() -> Caller:
@@ -62,8 +67,9 @@ class Authenticator:
         caller = self._known.get(hashed)
         if caller is None:
             answer = await self._organization.Authenticate(AuthenticateRequest(token_hash=hashed))
-            roles = {member.organization_id: int(member.role) for member in answer.memberships}
-            caller = self._known[hashed] = Caller(answer.user, roles, hashed)
+            caller = Caller(answer.user, {}, hashed, answer.role_limit)
+            caller.roles.update({member.organization_id: caller.held_to(member.role) for member in answer.memberships})
+            self._known[hashed] = caller
         return caller
 
 

@@ -16,7 +16,7 @@ from google.protobuf.message_factory import GetMessageClass
 from gateway.caller import current_caller
 from gateway.placement import Placement
 from gateway.routes import PACKAGE, Route
-from services.runtime.errors import DomainError, reason_of
+from services.runtime.errors import DomainError, PermissionDenied, reason_of
 from services.runtime.principal import METADATA_KEY, Signer
 from services.runtime.retry import Backoff
 
@@ -46,9 +46,10 @@ class Forwarder:
         async def forward(request: Message, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
             wanted = str(getattr(request, route.target)) if route.target else ""
             token = str(getattr(request, "consistency_token", ""))
-            principal = await self._placement.place(
-                current_caller(), route.target, wanted, token, defaults=route.defaults
-            )
+            caller = current_caller()
+            if caller.role_limit and not route.target and not route.read:
+                raise PermissionDenied("TOKEN_LIMITED", "this token is limited to a role; it cannot change its user")
+            principal = await self._placement.place(caller, route.target, wanted, token, defaults=route.defaults)
             if route.target:
                 principal.require(route.role)
             metadata = ((METADATA_KEY, self._signer.sign(principal)),)

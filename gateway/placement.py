@@ -37,7 +37,7 @@ class Placement:
         setattr(request, target, wanted)
         route = await self._organization.ResolveRoute(request)
         self._routes[(target, wanted)] = route.organization_id
-        return self._principal(caller, route.organization_id, route.role, route.settings)
+        return self._principal(caller, route.organization_id, caller.held_to(route.role), route.settings)
 
     async def await_consistency(self, token: str) -> None:
         """Wait until the organization has indexed what a command made."""

@@ -63,12 +63,12 @@ class OrganizationServicer(organization_pb2_grpc.OrganizationServiceServicer):
         """Say whom a token speaks for."""
         async with self.chassis.database.read() as connection:
             now = self.chassis.clock.seconds()
-            user_id = await self.store.user_id_by_token(connection, request.token_hash, now)
-            user = await self.store.user(connection, user_id) if user_id else None
-            if user is None:
+            token = await self.store.valid_token(connection, request.token_hash, now)
+            user = await self.store.user(connection, token.user_id) if token else None
+            if token is None or user is None:
                 raise Unauthenticated("TOKEN_INVALID", "the bearer token is unknown, expired or revoked")
             memberships = await self.store.memberships(connection, user.id)
-        return organization_pb2.AuthenticateResponse(user=user, memberships=memberships)
+        return organization_pb2.AuthenticateResponse(user=user, memberships=memberships, role_limit=token.role_limit)
 
     async def ResolveRoute(
         self, request: organization_pb2.ResolveRouteRequest, context: Context

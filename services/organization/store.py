@@ -167,12 +167,12 @@ class OrganizationStore:
         """Return the user with this address, or None."""
         return await _one(reader, select(auth_email_index.c.user_id).where(auth_email_index.c.email == email))
 
-    async def user_id_by_token(self, reader: Reader, token_hash: str, now_seconds: float) -> str | None:
-        """Return the user that a valid token speaks for, or None."""
+    async def valid_token(self, reader: Reader, token_hash: str, now_seconds: float) -> ApiToken | None:
+        """Return what is known of a token that is neither expired nor revoked, or None."""
         rows = await _all(reader, select(auth_session_index).where(auth_session_index.c.token_hash == token_hash))
         if not rows or rows[0].revoked or (rows[0].expire_time is not None and rows[0].expire_time <= now_seconds):
             return None
-        return rows[0].user_id
+        return ApiToken.FromString(rows[0].payload)
 
     async def api_tokens(self, reader: Reader, user_id: str) -> list[ApiToken]:
         """Return a user's valid tokens, newest first."""

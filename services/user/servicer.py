@@ -36,7 +36,7 @@ class UserServicer(user_pb2_grpc.UserServiceServicer):
                 create_time=self.chassis.clock.timestamp(),
             )
             await self.store.save(tx, user)
-            token, secret = await self.store.issue_token(tx, user.id, request.token_name, None)
+            token, secret = await self.store.issue_token(tx, user.id, request.token_name)
         named = consistency_token([("user", user.id, user.revision), ("api_token", token.id, token.revision)])
         return user_pb2.CreateUserResponse(user=user, api_token=secret, consistency_token=named)
 
@@ -99,7 +99,7 @@ class PublicUserServicer(users_pb2_grpc.UserServiceServicer):
         expire_time = request.expire_time if request.HasField("expire_time") else None
         async with self.chassis.database.transaction() as tx:
             user_id = current_principal().user_id
-            token, secret = await self.store.issue_token(tx, user_id, request.name, expire_time)
+            token, secret = await self.store.issue_token(tx, user_id, request.name, expire_time, request.role_limit)
         return users_pb2.CreateApiTokenResponse(
             api_token=token,
             secret=secret,

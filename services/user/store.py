@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from branchline.resource.v1.organization_pb2 import ROLE_UNSPECIFIED, Role
 from branchline.resource.v1.user_pb2 import ApiToken, User, UserTaskState
 from branchline.user.v1.user_pb2 import ApiTokenState
 from cryptography.fernet import Fernet
@@ -58,7 +59,12 @@ class UserStore:
         await self.chassis.outbox.mark(tx, [Mark(user.id, user.revision, user)])
 
     async def issue_token(
-        self, tx: Transaction, user_id: str, name: str, expire_time: Timestamp | None
+        self,
+        tx: Transaction,
+        user_id: str,
+        name: str,
+        expire_time: Timestamp | None = None,
+        role_limit: Role.ValueType = ROLE_UNSPECIFIED,
     ) -> tuple[ApiToken, str]:
         """Make an API token; return what is known of it, and the token itself."""
         clock = self.chassis.clock
@@ -69,6 +75,7 @@ class UserStore:
             name=name,
             expire_time=expire_time,
             create_time=clock.timestamp(),
+            role_limit=role_limit,
             revision=1,
         )
         hashed = token_hash(secret)

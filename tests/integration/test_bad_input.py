@@ -40,6 +40,23 @@ async def test_a_bad_token_is_unauthenticated(stack: Stack, token: str) -> None:
     assert refused.code == grpc.StatusCode.UNAUTHENTICATED
 
 
+async def test_a_token_for_reading_cannot_do_what_its_user_may(stack: Stack) -> None:  # USR-3
+    repository_id = await stack.add_repository()
+    request = users_pb2.CreateApiTokenRequest(name="reader", role_limit=organization_pb2.ROLE_VIEWER)
+    made = await stack.client.users.CreateApiToken(request)
+    async with Client(stack.address, made.secret) as reader:
+        await reader.tasks.ListTasks(tasks_pb2.ListTasksRequest(organization_id=stack.organization_id))
+        refused = await failure(
+            reader.tasks.CreateTask(
+                tasks_pb2.CreateTaskRequest(request_id=request_id(), repository_id=repository_id, text="say hi")
+            )
+        )
+        escalated = await failure(reader.users.CreateApiToken(users_pb2.CreateApiTokenRequest(name="more")))
+
+    assert refused.code == grpc.StatusCode.PERMISSION_DENIED
+    assert escalated.reason == "TOKEN_LIMITED"
+
+
 async def test_a_revoked_token_ends_within_seconds(stack: Stack) -> None:  # USR-3
     made = await stack.client.users.CreateApiToken(users_pb2.CreateApiTokenRequest(name="short"))
     async with Client(stack.address, made.secret) as client:

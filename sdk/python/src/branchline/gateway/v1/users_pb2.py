@@ -28,7 +28,7 @@ from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!branchline/gateway/v1/users.proto\x12\x15\x62ranchline.gateway.v1\x1a)branchline/resource/v1/organization.proto\x1a!branchline/resource/v1/user.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x0f\n\rWhoAmIRequest\"\x84\x01\n\x0eWhoAmIResponse\x12\x30\n\x04user\x18\x01 \x01(\x0b\x32\x1c.branchline.resource.v1.UserR\x04user\x12@\n\x0bmemberships\x18\x02 \x03(\x0b\x32\x1e.branchline.resource.v1.MemberR\x0bmemberships\"\x98\x01\n\x18UpdatePreferencesRequest\x12)\n\nrequest_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\trequestId\x12Q\n\x0bpreferences\x18\x02 \x01(\x0b\x32\'.branchline.resource.v1.UserPreferencesB\x06\xbaH\x03\xc8\x01\x01R\x0bpreferences\"z\n\x19UpdatePreferencesResponse\x12\x30\n\x04user\x18\x01 \x01(\x0b\x32\x1c.branchline.resource.v1.UserR\x04user\x12+\n\x11\x63onsistency_token\x18\x02 \x01(\tR\x10\x63onsistencyToken\"~\n\x15\x43reateApiTokenRequest\x12\x1e\n\x04name\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\x04name\x12\x45\n\x0b\x65xpire_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x08\xbaH\x05\xb2\x01\x02@\x01R\nexpireTime\"\x9c\x01\n\x16\x43reateApiTokenResponse\x12=\n\tapi_token\x18\x01 \x01(\x0b\x32 .branchline.resource.v1.ApiTokenR\x08\x61piToken\x12\x16\n\x06secret\x18\x02 \x01(\tR\x06secret\x12+\n\x11\x63onsistency_token\x18\x03 \x01(\tR\x10\x63onsistencyToken\"\x16\n\x14ListApiTokensRequest\"X\n\x15ListApiTokensResponse\x12?\n\napi_tokens\x18\x01 \x03(\x0b\x32 .branchline.resource.v1.ApiTokenR\tapiTokens\"=\n\x15RevokeApiTokenRequest\x12$\n\x08token_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x07tokenId\"E\n\x16RevokeApiTokenResponse\x12+\n\x11\x63onsistency_token\x18\x01 \x01(\tR\x10\x63onsistencyToken\"\x98\x01\n\x17SetGitCredentialRequest\x12\x33\n\x04host\x18\x01 \x01(\tB\x1f\xbaH\x1cr\x1a\x32\x18^[A-Za-z0-9.:_-]{1,255}$R\x04host\x12&\n\x08username\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01R\x08username\x12 \n\x06secret\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80 R\x06secret\"\x1a\n\x18SetGitCredentialResponse\"\x88\x02\n\x13SetTaskStateRequest\x12\"\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x06taskId\x12&\n\nsession_id\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18@R\tsessionId\x12\x34\n\x0fopen_session_id\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18@H\x00R\ropenSessionId\x88\x01\x01\x12\x1b\n\x06unread\x18\x04 \x01(\x08H\x01R\x06unread\x88\x01\x01\x12\x33\n\x05\x64raft\x18\x05 \x01(\x0b\x32\x1d.branchline.resource.v1.DraftR\x05\x64raftB\x12\n\x10_open_session_idB\t\n\x07_unread\"\x80\x01\n\x14SetTaskStateResponse\x12;\n\x05state\x18\x01 \x01(\x0b\x32%.branchline.resource.v1.UserTaskStateR\x05state\x12+\n\x11\x63onsistency_token\x18\x02 \x01(\tR\x10\x63onsistencyToken2\x84\x06\n\x0bUserService\x12U\n\x06WhoAmI\x12$.branchline.gateway.v1.WhoAmIRequest\x1a%.branchline.gateway.v1.WhoAmIResponse\x12v\n\x11UpdatePreferences\x12/.branchline.gateway.v1.UpdatePreferencesRequest\x1a\x30.branchline.gateway.v1.UpdatePreferencesResponse\x12m\n\x0e\x43reateApiToken\x12,.branchline.gateway.v1.CreateApiTokenRequest\x1a-.branchline.gateway.v1.CreateApiTokenResponse\x12j\n\rListApiTokens\x12+.branchline.gateway.v1.ListApiTokensRequest\x1a,.branchline.gateway.v1.ListApiTokensResponse\x12m\n\x0eRevokeApiToken\x12,.branchline.gateway.v1.RevokeApiTokenRequest\x1a-.branchline.gateway.v1.RevokeApiTokenResponse\x12s\n\x10SetGitCredential\x12..branchline.gateway.v1.SetGitCredentialRequest\x1a/.branchline.gateway.v1.SetGitCredentialResponse\x12g\n\x0cSetTaskState\x12*.branchline.gateway.v1.SetTaskStateRequest\x1a+.branchline.gateway.v1.SetTaskStateResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!branchline/gateway/v1/users.proto\x12\x15\x62ranchline.gateway.v1\x1a)branchline/resource/v1/organization.proto\x1a!branchline/resource/v1/user.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x0f\n\rWhoAmIRequest\"\x84\x01\n\x0eWhoAmIResponse\x12\x30\n\x04user\x18\x01 \x01(\x0b\x32\x1c.branchline.resource.v1.UserR\x04user\x12@\n\x0bmemberships\x18\x02 \x03(\x0b\x32\x1e.branchline.resource.v1.MemberR\x0bmemberships\"\x98\x01\n\x18UpdatePreferencesRequest\x12)\n\nrequest_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\trequestId\x12Q\n\x0bpreferences\x18\x02 \x01(\x0b\x32\'.branchline.resource.v1.UserPreferencesB\x06\xbaH\x03\xc8\x01\x01R\x0bpreferences\"z\n\x19UpdatePreferencesResponse\x12\x30\n\x04user\x18\x01 \x01(\x0b\x32\x1c.branchline.resource.v1.UserR\x04user\x12+\n\x11\x63onsistency_token\x18\x02 \x01(\tR\x10\x63onsistencyToken\"\xc5\x01\n\x15\x43reateApiTokenRequest\x12\x1e\n\x04name\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\x04name\x12\x45\n\x0b\x65xpire_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x08\xbaH\x05\xb2\x01\x02@\x01R\nexpireTime\x12\x45\n\nrole_limit\x18\x03 \x01(\x0e\x32\x1c.branchline.resource.v1.RoleB\x08\xbaH\x05\x82\x01\x02\x10\x01R\troleLimit\"\x9c\x01\n\x16\x43reateApiTokenResponse\x12=\n\tapi_token\x18\x01 \x01(\x0b\x32 .branchline.resource.v1.ApiTokenR\x08\x61piToken\x12\x16\n\x06secret\x18\x02 \x01(\tR\x06secret\x12+\n\x11\x63onsistency_token\x18\x03 \x01(\tR\x10\x63onsistencyToken\"\x16\n\x14ListApiTokensRequest\"X\n\x15ListApiTokensResponse\x12?\n\napi_tokens\x18\x01 \x03(\x0b\x32 .branchline.resource.v1.ApiTokenR\tapiTokens\"=\n\x15RevokeApiTokenRequest\x12$\n\x08token_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x07tokenId\"E\n\x16RevokeApiTokenResponse\x12+\n\x11\x63onsistency_token\x18\x01 \x01(\tR\x10\x63onsistencyToken\"\x98\x01\n\x17SetGitCredentialRequest\x12\x33\n\x04host\x18\x01 \x01(\tB\x1f\xbaH\x1cr\x1a\x32\x18^[A-Za-z0-9.:_-]{1,255}$R\x04host\x12&\n\x08username\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xff\x01R\x08username\x12 \n\x06secret\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80 R\x06secret\"\x1a\n\x18SetGitCredentialResponse\"\x88\x02\n\x13SetTaskStateRequest\x12\"\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x06taskId\x12&\n\nsession_id\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18@R\tsessionId\x12\x34\n\x0fopen_session_id\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18@H\x00R\ropenSessionId\x88\x01\x01\x12\x1b\n\x06unread\x18\x04 \x01(\x08H\x01R\x06unread\x88\x01\x01\x12\x33\n\x05\x64raft\x18\x05 \x01(\x0b\x32\x1d.branchline.resource.v1.DraftR\x05\x64raftB\x12\n\x10_open_session_idB\t\n\x07_unread\"\x80\x01\n\x14SetTaskStateResponse\x12;\n\x05state\x18\x01 \x01(\x0b\x32%.branchline.resource.v1.UserTaskStateR\x05state\x12+\n\x11\x63onsistency_token\x18\x02 \x01(\tR\x10\x63onsistencyToken2\x84\x06\n\x0bUserService\x12U\n\x06WhoAmI\x12$.branchline.gateway.v1.WhoAmIRequest\x1a%.branchline.gateway.v1.WhoAmIResponse\x12v\n\x11UpdatePreferences\x12/.branchline.gateway.v1.UpdatePreferencesRequest\x1a\x30.branchline.gateway.v1.UpdatePreferencesResponse\x12m\n\x0e\x43reateApiToken\x12,.branchline.gateway.v1.CreateApiTokenRequest\x1a-.branchline.gateway.v1.CreateApiTokenResponse\x12j\n\rListApiTokens\x12+.branchline.gateway.v1.ListApiTokensRequest\x1a,.branchline.gateway.v1.ListApiTokensResponse\x12m\n\x0eRevokeApiToken\x12,.branchline.gateway.v1.RevokeApiTokenRequest\x1a-.branchline.gateway.v1.RevokeApiTokenResponse\x12s\n\x10SetGitCredential\x12..branchline.gateway.v1.SetGitCredentialRequest\x1a/.branchline.gateway.v1.SetGitCredentialResponse\x12g\n\x0cSetTaskState\x12*.branchline.gateway.v1.SetTaskStateRequest\x1a+.branchline.gateway.v1.SetTaskStateResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,6 +43,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATEAPITOKENREQUEST'].fields_by_name['name']._serialized_options = b'\272H\007r\005\020\001\030\200\001'
   _globals['_CREATEAPITOKENREQUEST'].fields_by_name['expire_time']._loaded_options = None
   _globals['_CREATEAPITOKENREQUEST'].fields_by_name['expire_time']._serialized_options = b'\272H\005\262\001\002@\001'
+  _globals['_CREATEAPITOKENREQUEST'].fields_by_name['role_limit']._loaded_options = None
+  _globals['_CREATEAPITOKENREQUEST'].fields_by_name['role_limit']._serialized_options = b'\272H\005\202\001\002\020\001'
   _globals['_REVOKEAPITOKENREQUEST'].fields_by_name['token_id']._loaded_options = None
   _globals['_REVOKEAPITOKENREQUEST'].fields_by_name['token_id']._serialized_options = b'\272H\006r\004\020\001\030@'
   _globals['_SETGITCREDENTIALREQUEST'].fields_by_name['host']._loaded_options = None
@@ -65,26 +67,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_UPDATEPREFERENCESREQUEST']._serialized_end=505
   _globals['_UPDATEPREFERENCESRESPONSE']._serialized_start=507
   _globals['_UPDATEPREFERENCESRESPONSE']._serialized_end=629
-  _globals['_CREATEAPITOKENREQUEST']._serialized_start=631
-  _globals['_CREATEAPITOKENREQUEST']._serialized_end=757
-  _globals['_CREATEAPITOKENRESPONSE']._serialized_start=760
-  _globals['_CREATEAPITOKENRESPONSE']._serialized_end=916
-  _globals['_LISTAPITOKENSREQUEST']._serialized_start=918
-  _globals['_LISTAPITOKENSREQUEST']._serialized_end=940
-  _globals['_LISTAPITOKENSRESPONSE']._serialized_start=942
-  _globals['_LISTAPITOKENSRESPONSE']._serialized_end=1030
-  _globals['_REVOKEAPITOKENREQUEST']._serialized_start=1032
-  _globals['_REVOKEAPITOKENREQUEST']._serialized_end=1093
-  _globals['_REVOKEAPITOKENRESPONSE']._serialized_start=1095
-  _globals['_REVOKEAPITOKENRESPONSE']._serialized_end=1164
-  _globals['_SETGITCREDENTIALREQUEST']._serialized_start=1167
-  _globals['_SETGITCREDENTIALREQUEST']._serialized_end=1319
-  _globals['_SETGITCREDENTIALRESPONSE']._serialized_start=1321
-  _globals['_SETGITCREDENTIALRESPONSE']._serialized_end=1347
-  _globals['_SETTASKSTATEREQUEST']._serialized_start=1350
-  _globals['_SETTASKSTATEREQUEST']._serialized_end=1614
-  _globals['_SETTASKSTATERESPONSE']._serialized_start=1617
-  _globals['_SETTASKSTATERESPONSE']._serialized_end=1745
-  _globals['_USERSERVICE']._serialized_start=1748
-  _globals['_USERSERVICE']._serialized_end=2520
+  _globals['_CREATEAPITOKENREQUEST']._serialized_start=632
+  _globals['_CREATEAPITOKENREQUEST']._serialized_end=829
+  _globals['_CREATEAPITOKENRESPONSE']._serialized_start=832
+  _globals['_CREATEAPITOKENRESPONSE']._serialized_end=988
+  _globals['_LISTAPITOKENSREQUEST']._serialized_start=990
+  _globals['_LISTAPITOKENSREQUEST']._serialized_end=1012
+  _globals['_LISTAPITOKENSRESPONSE']._serialized_start=1014
+  _globals['_LISTAPITOKENSRESPONSE']._serialized_end=1102
+  _globals['_REVOKEAPITOKENREQUEST']._serialized_start=1104
+  _globals['_REVOKEAPITOKENREQUEST']._serialized_end=1165
+  _globals['_REVOKEAPITOKENRESPONSE']._serialized_start=1167
+  _globals['_REVOKEAPITOKENRESPONSE']._serialized_end=1236
+  _globals['_SETGITCREDENTIALREQUEST']._serialized_start=1239
+  _globals['_SETGITCREDENTIALREQUEST']._serialized_end=1391
+  _globals['_SETGITCREDENTIALRESPONSE']._serialized_start=1393
+  _globals['_SETGITCREDENTIALRESPONSE']._serialized_end=1419
+  _globals['_SETTASKSTATEREQUEST']._serialized_start=1422
+  _globals['_SETTASKSTATEREQUEST']._serialized_end=1686
+  _globals['_SETTASKSTATERESPONSE']._serialized_start=1689
+  _globals['_SETTASKSTATERESPONSE']._serialized_end=1817
+  _globals['_USERSERVICE']._serialized_start=1820
+  _globals['_USERSERVICE']._serialized_end=2592
 # @@protoc_insertion_point(module_scope)

@@ -132,8 +132,11 @@ class CreateApiTokenRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    ROLE_LIMIT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name by which its user knows it."""
+    role_limit: _organization_pb2.Role.ValueType
+    """Most that it may do, such as ROLE_VIEWER for a token that only reads; unspecified means no limit."""
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
         """When it ends; unset means never."""
@@ -143,10 +146,11 @@ class CreateApiTokenRequest(_message.Message):
         *,
         name: _builtins.str = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
+        role_limit: _organization_pb2.Role.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "name", b"name", "role_limit", b"role_limit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -28,7 +28,7 @@ from branchline.resource.v1 import watch_pb2 as branchline_dot_resource_dot_v1_d
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-branchline/organization/v1/organization.proto\x12\x1a\x62ranchline.organization.v1\x1a)branchline/resource/v1/organization.proto\x1a!branchline/resource/v1/user.proto\x1a\"branchline/resource/v1/watch.proto\x1a\x1b\x62uf/validate/validate.proto\"\xd8\x01\n\x10\x42ootstrapRequest\x12\x1b\n\x04slug\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04slug\x12\x34\n\x11organization_name\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x10organizationName\x12$\n\tuser_name\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x08userName\x12&\n\nuser_email\x18\x04 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\tuserEmail\x12#\n\rdefault_agent\x18\x05 \x01(\tR\x0c\x64\x65\x66\x61ultAgent\"z\n\x11\x42ootstrapResponse\x12H\n\x0corganization\x18\x01 \x01(\x0b\x32$.branchline.resource.v1.OrganizationR\x0corganization\x12\x1b\n\tapi_token\x18\x02 \x01(\tR\x08\x61piToken\">\n\x13\x41uthenticateRequest\x12\'\n\ntoken_hash\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x98\x01@R\ttokenHash\"\x8a\x01\n\x14\x41uthenticateResponse\x12\x30\n\x04user\x18\x01 \x01(\x0b\x32\x1c.branchline.resource.v1.UserR\x04user\x12@\n\x0bmemberships\x18\x02 \x03(\x0b\x32\x1e.branchline.resource.v1.MemberR\x0bmemberships\"\xb5\x01\n\x13ResolveRouteRequest\x12 \n\x07user_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06userId\x12)\n\x0forganization_id\x18\x02 \x01(\tH\x00R\x0eorganizationId\x12%\n\rrepository_id\x18\x03 \x01(\tH\x00R\x0crepositoryId\x12\x19\n\x07task_id\x18\x04 \x01(\tH\x00R\x06taskIdB\x0f\n\x06target\x12\x05\xbaH\x02\x08\x01\"\xe0\x01\n\x14ResolveRouteResponse\x12\'\n\x0forganization_id\x18\x01 \x01(\tR\x0eorganizationId\x12#\n\rrepository_id\x18\x02 \x01(\tR\x0crepositoryId\x12\x30\n\x04role\x18\x03 \x01(\x0e\x32\x1c.branchline.resource.v1.RoleR\x04role\x12H\n\x08settings\x18\x04 \x01(\x0b\x32,.branchline.resource.v1.OrganizationSettingsR\x08settings\"\x82\x01\n\x11WatchIndexRequest\x12\x30\n\x0forganization_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0eorganizationId\x12!\n\x0cresume_token\x18\x02 \x01(\tR\x0bresumeToken\x12\x18\n\x07history\x18\x03 \x01(\x08R\x07history\"o\n\x12WatchIndexResponse\x12\x38\n\x05\x66rame\x18\x01 \x01(\x0b\x32\".branchline.resource.v1.WatchFrameR\x05\x66rame\x12\x1f\n\x0bhorizon_seq\x18\x02 \x01(\x03R\nhorizonSeq\"F\n\x17\x41waitConsistencyRequest\x12+\n\x11\x63onsistency_token\x18\x01 \x01(\tR\x10\x63onsistencyToken\"\x1a\n\x18\x41waitConsistencyResponse\"\x81\x01\n\x17GetGitCredentialRequest\x12\x30\n\x0forganization_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0eorganizationId\x12 \n\x07user_id\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06userId\x12\x12\n\x04host\x18\x03 \x01(\tR\x04host\"N\n\x18GetGitCredentialResponse\x12\x1a\n\x08username\x18\x01 \x01(\tR\x08username\x12\x16\n\x06secret\x18\x02 \x01(\tR\x06secret2\xd2\x05\n\x13OrganizationService\x12h\n\tBootstrap\x12,.branchline.organization.v1.BootstrapRequest\x1a-.branchline.organization.v1.BootstrapResponse\x12q\n\x0c\x41uthenticate\x12/.branchline.organization.v1.AuthenticateRequest\x1a\x30.branchline.organization.v1.AuthenticateResponse\x12q\n\x0cResolveRoute\x12/.branchline.organization.v1.ResolveRouteRequest\x1a\x30.branchline.organization.v1.ResolveRouteResponse\x12m\n\nWatchIndex\x12-.branchline.organization.v1.WatchIndexRequest\x1a..branchline.organization.v1.WatchIndexResponse0\x01\x12}\n\x10\x41waitConsistency\x12\x33.branchline.organization.v1.AwaitConsistencyRequest\x1a\x34.branchline.organization.v1.AwaitConsistencyResponse\x12}\n\x10GetGitCredential\x12\x33.branchline.organization.v1.GetGitCredentialRequest\x1a\x34.branchline.organization.v1.GetGitCredentialResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-branchline/organization/v1/organization.proto\x12\x1a\x62ranchline.organization.v1\x1a)branchline/resource/v1/organization.proto\x1a!branchline/resource/v1/user.proto\x1a\"branchline/resource/v1/watch.proto\x1a\x1b\x62uf/validate/validate.proto\"\xd8\x01\n\x10\x42ootstrapRequest\x12\x1b\n\x04slug\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04slug\x12\x34\n\x11organization_name\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x10organizationName\x12$\n\tuser_name\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x08userName\x12&\n\nuser_email\x18\x04 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\tuserEmail\x12#\n\rdefault_agent\x18\x05 \x01(\tR\x0c\x64\x65\x66\x61ultAgent\"z\n\x11\x42ootstrapResponse\x12H\n\x0corganization\x18\x01 \x01(\x0b\x32$.branchline.resource.v1.OrganizationR\x0corganization\x12\x1b\n\tapi_token\x18\x02 \x01(\tR\x08\x61piToken\">\n\x13\x41uthenticateRequest\x12\'\n\ntoken_hash\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x98\x01@R\ttokenHash\"\xc7\x01\n\x14\x41uthenticateResponse\x12\x30\n\x04user\x18\x01 \x01(\x0b\x32\x1c.branchline.resource.v1.UserR\x04user\x12@\n\x0bmemberships\x18\x02 \x03(\x0b\x32\x1e.branchline.resource.v1.MemberR\x0bmemberships\x12;\n\nrole_limit\x18\x03 \x01(\x0e\x32\x1c.branchline.resource.v1.RoleR\troleLimit\"\xb5\x01\n\x13ResolveRouteRequest\x12 \n\x07user_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06userId\x12)\n\x0forganization_id\x18\x02 \x01(\tH\x00R\x0eorganizationId\x12%\n\rrepository_id\x18\x03 \x01(\tH\x00R\x0crepositoryId\x12\x19\n\x07task_id\x18\x04 \x01(\tH\x00R\x06taskIdB\x0f\n\x06target\x12\x05\xbaH\x02\x08\x01\"\xe0\x01\n\x14ResolveRouteResponse\x12\'\n\x0forganization_id\x18\x01 \x01(\tR\x0eorganizationId\x12#\n\rrepository_id\x18\x02 \x01(\tR\x0crepositoryId\x12\x30\n\x04role\x18\x03 \x01(\x0e\x32\x1c.branchline.resource.v1.RoleR\x04role\x12H\n\x08settings\x18\x04 \x01(\x0b\x32,.branchline.resource.v1.OrganizationSettingsR\x08settings\"\x82\x01\n\x11WatchIndexRequest\x12\x30\n\x0forganization_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0eorganizationId\x12!\n\x0cresume_token\x18\x02 \x01(\tR\x0bresumeToken\x12\x18\n\x07history\x18\x03 \x01(\x08R\x07history\"o\n\x12WatchIndexResponse\x12\x38\n\x05\x66rame\x18\x01 \x01(\x0b\x32\".branchline.resource.v1.WatchFrameR\x05\x66rame\x12\x1f\n\x0bhorizon_seq\x18\x02 \x01(\x03R\nhorizonSeq\"F\n\x17\x41waitConsistencyRequest\x12+\n\x11\x63onsistency_token\x18\x01 \x01(\tR\x10\x63onsistencyToken\"\x1a\n\x18\x41waitConsistencyResponse\"\x81\x01\n\x17GetGitCredentialRequest\x12\x30\n\x0forganization_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0eorganizationId\x12 \n\x07user_id\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06userId\x12\x12\n\x04host\x18\x03 \x01(\tR\x04host\"N\n\x18GetGitCredentialResponse\x12\x1a\n\x08username\x18\x01 \x01(\tR\x08username\x12\x16\n\x06secret\x18\x02 \x01(\tR\x06secret2\xd2\x05\n\x13OrganizationService\x12h\n\tBootstrap\x12,.branchline.organization.v1.BootstrapRequest\x1a-.branchline.organization.v1.BootstrapResponse\x12q\n\x0c\x41uthenticate\x12/.branchline.organization.v1.AuthenticateRequest\x1a\x30.branchline.organization.v1.AuthenticateResponse\x12q\n\x0cResolveRoute\x12/.branchline.organization.v1.ResolveRouteRequest\x1a\x30.branchline.organization.v1.ResolveRouteResponse\x12m\n\nWatchIndex\x12-.branchline.organization.v1.WatchIndexRequest\x1a..branchline.organization.v1.WatchIndexResponse0\x01\x12}\n\x10\x41waitConsistency\x12\x33.branchline.organization.v1.AwaitConsistencyRequest\x1a\x34.branchline.organization.v1.AwaitConsistencyResponse\x12}\n\x10GetGitCredential\x12\x33.branchline.organization.v1.GetGitCredentialRequest\x1a\x34.branchline.organization.v1.GetGitCredentialResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -62,23 +62,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_AUTHENTICATEREQUEST']._serialized_start=563
   _globals['_AUTHENTICATEREQUEST']._serialized_end=625
   _globals['_AUTHENTICATERESPONSE']._serialized_start=628
-  _globals['_AUTHENTICATERESPONSE']._serialized_end=766
-  _globals['_RESOLVEROUTEREQUEST']._serialized_start=769
-  _globals['_RESOLVEROUTEREQUEST']._serialized_end=950
-  _globals['_RESOLVEROUTERESPONSE']._serialized_start=953
-  _globals['_RESOLVEROUTERESPONSE']._serialized_end=1177
-  _globals['_WATCHINDEXREQUEST']._serialized_start=1180
-  _globals['_WATCHINDEXREQUEST']._serialized_end=1310
-  _globals['_WATCHINDEXRESPONSE']._serialized_start=1312
-  _globals['_WATCHINDEXRESPONSE']._serialized_end=1423
-  _globals['_AWAITCONSISTENCYREQUEST']._serialized_start=1425
-  _globals['_AWAITCONSISTENCYREQUEST']._serialized_end=1495
-  _globals['_AWAITCONSISTENCYRESPONSE']._serialized_start=1497
-  _globals['_AWAITCONSISTENCYRESPONSE']._serialized_end=1523
-  _globals['_GETGITCREDENTIALREQUEST']._serialized_start=1526
-  _globals['_GETGITCREDENTIALREQUEST']._serialized_end=1655
-  _globals['_GETGITCREDENTIALRESPONSE']._serialized_start=1657
-  _globals['_GETGITCREDENTIALRESPONSE']._serialized_end=1735
-  _globals['_ORGANIZATIONSERVICE']._serialized_start=1738
-  _globals['_ORGANIZATIONSERVICE']._serialized_end=2460
+  _globals['_AUTHENTICATERESPONSE']._serialized_end=827
+  _globals['_RESOLVEROUTEREQUEST']._serialized_start=830
+  _globals['_RESOLVEROUTEREQUEST']._serialized_end=1011
+  _globals['_RESOLVEROUTERESPONSE']._serialized_start=1014
+  _globals['_RESOLVEROUTERESPONSE']._serialized_end=1238
+  _globals['_WATCHINDEXREQUEST']._serialized_start=1241
+  _globals['_WATCHINDEXREQUEST']._serialized_end=1371
+  _globals['_WATCHINDEXRESPONSE']._serialized_start=1373
+  _globals['_WATCHINDEXRESPONSE']._serialized_end=1484
+  _globals['_AWAITCONSISTENCYREQUEST']._serialized_start=1486
+  _globals['_AWAITCONSISTENCYREQUEST']._serialized_end=1556
+  _globals['_AWAITCONSISTENCYRESPONSE']._serialized_start=1558
+  _globals['_AWAITCONSISTENCYRESPONSE']._serialized_end=1584
+  _globals['_GETGITCREDENTIALREQUEST']._serialized_start=1587
+  _globals['_GETGITCREDENTIALREQUEST']._serialized_end=1716
+  _globals['_GETGITCREDENTIALRESPONSE']._serialized_start=1718
+  _globals['_GETGITCREDENTIALRESPONSE']._serialized_end=1796
+  _globals['_ORGANIZATIONSERVICE']._serialized_start=1799
+  _globals['_ORGANIZATIONSERVICE']._serialized_end=2521
 # @@protoc_insertion_point(module_scope)

@@ -117,6 +117,9 @@ class AuthenticateResponse(_message.Message):
 
     USER_FIELD_NUMBER: _builtins.int
     MEMBERSHIPS_FIELD_NUMBER: _builtins.int
+    ROLE_LIMIT_FIELD_NUMBER: _builtins.int
+    role_limit: _organization_pb2.Role.ValueType
+    """Most that the token may do; unspecified means no limit."""
     @_builtins.property
     def user(self) -> _user_pb2.User:
         """The user."""
@@ -130,10 +133,11 @@ class AuthenticateResponse(_message.Message):
         *,
         user: _user_pb2.User | None = ...,
         memberships: _abc.Iterable[_organization_pb2.Member] | None = ...,
+        role_limit: _organization_pb2.Role.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["user", b"user"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["memberships", b"memberships", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["memberships", b"memberships", "role_limit", b"role_limit", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

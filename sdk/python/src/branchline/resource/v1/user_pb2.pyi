@@ -3,6 +3,7 @@
 isort:skip_file
 """
 
+from branchline.resource.v1 import organization_pb2 as _organization_pb2
 from branchline.resource.v1 import session_pb2 as _session_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
@@ -104,6 +105,7 @@ class ApiToken(_message.Message):
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
+    ROLE_LIMIT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Id with the prefix "tok_"."""
     user_id: _builtins.str
@@ -112,6 +114,10 @@ class ApiToken(_message.Message):
     """Name given by the user."""
     revision: _builtins.int
     """Number of its state; grows with every change."""
+    role_limit: _organization_pb2.Role.ValueType
+    """Most that it may do, whatever its user may: the role it is held to in every organization.
+    Unspecified means no limit.
+    """
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
         """When it ends; unset means never."""
@@ -129,10 +135,11 @@ class ApiToken(_message.Message):
         expire_time: _timestamp_pb2.Timestamp | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         revision: _builtins.int = ...,
+        role_limit: _organization_pb2.Role.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "id", b"id", "name", b"name", "revision", b"revision", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "id", b"id", "name", b"name", "revision", b"revision", "role_limit", b"role_limit", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
