@@ -166,9 +166,8 @@ def find_sandbox_agent(given: Path | None) -> Path:
 
 
 def _readable_paths() -> list[Path]:
-    """Return what agents written in Python need of the folders that are hidden: the interpreter and this project."""
-    paths = {Path(sys.prefix), Path(sys.base_prefix), _ROOT}
-    return sorted(path for path in paths if path.is_relative_to(Path.home()))
+    """Return what agents written in Python need: the interpreter and this project, wherever they are."""
+    return sorted({Path(sys.prefix), Path(sys.base_prefix), _ROOT})
 
 
 def _free_port() -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from services.sandbox.agent_server import AgentServer
 from services.sandbox.providers import local
 from services.sandbox.providers.base import ProviderError
 from services.sandbox.providers.local import LocalProvider, LocalProviderConfig
@@ -41,3 +42,29 @@ async def test_a_port_that_was_taken_meanwhile_is_given_up_for_another(
     finally:
         await provider.destroy("sbx_port")
     assert await provider.list_running() == set()
+
+
+async def test_a_sandbox_sees_the_project_and_not_the_data_within_it(tmp_path: Path) -> None:  # SBX-2
+    project, data = tmp_path / "project", tmp_path / "project" / "data"
+    data.mkdir(parents=True)
+    (project / "README").write_text("read me")
+    (data / "signing.key").write_text("secret")
+    config = LocalProviderConfig(
+        sandbox_agent=AGENT_SERVER,
+        hidden_paths=[data, tmp_path],
+        readable_paths=[project],
+    )
+    provider = LocalProvider(data / "local", config)
+    if await provider.isolation() != "bubblewrap":
+        pytest.skip("bubblewrap does not work here")
+    server = AgentServer(await provider.create("sbx_sees"))
+    try:
+        seen = await server.run(
+            ["sh", "-c", f"cat {project}/README; ls {data}; echo x > {project}/README"], "/", {}, 10
+        )
+        assert seen.stdout == "read melocal\n"
+        assert seen.exit_code != 0
+        assert "Read-only" in seen.stderr
+    finally:
+        await server.close()
+        await provider.destroy("sbx_sees")

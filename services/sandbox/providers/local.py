@@ -71,7 +71,7 @@ class LocalProviderConfig(BaseModel):
     """Folders that sandboxes must not see, such as the backend's data and the user's home."""
 
     readable_paths: Sequence[Path] = ()
-    """Folders inside hidden ones that sandboxes may read."""
+    """Folders that sandboxes may read though they lie inside hidden ones. What is hidden inside these stays hidden."""
 
     writable_paths: Sequence[Path] = ()
     """Folders that sandboxes may change, such as bare repositories on this host."""
@@ -183,14 +183,15 @@ class LocalProvider:
     def _bubblewrap(self, home: Path) -> list[str]:
         home.mkdir(parents=True, exist_ok=True)
         command = ["bwrap", "--unshare-all", "--share-net", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
-        for path in (_TMP, *map(str, self._config.hidden_paths)):
-            command += ["--tmpfs", path]
-        for path in self._config.readable_paths:
-            command += ["--ro-bind", str(path), str(path)]
-        for path in self._config.writable_paths:
-            command += ["--bind", str(path), str(path)]
-        agent = str(self._config.sandbox_agent.resolve())
-        return [*command, "--ro-bind", agent, agent, "--bind", str(home), str(home), "--chdir", str(home)]
+        agent = self._config.sandbox_agent.resolve()
+        mounts = [
+            *((path, ["--tmpfs", str(path)]) for path in (Path(_TMP), *self._config.hidden_paths)),
+            *((path, ["--ro-bind", str(path), str(path)]) for path in (*self._config.readable_paths, agent)),
+            *((path, ["--bind", str(path), str(path)]) for path in (*self._config.writable_paths, home)),
+        ]
+        for _, mount in sorted(mounts, key=lambda mount: len(mount[0].parts)):  # what lies deeper decides
+            command += mount
+        return [*command, "--chdir", str(home)]
 
     def _furnish(self, home: Path) -> None:
         launchers = home / ".local/share/sandbox-agent/bin/agent_processes"
