@@ -4,7 +4,7 @@ A method is defined once, in the public contract, and implemented where the stat
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, cast
 
 import grpc
@@ -24,7 +24,8 @@ log = structlog.get_logger()
 
 _ATTEMPTS = 4
 
-Handler = Callable[[Any, grpc.aio.ServicerContext[Any, Any]], Any]
+Context = grpc.aio.ServicerContext[Any, Any]
+Metadata = tuple[tuple[str, str], ...]
 
 
 class Forwarder:
@@ -39,34 +40,48 @@ class Forwarder:
         """Return the handler of one method."""
         request_type = GetMessageClass(method.input_type)
         response_type = GetMessageClass(method.output_type)
-        call = self._channels[route.owner].unary_unary(
-            f"/{PACKAGE}.{name}", request_serializer=request_type.SerializeToString, response_deserializer=None
-        )
+        channel, path = self._channels[route.owner], f"/{PACKAGE}.{name}"
+        serializer = request_type.SerializeToString
+        call = channel.unary_unary(path, request_serializer=serializer, response_deserializer=None)
+        call_stream = channel.unary_stream(path, request_serializer=serializer, response_deserializer=None)
 
-        async def forward(request: Message, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
-            wanted = str(getattr(request, route.target)) if route.target else ""
-            token = str(getattr(request, "consistency_token", ""))
-            caller = current_caller()
-            if caller.role_limit and not route.target and not route.read:
-                raise PermissionDenied("TOKEN_LIMITED", "this token is limited to a role; it cannot change its user")
-            principal = await self._placement.place(caller, route.target, wanted, token, defaults=route.defaults)
-            if route.target:
-                principal.require(route.role)
-            metadata = ((METADATA_KEY, self._signer.sign(principal)),)
-            left = cast("float | None", context.time_remaining())  # None without a deadline
-            timeout = route.timeout_seconds if left is None else min(left, route.timeout_seconds)
-            answer = await self._call(call, request, metadata, timeout, safe=route.safe)
+        async def forward(request: Message, context: Context) -> bytes:
+            metadata = await self._admit(request, route)
+            answer = await self._call(call, request, metadata, _seconds(context, route), safe=route.safe)
             if route.settle:
                 await self._settle(response_type.FromString(answer))
             return answer
 
+        async def forward_stream(request: Message, context: Context) -> AsyncIterator[bytes]:
+            metadata = await self._admit(request, route)
+            answers = call_stream(request, metadata=metadata, timeout=_seconds(context, route))
+            try:
+                async for answer in answers:
+                    yield answer
+            finally:
+                answers.cancel()
+
+        if route.stream:
+            return grpc.unary_stream_rpc_method_handler(
+                forward_stream, request_deserializer=request_type.FromString, response_serializer=None
+            )
         return grpc.unary_unary_rpc_method_handler(
             forward, request_deserializer=request_type.FromString, response_serializer=None
         )
 
-    async def _call(
-        self, call: Any, request: Message, metadata: tuple[tuple[str, str], ...], seconds: float, *, safe: bool
-    ) -> bytes:
+    async def _admit(self, request: Message, route: Route) -> Metadata:
+        """Return the caller's signed principal, or raise if the caller may not do this."""
+        wanted = str(getattr(request, route.target)) if route.target else ""
+        token = str(getattr(request, "consistency_token", ""))
+        caller = current_caller()
+        if caller.role_limit and not route.target and not route.read:
+            raise PermissionDenied("TOKEN_LIMITED", "this token is limited to a role; it cannot change its user")
+        principal = await self._placement.place(caller, route.target, wanted, token, defaults=route.defaults)
+        if route.target:
+            principal.require(route.role)
+        return ((METADATA_KEY, self._signer.sign(principal)),)
+
+    async def _call(self, call: Any, request: Message, metadata: Metadata, seconds: float, *, safe: bool) -> bytes:
         """Call the owner; a safe call is repeated while the owner cannot be reached."""
         backoff = Backoff(first_seconds=0.1, most_seconds=1.0)
         for attempt in range(1, _ATTEMPTS + 1):
@@ -84,3 +99,8 @@ class Forwarder:
             await self._placement.await_consistency(str(getattr(answer, "consistency_token", "")))
         except (DomainError, grpc.aio.AioRpcError) as error:
             log.info("index behind after a command", reason=reason_of(error))
+
+
+def _seconds(context: Context, route: Route) -> float:
+    left = cast("float | None", context.time_remaining())  # None without a deadline
+    return route.timeout_seconds if left is None else min(left, route.timeout_seconds)

@@ -22,7 +22,7 @@ class Route:
     `target` is the request field whose organization the caller must be a member of; empty for what concerns the
     caller alone. `safe` methods may be repeated when the owner cannot be reached. `settle` waits until the
     organization has indexed what the command made, so that the next call finds it. `defaults` adds the
-    organization's settings to the principal.
+    organization's settings to the principal. `stream` methods answer with a stream.
     """
 
     owner: str
@@ -32,6 +32,7 @@ class Route:
     safe: bool = True
     settle: bool = False
     defaults: bool = False
+    stream: bool = False
     timeout_seconds: float = 30.0
 
 
@@ -65,6 +66,10 @@ ROUTES = {
     "SessionService/AnswerPermission": Route(TASK, "task_id", ROLE_MEMBER),
     "SessionService/ListTranscript": _read(REPOSITORY, "task_id"),
     "SandboxService/RunCommand": Route(SANDBOX, "task_id", ROLE_MEMBER, safe=False, timeout_seconds=SLOW_SECONDS),
+    "SandboxService/StreamCommand": Route(
+        SANDBOX, "task_id", ROLE_MEMBER, safe=False, stream=True, timeout_seconds=SLOW_SECONDS
+    ),
+    "SandboxService/ListAgents": Route(SANDBOX, "task_id", ROLE_MEMBER),
     "SandboxService/ListFiles": Route(SANDBOX, "task_id", ROLE_MEMBER),
     "SandboxService/ReadFile": Route(SANDBOX, "task_id", ROLE_MEMBER),
     "SandboxService/WriteFile": Route(SANDBOX, "task_id", ROLE_MEMBER),
@@ -78,4 +83,4 @@ ROUTES = {
     "UserService/SetTaskState": Route(USER, "task_id"),
     "HistoryService/ListHistory": _read(ORGANIZATION, "organization_id"),
 }
-"""Unary methods by their name within the package. Watches are the gateway's own: see `watches`."""
+"""Methods by their name within the package. Watches are the gateway's own: see `watches`."""

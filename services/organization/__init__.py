@@ -47,7 +47,7 @@ def build(config: OrganizationConfig) -> Service:
     """Build the service."""
     parts = chassis("organization", config, spine, Path(__file__).parent)
     index = Index(parts.database, spine, [*WATCHED, HISTORY], parts.clock, UNWATCHED)
-    store = OrganizationStore(parts.database, index)
+    store = OrganizationStore(parts.database, index, parts.clock)
     ingest = OrganizationIngest(parts, store).ingest()
     user = user_pb2_grpc.UserServiceStub(parts.channel(config.user_address))
     children = Children(
@@ -91,5 +91,6 @@ def build(config: OrganizationConfig) -> Service:
         "branchline.gateway.v1.UserService",
         lambda server: users_pb2_grpc.add_UserServiceServicer_to_server(PublicUserReader(*public), server),
     )
-    service.loops += [ingest.run, index.run_compaction, *(courier.run for courier in children.couriers(parts.outbox))]
+    service.loops += [ingest.run, index.run_compaction, store.run_history_retention]
+    service.loops += [*(courier.run for courier in children.couriers(parts.outbox))]
     return service

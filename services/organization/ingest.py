@@ -65,6 +65,7 @@ class OrganizationIngest:
             "owner_user_id": task.owner_user_id,
             "create_time": _seconds(task.create_time),
             "update_time": _seconds(task.update_time),
+            "has_pull_request": task.HasField("pull_request"),
         }
         scope = task.organization_id
         entry = Entry("task", scope, task.id, task.revision, task, task_id=task.id, columns=columns)

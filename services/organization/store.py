@@ -1,5 +1,6 @@
 """Queries of the organization service."""
 
+import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from sqlalchemy import Row, Select, select, tuple_
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from services.organization.tables import (
+    HISTORY,
     auth_email_index,
     auth_session_index,
     github_repositories,
@@ -27,6 +29,7 @@ from services.organization.tables import (
     task_summaries,
     users,
 )
+from services.runtime.clock import Clock
 from services.runtime.database import Database, Reader, Transaction
 from services.runtime.errors import InvalidArgument, NotFound
 from services.runtime.spine.index import Entry, Index
@@ -38,6 +41,10 @@ _SORT_COLUMNS = {
     tasks_pb2.TASK_SORT_TITLE: (task_summaries.c.title, False),
 }
 
+_RETENTION_DAYS = 90
+_RETENTION_LOOK_SECONDS = 3600.0
+_DAY_SECONDS = 24 * 3600.0
+
 
 @dataclass(frozen=True, slots=True)
 class OrganizationStore:
@@ -45,6 +52,7 @@ class OrganizationStore:
 
     database: Database
     index: Index
+    clock: Clock
 
     async def save_organization(self, tx: Transaction, organization: Organization) -> None:
         """Store a new state of an organization."""
@@ -206,6 +214,8 @@ class OrganizationStore:
             query = query.where(table.c.repository_id == request.repository_id)
         if request.owner_user_id:
             query = query.where(table.c.owner_user_id == request.owner_user_id)
+        if request.HasField("has_pull_request"):
+            query = query.where(table.c.has_pull_request.is_(request.has_pull_request))
         if request.query:
             like = request.query
             query = query.where(
@@ -250,6 +260,25 @@ class OrganizationStore:
             rows = await _all(connection, query.order_by(order).limit(page_size + 1))
         page, following = _page(rows, page_size, "sequence")
         return [HistoryEvent.FromString(row.payload) for row in page], following
+
+    async def run_history_retention(self) -> None:
+        """Drop from the feed what is older than its organization shows, for ever."""
+        while True:
+            await self.expire_history()
+            await asyncio.sleep(_RETENTION_LOOK_SECONDS)
+
+    async def expire_history(self) -> None:
+        """Drop from the feed what is older than its organization shows."""
+        async with self.database.read() as connection:
+            found = await _all(connection, select(organizations.c.payload).where(organizations.c.deleted.is_(False)))
+        for row in found:
+            organization = Organization.FromString(row.payload)
+            days = organization.settings.history_retention_days or _RETENTION_DAYS
+            before = self.clock.seconds() - days * _DAY_SECONDS
+            async with self.database.transaction() as tx:
+                await self.index.forget(
+                    tx, HISTORY, history_feed.c.scope == organization.id, history_feed.c.event_time < before
+                )
 
 
 def member_id(member: Member) -> str:

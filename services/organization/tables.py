@@ -63,6 +63,7 @@ task_summaries = index_table(
     Column("branch", String, nullable=False),
     Column("status", Integer, nullable=False),
     Column("owner_user_id", String, nullable=False),
+    Column("has_pull_request", Boolean, nullable=False),
     Column("create_time", Float, nullable=False),
     Column("update_time", Float, nullable=False),
     Index("task_summaries_recent", "scope", "status", "update_time"),

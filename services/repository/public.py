@@ -63,6 +63,9 @@ class PublicTaskServicer(_Public, tasks_pb2_grpc.TaskServiceServicer):
             title = request.title or derive_title(request.text)
             branch = await self._branch(tx, request, title, repository)
             task, session = self._newborn(request, principal, repository, title, branch)
+            pull_request = (await self.store.pull_requests(tx, repository.id)).get(branch)
+            if pull_request is not None:
+                task.pull_request.CopyFrom(pull_request)
             await self._create(tx, task, session, repository, request.hold_prompt, principal)
             token = consistency_token([("task", task.id, task.revision)])
             answer = tasks_pb2.CreateTaskResponse(task=task, consistency_token=token)

@@ -7,9 +7,11 @@ from branchline.resource.v1.repository_pb2 import Branch, PullRequest, Repositor
 from branchline.resource.v1.sandbox_pb2 import Sandbox
 from branchline.resource.v1.session_pb2 import Session, TranscriptEntry
 from branchline.resource.v1.task_pb2 import Task
+from branchline.task.v1.task_pb2 import SetPullRequestRequest
 from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 
+from services.repository.push import TO_TASK
 from services.repository.tables import (
     branches,
     pull_requests,
@@ -76,6 +78,7 @@ class RepositoryStore:
 
     async def _replace_caches(self, tx: Transaction, request: EnsureRepositoryRequest) -> None:
         repository_id = request.repository.id
+        before = await self.pull_requests(tx, repository_id)
         await tx.execute(delete(branches).where(branches.c.repository_id == repository_id))
         await tx.execute(delete(pull_requests).where(pull_requests.c.repository_id == repository_id))
         for branch in request.branches:
@@ -91,6 +94,18 @@ class RepositoryStore:
             .where(repositories.c.id == repository_id)
             .values(github_revision=request.github_revision)
         )
+        after = await self.pull_requests(tx, repository_id)
+        for branch, task_id in (await self.branch_holders(tx, repository_id)).items():
+            if before.get(branch) != after.get(branch):
+                told = SetPullRequestRequest(task_id=task_id, pull_request=after.get(branch))
+                mark = Mark(f"{task_id}/pull_request", request.github_revision, told, TO_TASK)
+                await self.chassis.outbox.mark(tx, [mark])
+
+    async def pull_requests(self, reader: Reader, repository_id: str) -> dict[str, PullRequest]:
+        """Return the cached pull requests by the branch they are from."""
+        query = select(pull_requests.c.payload).where(pull_requests.c.repository_id == repository_id)
+        found = map(PullRequest.FromString, (await reader.execute(query)).scalars())
+        return {pull.head_branch: pull for pull in found}
 
     async def save_repository(self, tx: Transaction, repository: Repository) -> None:
         """Store a new state of a repository and push it up."""
@@ -200,8 +215,5 @@ class RepositoryStore:
     async def cached(self, reader: Reader, repository_id: str) -> tuple[list[Branch], list[PullRequest]]:
         """Return the cached branches and pull requests."""
         heads = select(branches.c.payload).where(branches.c.repository_id == repository_id)
-        pulls = select(pull_requests.c.payload).where(pull_requests.c.repository_id == repository_id)
-        return (
-            [Branch.FromString(payload) for payload in (await reader.execute(heads)).scalars()],
-            [PullRequest.FromString(payload) for payload in (await reader.execute(pulls)).scalars()],
-        )
+        found = [Branch.FromString(payload) for payload in (await reader.execute(heads)).scalars()]
+        return found, list((await self.pull_requests(reader, repository_id)).values())

@@ -4,6 +4,7 @@ Source: https://sandboxagent.dev (HTTP API v1) and https://agentclientprotocol.c
 are posted, everything the agent says comes as numbered server-sent events that can be replayed from any number.
 """
 
+import base64
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -22,7 +23,7 @@ Json = dict[str, Any]
 _TIMEOUT_SECONDS = 30.0
 _CONNECT_SECONDS = 5.0
 _DISCONNECT_SECONDS = 1.0
-_COMMAND_GRACE_SECONDS = 10.0
+_STOP_MS = 2000
 
 
 class AgentError(Exception):
@@ -34,14 +35,30 @@ class AgentUnknownError(AgentError):
 
 
 @dataclass(frozen=True, slots=True)
-class CommandResult:
-    """How a command ended. The exit code is -1 if it was killed."""
+class ProcessOutput:
+    """A piece of what a process wrote. `number` counts them over both streams."""
 
-    exit_code: int
-    stdout: str
-    stderr: str
-    timed_out: bool
+    number: int
+    error: bool
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessState:
+    """Where a process stands. There is no exit code while it runs, nor if a signal ended it."""
+
+    running: bool
+    exit_code: int | None
     duration_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class AgentInfo:
+    """An agent that the server knows. `capabilities` holds those it has, in the server's words."""
+
+    name: str
+    installed: bool
+    capabilities: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,26 +95,45 @@ class AgentServer:
         """Close the connections."""
         await self._http.aclose()
 
-    async def run(
-        self, command: Sequence[str], directory: str, environment: Mapping[str, str], timeout_seconds: int
-    ) -> CommandResult:
-        """Run a command to its end. Raise FailedPrecondition if it cannot be started."""
-        body = {
-            "command": command[0],
-            "args": list(command[1:]),
-            "cwd": directory,
-            "env": dict(environment),
-            "timeoutMs": timeout_seconds * 1000,
-        }
-        wait = httpx.Timeout(timeout_seconds + _COMMAND_GRACE_SECONDS, connect=_CONNECT_SECONDS)
-        answer = await self._send("POST", "/v1/processes/run", json=body, timeout=wait)
-        if not answer.is_success:
+    async def start_process(self, command: Sequence[str], directory: str, environment: Mapping[str, str]) -> str:
+        """Start a process and return its id. Raise FailedPrecondition if it cannot be started."""
+        body = {"command": command[0], "args": list(command[1:]), "cwd": directory, "env": dict(environment)}
+        answer = await self._send("POST", "/v1/processes", json=body)
+        if answer.is_error:
             raise FailedPrecondition("COMMAND_NOT_STARTED", _detail(answer))
-        result = answer.json()
-        exit_code = result["exitCode"] if result["exitCode"] is not None else -1
-        return CommandResult(
-            exit_code, result["stdout"], result["stderr"], result["timedOut"], int(result["durationMs"])
-        )
+        return str(answer.json()["id"])
+
+    async def process(self, process_id: str) -> ProcessState:
+        """Return where a process stands."""
+        known = (await self._process("GET", process_id)).json()
+        ran = (known.get("exitedAtMs") or 0) - known["createdAtMs"]
+        return ProcessState(known["status"] == "running", known.get("exitCode"), ran)
+
+    async def output(self, process_id: str) -> list[ProcessOutput]:
+        """Return what is kept of a process's output."""
+        entries = (await self._process("GET", process_id, "/logs")).json()["entries"]
+        return [_output(entry) for entry in entries]
+
+    async def follow_output(self, process_id: str) -> AsyncGenerator[ProcessOutput, None]:
+        """Follow a process's output from its start. It does not end when the process does."""
+        wait = httpx.Timeout(None, connect=_CONNECT_SECONDS)
+        path = f"/v1/processes/{process_id}/logs"
+        try:
+            async with aconnect_sse(self._http, "GET", path, params={"follow": "true"}, timeout=wait) as source:
+                async for event in source.aiter_sse():
+                    if event.data:
+                        yield _output(json.loads(event.data))
+        except httpx.HTTPError as error:
+            raise _unreachable(error) from error
+
+    async def stop_process(self, process_id: str) -> None:
+        """Ask a process to end, and forget it."""
+        await self._process("POST", process_id, "/stop", params={"waitMs": _STOP_MS})
+        await self._process("DELETE", process_id)
+
+    async def forget_process(self, process_id: str) -> None:
+        """Drop an ended process and its output."""
+        await self._process("DELETE", process_id)
 
     async def list_files(self, path: str) -> list[FileEntry]:
         """List a directory, by name. Raise NotFound."""
@@ -125,10 +161,10 @@ class AgentServer:
         """Delete a file or an empty directory. Raise NotFound."""
         await self._file("DELETE", "/v1/fs/entry", path)
 
-    async def agents(self) -> list[str]:
-        """Return the names of the agents that the server knows."""
+    async def agents(self) -> list[AgentInfo]:
+        """Return the agents that the server knows."""
         answer = await self._send("GET", "/v1/agents")
-        return [agent["id"] for agent in answer.json()["agents"]]
+        return [_agent_info(agent) for agent in answer.json()["agents"]]
 
     async def connections(self) -> set[str]:
         """Return the ids of the open agent connections."""
@@ -195,7 +231,13 @@ class AgentServer:
         try:
             return await self._http.request(method, path, **options)
         except httpx.HTTPError as error:
-            raise Unavailable("SANDBOX_UNREACHABLE", f"the sandbox does not answer: {error!r}") from error
+            raise _unreachable(error) from error
+
+    async def _process(self, method: str, process_id: str, what: str = "", **options: Any) -> httpx.Response:
+        answer = await self._send(method, f"/v1/processes/{process_id}{what}", **options)
+        if answer.is_error:
+            raise Unavailable("SANDBOX_UNREACHABLE", f"the sandbox lost the process: {_detail(answer)}")
+        return answer
 
     async def _file(self, method: str, api: str, path: str, **options: Any) -> httpx.Response:
         answer = await self._send(method, api, params={"path": path}, **options)
@@ -205,6 +247,19 @@ class AgentServer:
         if "not found" in detail:
             raise NotFound("file", path)
         raise InvalidArgument("path", detail)
+
+
+def _unreachable(error: httpx.HTTPError) -> Unavailable:
+    return Unavailable("SANDBOX_UNREACHABLE", f"the sandbox does not answer: {error!r}")
+
+
+def _agent_info(agent: Json) -> AgentInfo:
+    capabilities = sorted(name for name, has in agent["capabilities"].items() if has)
+    return AgentInfo(agent["id"], agent["installed"], capabilities)
+
+
+def _output(entry: Json) -> ProcessOutput:
+    return ProcessOutput(entry["sequence"], entry["stream"] == "stderr", base64.b64decode(entry["data"]))
 
 
 def rpc_error(error: Json) -> str:

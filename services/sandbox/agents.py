@@ -43,7 +43,7 @@ async def open_agent(server: AgentServer, record: SessionRecord, directory: str)
             timeout_seconds=_START_SECONDS,
         )
     except AgentUnknownError as error:
-        known = ", ".join(await server.agents())
+        known = ", ".join(agent.name for agent in await server.agents())
         raise InvalidArgument("agent", f'there is no agent "{record.agent}"; there are: {known}') from error
     opened = await server.request(
         record.connection,

@@ -1,5 +1,7 @@
 """The public commands on a task's machine, as the gateway forwards them."""
 
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -11,6 +13,7 @@ from services.runtime.errors import FailedPrecondition, InvalidArgument
 from services.runtime.principal import current_principal
 from services.runtime.service import Chassis
 from services.sandbox.agent_server import AgentServer
+from services.sandbox.commands import CommandEnd, follow, run
 from services.sandbox.machines import WORKSPACE, Machines
 from services.sandbox.store import SandboxStore
 
@@ -34,14 +37,44 @@ class PublicSandboxServicer(sandboxes_pb2_grpc.SandboxServiceServicer):
         """Run one command."""
         server = await self._server(request.task_id)
         directory = _inside(server, request.directory, "directory")
-        seconds = request.timeout_seconds or _DEFAULT_SECONDS
-        result = await server.run(request.command, directory, {}, seconds)
+        result = await run(server, request.command, directory, {}, request.timeout_seconds or _DEFAULT_SECONDS)
         return sandboxes_pb2.RunCommandResponse(
-            exit_code=result.exit_code,
+            exit_code=result.end.exit_code,
             stdout=result.stdout,
             stderr=result.stderr,
-            timed_out=result.timed_out,
-            duration_ms=result.duration_ms,
+            timed_out=result.end.timed_out,
+            duration_ms=result.end.duration_ms,
+        )
+
+    async def StreamCommand(
+        self, request: sandboxes_pb2.StreamCommandRequest, context: Context
+    ) -> AsyncIterator[sandboxes_pb2.StreamCommandResponse]:
+        """Run one command and pass its output on while it comes."""
+        server = await self._server(request.task_id)
+        directory = _inside(server, request.directory, "directory")
+        seconds = request.timeout_seconds or _DEFAULT_SECONDS
+        async with aclosing(follow(server, request.command, directory, {}, seconds)) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, CommandEnd):
+                    end = sandboxes_pb2.CommandEnd(
+                        exit_code=piece.exit_code, timed_out=piece.timed_out, duration_ms=piece.duration_ms
+                    )
+                    yield sandboxes_pb2.StreamCommandResponse(end=end)
+                elif piece.error:
+                    yield sandboxes_pb2.StreamCommandResponse(stderr=piece.data)
+                else:
+                    yield sandboxes_pb2.StreamCommandResponse(stdout=piece.data)
+
+    async def ListAgents(
+        self, request: sandboxes_pb2.ListAgentsRequest, context: Context
+    ) -> sandboxes_pb2.ListAgentsResponse:
+        """List the agents that the sandbox knows."""
+        server = await self._server(request.task_id)
+        return sandboxes_pb2.ListAgentsResponse(
+            agents=[
+                sandboxes_pb2.AgentInfo(name=agent.name, installed=agent.installed, capabilities=agent.capabilities)
+                for agent in await server.agents()
+            ]
         )
 
     async def ListFiles(

@@ -14,6 +14,7 @@ from services.runtime.principal import current_principal
 from services.runtime.service import Chassis
 from services.sandbox.agent_server import AgentError
 from services.sandbox.agents import open_agent
+from services.sandbox.commands import run
 from services.sandbox.machines import WORKSPACE, Machines
 from services.sandbox.status_sync import StatusSync
 from services.sandbox.store import WORKING, SandboxStore, SessionRecord
@@ -59,9 +60,9 @@ class SandboxServicer(sandbox_pb2_grpc.SandboxServiceServicer):
         """Run a command."""
         server = await self.machines.server(request.sandbox_id)
         directory = str(PurePosixPath(server.machine.home) / request.directory)
-        result = await server.run(request.command, directory, request.environment, request.timeout_seconds)
+        result = await run(server, request.command, directory, request.environment, request.timeout_seconds)
         return sandbox_pb2.ExecuteResponse(
-            exit_code=result.exit_code, stdout=result.stdout, stderr=result.stderr, timed_out=result.timed_out
+            exit_code=result.end.exit_code, stdout=result.stdout, stderr=result.stderr, timed_out=result.end.timed_out
         )
 
     async def PutFile(self, request: sandbox_pb2.PutFileRequest, context: Context) -> sandbox_pb2.PutFileResponse:
@@ -69,8 +70,8 @@ class SandboxServicer(sandbox_pb2_grpc.SandboxServiceServicer):
         server = await self.machines.server(request.sandbox_id)
         path = str(PurePosixPath(server.machine.home) / request.path)
         mode = f"{stat.S_IMODE(request.mode):o}"
-        made = await server.run(["install", "-m", mode, "/dev/null", path], server.machine.home, {}, 10)
-        if made.exit_code:
+        made = await run(server, ["install", "-m", mode, "/dev/null", path], server.machine.home, {}, 10)
+        if made.end.exit_code:
             raise FailedPrecondition("FILE_NOT_WRITTEN", made.stderr)
         await server.write_file(path, request.content)
         return sandbox_pb2.PutFileResponse()

@@ -21,8 +21,13 @@ METHODS = {
 }
 
 
-def test_every_unary_method_has_a_route_and_every_route_a_method() -> None:
-    assert set(ROUTES) == {name for name, method in METHODS.items() if not method.server_streaming}
+def test_every_method_but_watches_has_a_route_and_every_route_a_method() -> None:
+    assert set(ROUTES) == {name for name in METHODS if not name.partition("/")[2].startswith("Watch")}
+
+
+def test_streams_are_routed_as_streams() -> None:
+    for name, route in ROUTES.items():
+        assert route.stream == METHODS[name].server_streaming, name
 
 
 def test_reads_are_served_by_organization_and_repository_alone() -> None:
@@ -48,6 +53,7 @@ def test_commands_that_are_repeated_carry_a_request_id_or_are_idempotent_by_natu
         "UserService/RevokeApiToken",
         "UserService/SetGitCredential",
         "UserService/SetTaskState",
+        "SandboxService/ListAgents",
         "SandboxService/ListFiles",
         "SandboxService/ReadFile",
         "SandboxService/WriteFile",

@@ -6,9 +6,10 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import grpc
+import httpx
 import pytest
 import pytest_asyncio
-from branchline.gateway.v1 import organizations_pb2, repositories_pb2
+from branchline.gateway.v1 import organizations_pb2, repositories_pb2, tasks_pb2
 from branchline.resource.v1 import organization_pb2, repository_pb2
 from branchline.resource.v1.organization_pb2 import Organization
 from google.protobuf.field_mask_pb2 import FieldMask
@@ -46,10 +47,19 @@ async def connected_organization(stack: Stack, login: str) -> str:
     return organization_id
 
 
-async def sync(stack: Stack, organization_id: str) -> organization_pb2.GithubStatus:
+async def set_pull_requests(pulls: list[dict[str, object]]) -> None:
+    async with httpx.AsyncClient() as http:
+        (await http.put(f"http://127.0.0.1:{GITHUB_PORT}/pulls", json=pulls)).raise_for_status()
+
+
+async def resync(stack: Stack, organization_id: str) -> None:
     await stack.client.repositories.SyncGithub(
         repositories_pb2.SyncGithubRequest(request_id=request_id(), organization_id=organization_id)
     )
+
+
+async def sync(stack: Stack, organization_id: str) -> organization_pb2.GithubStatus:
+    await resync(stack, organization_id)
 
     async def ended() -> organization_pb2.GithubStatus | None:
         answer = await stack.client.organizations.GetOrganization(
@@ -87,6 +97,60 @@ async def test_repositories_are_imported_with_branches_and_pull_requests(stack: 
     branches = await eventually(overview)
     assert [(one.branch.name, one.is_default) for one in branches] == [("main", True), ("topic", False)]
     assert all(len(one.branch.head_commit) == 40 for one in branches)
+
+
+@pytest.mark.usefixtures("github")
+async def test_a_task_carries_its_branchs_pull_request_while_it_is_open(stack: Stack) -> None:  # ORG-6, GHD-9
+    pull = {
+        "number": 7,
+        "title": "Sell more",
+        "state": "open",
+        "draft": False,
+        "html_url": "https://github.com/acme/shop/pull/7",
+        "head": {"ref": "topic"},
+        "base": {"ref": "main"},
+        "user": {"login": "alice"},
+        "updated_at": "2026-01-02T03:04:05Z",
+    }
+    await set_pull_requests([pull])
+    organization_id = await connected_organization(stack, "acme")
+    await sync(stack, organization_id)
+
+    async def shop() -> str | None:
+        answer = await stack.client.repositories.ListRepositories(
+            repositories_pb2.ListRepositoriesRequest(organization_id=organization_id)
+        )
+        return next((one.id for one in answer.repositories if one.full_name == "acme/shop"), None)
+
+    async def listed(*, has_pull_request: bool) -> list[str]:
+        answer = await stack.client.tasks.ListTasks(
+            tasks_pb2.ListTasksRequest(organization_id=organization_id, has_pull_request=has_pull_request)
+        )
+        return [task.branch for task in answer.tasks]
+
+    async def branches() -> int | None:
+        answer = await stack.client.repositories.GetRepositoryOverview(
+            repositories_pb2.GetRepositoryOverviewRequest(repository_id=repository_id)
+        )
+        return len(answer.branches) or None
+
+    repository_id = await eventually(shop)
+    await eventually(branches)
+    born_with = await stack.create_task(repository_id, branch="topic", agent="mock")
+    await stack.create_task(repository_id, branch="other", agent="mock")
+    assert born_with.pull_request.number == 7
+    assert await listed(has_pull_request=True) == ["topic"]
+    assert await listed(has_pull_request=False) == ["other"]
+
+    await set_pull_requests([pull | {"head": {"ref": "other"}}])
+    await resync(stack, organization_id)
+
+    async def moved() -> bool:
+        return await listed(has_pull_request=True) == ["other"]
+
+    assert await eventually(moved)
+    assert await listed(has_pull_request=False) == ["topic"]
+    await set_pull_requests([])
 
 
 @pytest.mark.usefixtures("github")

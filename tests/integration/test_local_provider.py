@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from cli.installation import find_sandbox_agent
 from services.sandbox.agent_server import AgentServer
+from services.sandbox.commands import run
 from services.sandbox.providers import local
 from services.sandbox.providers.base import ProviderError
 from services.sandbox.providers.local import LocalProvider, LocalProviderConfig
 
-AGENT_SERVER = Path("node_modules/.bin/sandbox-agent")
+AGENT_SERVER = find_sandbox_agent(None)
 
 
 @pytest.fixture
@@ -59,11 +61,11 @@ async def test_a_sandbox_sees_the_project_and_not_the_data_within_it(tmp_path: P
         pytest.skip("bubblewrap does not work here")
     server = AgentServer(await provider.create("sbx_sees"))
     try:
-        seen = await server.run(
-            ["sh", "-c", f"cat {project}/README; ls {data}; echo x > {project}/README"], "/", {}, 10
+        seen = await run(
+            server, ["sh", "-c", f"cat {project}/README; ls {data}; echo x > {project}/README"], "/", {}, 10
         )
         assert seen.stdout == "read melocal\n"
-        assert seen.exit_code != 0
+        assert seen.end.exit_code != 0
         assert "Read-only" in seen.stderr
     finally:
         await server.close()

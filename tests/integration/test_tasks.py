@@ -147,6 +147,68 @@ async def test_commands_and_files_work_in_the_sandbox(stack: Stack) -> None:  # 
     assert (outside.code, outside.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["path"])
 
 
+async def test_a_commands_output_comes_while_it_runs(stack: Stack) -> None:  # SBX-6
+    task = await stack.ready_task()
+    script = "echo first; echo wrong >&2; until [ -e go ]; do sleep 0.05; done; echo last; exit 4"
+    answers = stack.client.sandboxes.StreamCommand(
+        sandboxes_pb2.StreamCommandRequest(task_id=task.id, command=["sh", "-c", script])
+    )
+
+    early = [await anext(aiter(answers)), await anext(aiter(answers))]
+    await stack.client.sandboxes.WriteFile(sandboxes_pb2.WriteFileRequest(task_id=task.id, path="go", content=b"1"))
+    late = [answer async for answer in answers]
+
+    assert {answer.WhichOneof("event"): answer.stdout or answer.stderr for answer in early} == {
+        "stdout": b"first\n",
+        "stderr": b"wrong\n",
+    }
+    assert late[0].stdout == b"last\n"
+    assert (late[-1].end.exit_code, late[-1].end.timed_out) == (4, False)
+
+
+async def test_a_command_that_nobody_listens_to_is_stopped_with_its_children(stack: Stack) -> None:  # SBX-6
+    task = await stack.ready_task()
+    script = "(while :; do date +%N > beat; sleep 0.05; done) & echo up; wait"
+    answers = stack.client.sandboxes.StreamCommand(
+        sandboxes_pb2.StreamCommandRequest(task_id=task.id, command=["sh", "-c", script])
+    )
+    assert (await anext(aiter(answers))).stdout == b"up\n"
+
+    async def beat() -> bytes:
+        return (
+            await stack.client.sandboxes.ReadFile(sandboxes_pb2.ReadFileRequest(task_id=task.id, path="beat"))
+        ).content
+
+    answers.cancel()
+
+    async def still() -> bool:
+        before = await beat()
+        await asyncio.sleep(0.3)
+        return await beat() == before
+
+    assert await eventually(still)
+
+
+async def test_a_command_that_cannot_start_says_so(stack: Stack) -> None:  # SBX-6
+    task = await stack.ready_task()
+
+    missing = await failure(
+        stack.client.sandboxes.RunCommand(sandboxes_pb2.RunCommandRequest(task_id=task.id, command=["nonesuch"]))
+    )
+
+    assert (missing.code, missing.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "COMMAND_NOT_STARTED")
+
+
+async def test_a_sandbox_says_which_agents_it_knows(stack: Stack) -> None:  # SBX-7
+    task = await stack.ready_task()
+
+    answer = await stack.client.sandboxes.ListAgents(sandboxes_pb2.ListAgentsRequest(task_id=task.id))
+
+    by_name = {agent.name: agent for agent in answer.agents}
+    assert {"claude", "codex", "mock"} <= by_name.keys()
+    assert "permissions" in by_name["claude"].capabilities
+
+
 async def test_a_sandbox_sees_neither_the_backend_nor_its_secrets(stack: Stack) -> None:  # SBX-2
     task = await stack.ready_task()
     data = stack.installation.settings.data_dir.absolute()

@@ -1,7 +1,9 @@
-// Starts the GitHub simulator on the port given, with one organization.
+// Starts the GitHub simulator on the port given, with one organization. It knows no pull requests, so they are added:
+// PUT /pulls sets the open ones of acme/shop.
 import { simulation } from "@simulacrum/github-api-simulator";
 
 const port = Number(process.argv[2]);
+let pulls = [];
 const app = simulation({
   initialState: {
     users: [{ login: "alice", organizations: ["acme"] }],
@@ -12,6 +14,18 @@ const app = simulation({
     ],
     branches: [{ name: "main" }, { name: "topic", protected: false }],
     blobs: [],
+  },
+  extend: {
+    openapiHandlers: () => ({
+      "pulls/list": (context, _request, response) =>
+        response.status(200).json(context.request.params.repo === "shop" ? pulls : []),
+    }),
+    extendRouter: (router) => {
+      router.put("/pulls", (request, response) => {
+        pulls = request.body;
+        response.status(204).end();
+      });
+    },
   },
 });
 app.listen(port, () => console.log("listening"));

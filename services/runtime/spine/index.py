@@ -14,7 +14,7 @@ from typing import Any
 from branchline.resource.v1.watch_pb2 import WatchChange
 from branchline.spine.v1.push_pb2 import ConsistencyPoint
 from google.protobuf.message import Message
-from sqlalchemy import Column, Row, Table, delete, func, insert, select, update
+from sqlalchemy import Column, ColumnElement, Row, Table, delete, func, insert, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from services.runtime.clock import Clock
@@ -198,21 +198,19 @@ class Index:
         """Forget tombstones older than a time and raise the horizon of their scopes."""
         async with self._database.transaction() as tx:
             for spec in self._tables.values():
-                table = spec.table
-                old = (table.c.deleted.is_(True), table.c.change_time < before_seconds)
-                newest = (
-                    select(table.c.scope, func.max(table.c.change_seq).label("newest"))
-                    .where(*old)
-                    .group_by(table.c.scope)
-                )
-                for row in (await tx.execute(newest)).all():
-                    scope, seq = row.scope, row.newest
-                    await tx.execute(
-                        update(self._sequences)
-                        .where(self._sequences.c.scope == scope, self._sequences.c.horizon < seq)
-                        .values(horizon=seq)
-                    )
-                await tx.execute(delete(table).where(*old))
+                await self.forget(tx, spec, spec.table.c.deleted.is_(True), spec.table.c.change_time < before_seconds)
+
+    async def forget(self, tx: Transaction, spec: IndexTable, *old: ColumnElement[bool]) -> None:
+        """Delete rows and raise the horizon of their scopes: who has not seen them by now cannot resume."""
+        newest = func.max(spec.table.c.change_seq).label("newest")
+        query = select(spec.table.c.scope, newest).where(*old).group_by(spec.table.c.scope)
+        for row in (await tx.execute(query)).all():
+            await tx.execute(
+                update(self._sequences)
+                .where(self._sequences.c.scope == row.scope, self._sequences.c.horizon < row.newest)
+                .values(horizon=row.newest)
+            )
+        await tx.execute(delete(spec.table).where(*old))
 
 
 def _change(spec: IndexTable, row: Mapping[str, Any]) -> WatchChange:

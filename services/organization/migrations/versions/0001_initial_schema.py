@@ -217,6 +217,7 @@ def upgrade() -> None:
         sa.Column("branch", sa.String(), nullable=False),
         sa.Column("status", sa.Integer(), nullable=False),
         sa.Column("owner_user_id", sa.String(), nullable=False),
+        sa.Column("has_pull_request", sa.Boolean(), nullable=False),
         sa.Column("create_time", sa.Float(), nullable=False),
         sa.Column("update_time", sa.Float(), nullable=False),
         sa.PrimaryKeyConstraint("id", "scope"),

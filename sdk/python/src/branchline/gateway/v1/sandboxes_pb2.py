@@ -26,7 +26,7 @@ from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%branchline/gateway/v1/sandboxes.proto\x12\x15\x62ranchline.gateway.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xbb\x01\n\x11RunCommandRequest\x12\"\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x06taskId\x12%\n\x07\x63ommand\x18\x02 \x03(\tB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\xe8\x07R\x07\x63ommand\x12&\n\tdirectory\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80 R\tdirectory\x12\x33\n\x0ftimeout_seconds\x18\x04 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\x90\x1c(\x00R\x0etimeoutSeconds\"\x9f\x01\n\x12RunCommandResponse\x12\x1b\n\texit_code\x18\x01 \x01(\x05R\x08\x65xitCode\x12\x16\n\x06stdout\x18\x02 \x01(\tR\x06stdout\x12\x16\n\x06stderr\x18\x03 \x01(\tR\x06stderr\x12\x1b\n\ttimed_out\x18\x04 \x01(\x08R\x08timedOut\x12\x1f\n\x0b\x64uration_ms\x18\x05 \x01(\x03R\ndurationMs\"\x98\x01\n\x08\x46ileInfo\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n\tdirectory\x18\x02 \x01(\x08R\tdirectory\x12\x1d\n\nsize_bytes\x18\x03 \x01(\x03R\tsizeBytes\x12;\n\x0bmodify_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nmodifyTime\"T\n\x10ListFilesRequest\x12\"\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x06taskId\x12\x1c\n\x04path\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80 R\x04path\"J\n\x11ListFilesResponse\x12\x35\n\x05\x66iles\x18\x01 \x03(\x0b\x32\x1f.branchline.gateway.v1.FileInfoR\x05\x66iles\"U\n\x0fReadFileRequest\x12\"\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x06taskId\x12\x1e\n\x04path\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80 R\x04path\",\n\x10ReadFileResponse\x12\x18\n\x07\x63ontent\x18\x01 \x01(\x0cR\x07\x63ontent\"|\n\x10WriteFileRequest\x12\"\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x06taskId\x12\x1e\n\x04path\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80 R\x04path\x12$\n\x07\x63ontent\x18\x03 \x01(\x0c\x42\n\xbaH\x07z\x05\x18\x80\x80\x80\x02R\x07\x63ontent\"\x13\n\x11WriteFileResponse\"W\n\x11\x44\x65leteFileRequest\x12\"\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x06taskId\x12\x1e\n\x04path\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80 R\x04path\"\x14\n\x12\x44\x65leteFileResponse2\xf3\x03\n\x0eSandboxService\x12\x61\n\nRunCommand\x12(.branchline.gateway.v1.RunCommandRequest\x1a).branchline.gateway.v1.RunCommandResponse\x12^\n\tListFiles\x12\'.branchline.gateway.v1.ListFilesRequest\x1a(.branchline.gateway.v1.ListFilesResponse\x12[\n\x08ReadFile\x12&.branchline.gateway.v1.ReadFileRequest\x1a\'.branchline.gateway.v1.ReadFileResponse\x12^\n\tWriteFile\x12\'.branchline.gateway.v1.WriteFileRequest\x1a(.branchline.gateway.v1.WriteFileResponse\x12\x61\n\nDeleteFile\x12(.branchline.gateway.v1.DeleteFileRequest\x1a).branchline.gateway.v1.DeleteFileResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%branchline/gateway/v1/sandboxes.proto\x12\x15\x62ranchline.gateway.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xbb\x01\n\x11RunCommandRequest\x12\"\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x06taskId\x12%\n\x07\x63ommand\x18\x02 \x03(\tB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\xe8\x07R\x07\x63ommand\x12&\n\tdirectory\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80 R\tdirectory\x12\x33\n\x0ftimeout_seconds\x18\x04 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\x90\x1c(\x00R\x0etimeoutSeconds\"\x9f\x01\n\x12RunCommandResponse\x12\x1b\n\texit_code\x18\x01 \x01(\x05R\x08\x65xitCode\x12\x16\n\x06stdout\x18\x02 \x01(\tR\x06stdout\x12\x16\n\x06stderr\x18\x03 \x01(\tR\x06stderr\x12\x1b\n\ttimed_out\x18\x04 \x01(\x08R\x08timedOut\x12\x1f\n\x0b\x64uration_ms\x18\x05 \x01(\x03R\ndurationMs\"\xbe\x01\n\x14StreamCommandRequest\x12\"\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x06taskId\x12%\n\x07\x63ommand\x18\x02 \x03(\tB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\xe8\x07R\x07\x63ommand\x12&\n\tdirectory\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80 R\tdirectory\x12\x33\n\x0ftimeout_seconds\x18\x04 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\x90\x1c(\x00R\x0etimeoutSeconds\"\x8b\x01\n\x15StreamCommandResponse\x12\x18\n\x06stdout\x18\x01 \x01(\x0cH\x00R\x06stdout\x12\x18\n\x06stderr\x18\x02 \x01(\x0cH\x00R\x06stderr\x12\x35\n\x03\x65nd\x18\x03 \x01(\x0b\x32!.branchline.gateway.v1.CommandEndH\x00R\x03\x65ndB\x07\n\x05\x65vent\"g\n\nCommandEnd\x12\x1b\n\texit_code\x18\x01 \x01(\x05R\x08\x65xitCode\x12\x1b\n\ttimed_out\x18\x02 \x01(\x08R\x08timedOut\x12\x1f\n\x0b\x64uration_ms\x18\x03 \x01(\x03R\ndurationMs\"7\n\x11ListAgentsRequest\x12\"\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x06taskId\"N\n\x12ListAgentsResponse\x12\x38\n\x06\x61gents\x18\x01 \x03(\x0b\x32 .branchline.gateway.v1.AgentInfoR\x06\x61gents\"a\n\tAgentInfo\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n\tinstalled\x18\x02 \x01(\x08R\tinstalled\x12\"\n\x0c\x63\x61pabilities\x18\x03 \x03(\tR\x0c\x63\x61pabilities\"\x98\x01\n\x08\x46ileInfo\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n\tdirectory\x18\x02 \x01(\x08R\tdirectory\x12\x1d\n\nsize_bytes\x18\x03 \x01(\x03R\tsizeBytes\x12;\n\x0bmodify_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nmodifyTime\"T\n\x10ListFilesRequest\x12\"\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x06taskId\x12\x1c\n\x04path\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80 R\x04path\"J\n\x11ListFilesResponse\x12\x35\n\x05\x66iles\x18\x01 \x03(\x0b\x32\x1f.branchline.gateway.v1.FileInfoR\x05\x66iles\"U\n\x0fReadFileRequest\x12\"\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x06taskId\x12\x1e\n\x04path\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80 R\x04path\",\n\x10ReadFileResponse\x12\x18\n\x07\x63ontent\x18\x01 \x01(\x0cR\x07\x63ontent\"|\n\x10WriteFileRequest\x12\"\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x06taskId\x12\x1e\n\x04path\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80 R\x04path\x12$\n\x07\x63ontent\x18\x03 \x01(\x0c\x42\n\xbaH\x07z\x05\x18\x80\x80\x80\x02R\x07\x63ontent\"\x13\n\x11WriteFileResponse\"W\n\x11\x44\x65leteFileRequest\x12\"\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x06taskId\x12\x1e\n\x04path\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80 R\x04path\"\x14\n\x12\x44\x65leteFileResponse2\xc4\x05\n\x0eSandboxService\x12\x61\n\nRunCommand\x12(.branchline.gateway.v1.RunCommandRequest\x1a).branchline.gateway.v1.RunCommandResponse\x12l\n\rStreamCommand\x12+.branchline.gateway.v1.StreamCommandRequest\x1a,.branchline.gateway.v1.StreamCommandResponse0\x01\x12\x61\n\nListAgents\x12(.branchline.gateway.v1.ListAgentsRequest\x1a).branchline.gateway.v1.ListAgentsResponse\x12^\n\tListFiles\x12\'.branchline.gateway.v1.ListFilesRequest\x1a(.branchline.gateway.v1.ListFilesResponse\x12[\n\x08ReadFile\x12&.branchline.gateway.v1.ReadFileRequest\x1a\'.branchline.gateway.v1.ReadFileResponse\x12^\n\tWriteFile\x12\'.branchline.gateway.v1.WriteFileRequest\x1a(.branchline.gateway.v1.WriteFileResponse\x12\x61\n\nDeleteFile\x12(.branchline.gateway.v1.DeleteFileRequest\x1a).branchline.gateway.v1.DeleteFileResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,6 +41,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RUNCOMMANDREQUEST'].fields_by_name['directory']._serialized_options = b'\272H\005r\003\030\200 '
   _globals['_RUNCOMMANDREQUEST'].fields_by_name['timeout_seconds']._loaded_options = None
   _globals['_RUNCOMMANDREQUEST'].fields_by_name['timeout_seconds']._serialized_options = b'\272H\007\032\005\030\220\034(\000'
+  _globals['_STREAMCOMMANDREQUEST'].fields_by_name['task_id']._loaded_options = None
+  _globals['_STREAMCOMMANDREQUEST'].fields_by_name['task_id']._serialized_options = b'\272H\006r\004\020\001\030@'
+  _globals['_STREAMCOMMANDREQUEST'].fields_by_name['command']._loaded_options = None
+  _globals['_STREAMCOMMANDREQUEST'].fields_by_name['command']._serialized_options = b'\272H\010\222\001\005\010\001\020\350\007'
+  _globals['_STREAMCOMMANDREQUEST'].fields_by_name['directory']._loaded_options = None
+  _globals['_STREAMCOMMANDREQUEST'].fields_by_name['directory']._serialized_options = b'\272H\005r\003\030\200 '
+  _globals['_STREAMCOMMANDREQUEST'].fields_by_name['timeout_seconds']._loaded_options = None
+  _globals['_STREAMCOMMANDREQUEST'].fields_by_name['timeout_seconds']._serialized_options = b'\272H\007\032\005\030\220\034(\000'
+  _globals['_LISTAGENTSREQUEST'].fields_by_name['task_id']._loaded_options = None
+  _globals['_LISTAGENTSREQUEST'].fields_by_name['task_id']._serialized_options = b'\272H\006r\004\020\001\030@'
   _globals['_LISTFILESREQUEST'].fields_by_name['task_id']._loaded_options = None
   _globals['_LISTFILESREQUEST'].fields_by_name['task_id']._serialized_options = b'\272H\006r\004\020\001\030@'
   _globals['_LISTFILESREQUEST'].fields_by_name['path']._loaded_options = None
@@ -63,24 +73,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RUNCOMMANDREQUEST']._serialized_end=314
   _globals['_RUNCOMMANDRESPONSE']._serialized_start=317
   _globals['_RUNCOMMANDRESPONSE']._serialized_end=476
-  _globals['_FILEINFO']._serialized_start=479
-  _globals['_FILEINFO']._serialized_end=631
-  _globals['_LISTFILESREQUEST']._serialized_start=633
-  _globals['_LISTFILESREQUEST']._serialized_end=717
-  _globals['_LISTFILESRESPONSE']._serialized_start=719
-  _globals['_LISTFILESRESPONSE']._serialized_end=793
-  _globals['_READFILEREQUEST']._serialized_start=795
-  _globals['_READFILEREQUEST']._serialized_end=880
-  _globals['_READFILERESPONSE']._serialized_start=882
-  _globals['_READFILERESPONSE']._serialized_end=926
-  _globals['_WRITEFILEREQUEST']._serialized_start=928
-  _globals['_WRITEFILEREQUEST']._serialized_end=1052
-  _globals['_WRITEFILERESPONSE']._serialized_start=1054
-  _globals['_WRITEFILERESPONSE']._serialized_end=1073
-  _globals['_DELETEFILEREQUEST']._serialized_start=1075
-  _globals['_DELETEFILEREQUEST']._serialized_end=1162
-  _globals['_DELETEFILERESPONSE']._serialized_start=1164
-  _globals['_DELETEFILERESPONSE']._serialized_end=1184
-  _globals['_SANDBOXSERVICE']._serialized_start=1187
-  _globals['_SANDBOXSERVICE']._serialized_end=1686
+  _globals['_STREAMCOMMANDREQUEST']._serialized_start=479
+  _globals['_STREAMCOMMANDREQUEST']._serialized_end=669
+  _globals['_STREAMCOMMANDRESPONSE']._serialized_start=672
+  _globals['_STREAMCOMMANDRESPONSE']._serialized_end=811
+  _globals['_COMMANDEND']._serialized_start=813
+  _globals['_COMMANDEND']._serialized_end=916
+  _globals['_LISTAGENTSREQUEST']._serialized_start=918
+  _globals['_LISTAGENTSREQUEST']._serialized_end=973
+  _globals['_LISTAGENTSRESPONSE']._serialized_start=975
+  _globals['_LISTAGENTSRESPONSE']._serialized_end=1053
+  _globals['_AGENTINFO']._serialized_start=1055
+  _globals['_AGENTINFO']._serialized_end=1152
+  _globals['_FILEINFO']._serialized_start=1155
+  _globals['_FILEINFO']._serialized_end=1307
+  _globals['_LISTFILESREQUEST']._serialized_start=1309
+  _globals['_LISTFILESREQUEST']._serialized_end=1393
+  _globals['_LISTFILESRESPONSE']._serialized_start=1395
+  _globals['_LISTFILESRESPONSE']._serialized_end=1469
+  _globals['_READFILEREQUEST']._serialized_start=1471
+  _globals['_READFILEREQUEST']._serialized_end=1556
+  _globals['_READFILERESPONSE']._serialized_start=1558
+  _globals['_READFILERESPONSE']._serialized_end=1602
+  _globals['_WRITEFILEREQUEST']._serialized_start=1604
+  _globals['_WRITEFILEREQUEST']._serialized_end=1728
+  _globals['_WRITEFILERESPONSE']._serialized_start=1730
+  _globals['_WRITEFILERESPONSE']._serialized_end=1749
+  _globals['_DELETEFILEREQUEST']._serialized_start=1751
+  _globals['_DELETEFILEREQUEST']._serialized_end=1838
+  _globals['_DELETEFILERESPONSE']._serialized_start=1840
+  _globals['_DELETEFILERESPONSE']._serialized_end=1860
+  _globals['_SANDBOXSERVICE']._serialized_start=1863
+  _globals['_SANDBOXSERVICE']._serialized_end=2571
 # @@protoc_insertion_point(module_scope)

@@ -41,6 +41,16 @@ class SandboxServiceStub:
                 request_serializer=branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.RunCommandRequest.SerializeToString,
                 response_deserializer=branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.RunCommandResponse.FromString,
                 _registered_method=True)
+        self.StreamCommand = channel.unary_stream(
+                '/branchline.gateway.v1.SandboxService/StreamCommand',
+                request_serializer=branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.StreamCommandRequest.SerializeToString,
+                response_deserializer=branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.StreamCommandResponse.FromString,
+                _registered_method=True)
+        self.ListAgents = channel.unary_unary(
+                '/branchline.gateway.v1.SandboxService/ListAgents',
+                request_serializer=branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.ListAgentsRequest.SerializeToString,
+                response_deserializer=branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.ListAgentsResponse.FromString,
+                _registered_method=True)
         self.ListFiles = channel.unary_unary(
                 '/branchline.gateway.v1.SandboxService/ListFiles',
                 request_serializer=branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.ListFilesRequest.SerializeToString,
@@ -70,6 +80,21 @@ class SandboxServiceServicer:
 
     def RunCommand(self, request, context):
         """Runs one command and gives its output. A command that fails is an answer, not an error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StreamCommand(self, request, context):
+        """Runs one command and gives its output while it comes, then its end. A caller that goes away stops the command
+        and its children.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAgents(self, request, context):
+        """Lists the agents that the sandbox knows.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -110,6 +135,16 @@ def add_SandboxServiceServicer_to_server(servicer, server):
                     servicer.RunCommand,
                     request_deserializer=branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.RunCommandRequest.FromString,
                     response_serializer=branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.RunCommandResponse.SerializeToString,
+            ),
+            'StreamCommand': grpc.unary_stream_rpc_method_handler(
+                    servicer.StreamCommand,
+                    request_deserializer=branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.StreamCommandRequest.FromString,
+                    response_serializer=branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.StreamCommandResponse.SerializeToString,
+            ),
+            'ListAgents': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAgents,
+                    request_deserializer=branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.ListAgentsRequest.FromString,
+                    response_serializer=branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.ListAgentsResponse.SerializeToString,
             ),
             'ListFiles': grpc.unary_unary_rpc_method_handler(
                     servicer.ListFiles,
@@ -161,6 +196,60 @@ class SandboxService:
             '/branchline.gateway.v1.SandboxService/RunCommand',
             branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.RunCommandRequest.SerializeToString,
             branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.RunCommandResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamCommand(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/branchline.gateway.v1.SandboxService/StreamCommand',
+            branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.StreamCommandRequest.SerializeToString,
+            branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.StreamCommandResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAgents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.gateway.v1.SandboxService/ListAgents',
+            branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.ListAgentsRequest.SerializeToString,
+            branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.ListAgentsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -19,6 +19,12 @@ class SandboxServiceStub:
     def __init__(self, channel: _aio.Channel) -> None: ...
     RunCommand: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.RunCommandRequest, _sandboxes_pb2.RunCommandResponse]
     """Runs one command and gives its output. A command that fails is an answer, not an error."""
+    StreamCommand: _aio.UnaryStreamMultiCallable[_sandboxes_pb2.StreamCommandRequest, _sandboxes_pb2.StreamCommandResponse]
+    """Runs one command and gives its output while it comes, then its end. A caller that goes away stops the command
+    and its children.
+    """
+    ListAgents: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.ListAgentsRequest, _sandboxes_pb2.ListAgentsResponse]
+    """Lists the agents that the sandbox knows."""
     ListFiles: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.ListFilesRequest, _sandboxes_pb2.ListFilesResponse]
     """Lists one directory."""
     ReadFile: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.ReadFileRequest, _sandboxes_pb2.ReadFileResponse]
@@ -39,6 +45,22 @@ class SandboxServiceServicer:
         context: _aio.ServicerContext[_sandboxes_pb2.RunCommandRequest, _abc.Awaitable[_sandboxes_pb2.RunCommandResponse]],
     ) -> _abc.Awaitable[_sandboxes_pb2.RunCommandResponse]:
         """Runs one command and gives its output. A command that fails is an answer, not an error."""
+
+    def StreamCommand(
+        self,
+        request: _sandboxes_pb2.StreamCommandRequest,
+        context: _aio.ServicerContext[_sandboxes_pb2.StreamCommandRequest, _abc.AsyncIterator[_sandboxes_pb2.StreamCommandResponse]],
+    ) -> _abc.AsyncIterator[_sandboxes_pb2.StreamCommandResponse]:
+        """Runs one command and gives its output while it comes, then its end. A caller that goes away stops the command
+        and its children.
+        """
+
+    def ListAgents(
+        self,
+        request: _sandboxes_pb2.ListAgentsRequest,
+        context: _aio.ServicerContext[_sandboxes_pb2.ListAgentsRequest, _abc.Awaitable[_sandboxes_pb2.ListAgentsResponse]],
+    ) -> _abc.Awaitable[_sandboxes_pb2.ListAgentsResponse]:
+        """Lists the agents that the sandbox knows."""
 
     def ListFiles(
         self,

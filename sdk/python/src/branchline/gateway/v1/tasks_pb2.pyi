@@ -206,6 +206,7 @@ class ListTasksRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     CONSISTENCY_TOKEN_FIELD_NUMBER: _builtins.int
+    HAS_PULL_REQUEST_FIELD_NUMBER: _builtins.int
     organization_id: _builtins.str
     """The organization."""
     repository_id: _builtins.str
@@ -222,6 +223,8 @@ class ListTasksRequest(_message.Message):
     """Token of the page before; empty for the first."""
     consistency_token: _builtins.str
     """From a command's answer: wait until its change is visible. May be empty."""
+    has_pull_request: _builtins.bool
+    """Only tasks whose branch has an open pull request, or only those without. Not set means both."""
     @_builtins.property
     def statuses(self) -> _containers.RepeatedScalarFieldContainer[_task_pb2.TaskStatus.ValueType]:
         """Only tasks in one of these statuses. Empty means all but archived and killed ones."""
@@ -238,12 +241,15 @@ class ListTasksRequest(_message.Message):
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
         consistency_token: _builtins.str = ...,
+        has_pull_request: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_has_pull_request", b"_has_pull_request", "has_pull_request", b"has_pull_request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token", "organization_id", b"organization_id", "owner_user_id", b"owner_user_id", "page_size", b"page_size", "page_token", b"page_token", "query", b"query", "repository_id", b"repository_id", "sort", b"sort", "statuses", b"statuses"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_has_pull_request", b"_has_pull_request", "consistency_token", b"consistency_token", "has_pull_request", b"has_pull_request", "organization_id", b"organization_id", "owner_user_id", b"owner_user_id", "page_size", b"page_size", "page_token", b"page_token", "query", b"query", "repository_id", b"repository_id", "sort", b"sort", "statuses", b"statuses"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__has_pull_request: _TypeAlias = _typing.Literal["has_pull_request"]  # noqa: Y015
+    _WhichOneofArgType__has_pull_request: _TypeAlias = _typing.Literal["_has_pull_request", b"_has_pull_request"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__has_pull_request) -> _WhichOneofReturnType__has_pull_request | None: ...
 
 Global___ListTasksRequest: _TypeAlias = ListTasksRequest  # noqa: Y015
 

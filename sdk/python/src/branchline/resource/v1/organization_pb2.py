@@ -22,28 +22,31 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)branchline/resource/v1/organization.proto\x12\x16\x62ranchline.resource.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x86\x02\n\x14OrganizationSettings\x12\x38\n\x18\x61uto_import_repositories\x18\x01 \x01(\x08R\x16\x61utoImportRepositories\x12\x38\n\x18\x64\x65\x66\x61ult_sandbox_provider\x18\x02 \x01(\tR\x16\x64\x65\x66\x61ultSandboxProvider\x12#\n\rdefault_agent\x18\x03 \x01(\tR\x0c\x64\x65\x66\x61ultAgent\x12#\n\rdefault_model\x18\x04 \x01(\tR\x0c\x64\x65\x66\x61ultModel\x12\x30\n\x14idle_timeout_seconds\x18\x05 \x01(\x05R\x12idleTimeoutSeconds\"\x85\x03\n\x0cOrganization\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n\x04slug\x18\x02 \x01(\tR\x04slug\x12!\n\x0c\x64isplay_name\x18\x03 \x01(\tR\x0b\x64isplayName\x12<\n\x04kind\x18\x04 \x01(\x0e\x32(.branchline.resource.v1.OrganizationKindR\x04kind\x12!\n\x0cgithub_login\x18\x05 \x01(\tR\x0bgithubLogin\x12*\n\x11github_account_id\x18\x06 \x01(\x03R\x0fgithubAccountId\x12H\n\x08settings\x18\x07 \x01(\x0b\x32,.branchline.resource.v1.OrganizationSettingsR\x08settings\x12;\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12\x1a\n\x08revision\x18\t \x01(\x03R\x08revision\"\x8a\x02\n\x06Member\x12\'\n\x0forganization_id\x18\x01 \x01(\tR\x0eorganizationId\x12\x17\n\x07user_id\x18\x02 \x01(\tR\x06userId\x12\x30\n\x04role\x18\x03 \x01(\x0e\x32\x1c.branchline.resource.v1.RoleR\x04role\x12!\n\x0c\x64isplay_name\x18\x04 \x01(\tR\x0b\x64isplayName\x12\x14\n\x05\x65mail\x18\x05 \x01(\tR\x05\x65mail\x12\x37\n\tjoin_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x08joinTime\x12\x1a\n\x08revision\x18\x07 \x01(\x03R\x08revision\"\x99\x02\n\x0cGithubStatus\x12\'\n\x0forganization_id\x18\x01 \x01(\tR\x0eorganizationId\x12H\n\nconnection\x18\x02 \x01(\x0e\x32(.branchline.resource.v1.GithubConnectionR\nconnection\x12\x16\n\x06\x64\x65tail\x18\x03 \x01(\tR\x06\x64\x65tail\x12\x37\n\tsync_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x08syncTime\x12)\n\x10repository_count\x18\x05 \x01(\x05R\x0frepositoryCount\x12\x1a\n\x08revision\x18\x06 \x01(\x03R\x08revision*q\n\x10OrganizationKind\x12!\n\x1dORGANIZATION_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16ORGANIZATION_KIND_TEAM\x10\x01\x12\x1e\n\x1aORGANIZATION_KIND_PERSONAL\x10\x02*^\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_VIEWER\x10\x01\x12\x0f\n\x0bROLE_MEMBER\x10\x02\x12\x0e\n\nROLE_ADMIN\x10\x03\x12\x0e\n\nROLE_OWNER\x10\x04*\xc4\x01\n\x10GithubConnection\x12!\n\x1dGITHUB_CONNECTION_UNSPECIFIED\x10\x00\x12#\n\x1fGITHUB_CONNECTION_NOT_CONNECTED\x10\x01\x12\x1f\n\x1bGITHUB_CONNECTION_CONNECTED\x10\x02\x12(\n$GITHUB_CONNECTION_RECONNECT_REQUIRED\x10\x03\x12\x1d\n\x19GITHUB_CONNECTION_FAILING\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)branchline/resource/v1/organization.proto\x12\x16\x62ranchline.resource.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc8\x02\n\x14OrganizationSettings\x12\x38\n\x18\x61uto_import_repositories\x18\x01 \x01(\x08R\x16\x61utoImportRepositories\x12\x38\n\x18\x64\x65\x66\x61ult_sandbox_provider\x18\x02 \x01(\tR\x16\x64\x65\x66\x61ultSandboxProvider\x12#\n\rdefault_agent\x18\x03 \x01(\tR\x0c\x64\x65\x66\x61ultAgent\x12#\n\rdefault_model\x18\x04 \x01(\tR\x0c\x64\x65\x66\x61ultModel\x12\x30\n\x14idle_timeout_seconds\x18\x05 \x01(\x05R\x12idleTimeoutSeconds\x12@\n\x16history_retention_days\x18\x06 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xc2\x1c(\x00R\x14historyRetentionDays\"\x85\x03\n\x0cOrganization\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n\x04slug\x18\x02 \x01(\tR\x04slug\x12!\n\x0c\x64isplay_name\x18\x03 \x01(\tR\x0b\x64isplayName\x12<\n\x04kind\x18\x04 \x01(\x0e\x32(.branchline.resource.v1.OrganizationKindR\x04kind\x12!\n\x0cgithub_login\x18\x05 \x01(\tR\x0bgithubLogin\x12*\n\x11github_account_id\x18\x06 \x01(\x03R\x0fgithubAccountId\x12H\n\x08settings\x18\x07 \x01(\x0b\x32,.branchline.resource.v1.OrganizationSettingsR\x08settings\x12;\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12\x1a\n\x08revision\x18\t \x01(\x03R\x08revision\"\x8a\x02\n\x06Member\x12\'\n\x0forganization_id\x18\x01 \x01(\tR\x0eorganizationId\x12\x17\n\x07user_id\x18\x02 \x01(\tR\x06userId\x12\x30\n\x04role\x18\x03 \x01(\x0e\x32\x1c.branchline.resource.v1.RoleR\x04role\x12!\n\x0c\x64isplay_name\x18\x04 \x01(\tR\x0b\x64isplayName\x12\x14\n\x05\x65mail\x18\x05 \x01(\tR\x05\x65mail\x12\x37\n\tjoin_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x08joinTime\x12\x1a\n\x08revision\x18\x07 \x01(\x03R\x08revision\"\x99\x02\n\x0cGithubStatus\x12\'\n\x0forganization_id\x18\x01 \x01(\tR\x0eorganizationId\x12H\n\nconnection\x18\x02 \x01(\x0e\x32(.branchline.resource.v1.GithubConnectionR\nconnection\x12\x16\n\x06\x64\x65tail\x18\x03 \x01(\tR\x06\x64\x65tail\x12\x37\n\tsync_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x08syncTime\x12)\n\x10repository_count\x18\x05 \x01(\x05R\x0frepositoryCount\x12\x1a\n\x08revision\x18\x06 \x01(\x03R\x08revision*q\n\x10OrganizationKind\x12!\n\x1dORGANIZATION_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16ORGANIZATION_KIND_TEAM\x10\x01\x12\x1e\n\x1aORGANIZATION_KIND_PERSONAL\x10\x02*^\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_VIEWER\x10\x01\x12\x0f\n\x0bROLE_MEMBER\x10\x02\x12\x0e\n\nROLE_ADMIN\x10\x03\x12\x0e\n\nROLE_OWNER\x10\x04*\xc4\x01\n\x10GithubConnection\x12!\n\x1dGITHUB_CONNECTION_UNSPECIFIED\x10\x00\x12#\n\x1fGITHUB_CONNECTION_NOT_CONNECTED\x10\x01\x12\x1f\n\x1bGITHUB_CONNECTION_CONNECTED\x10\x02\x12(\n$GITHUB_CONNECTION_RECONNECT_REQUIRED\x10\x03\x12\x1d\n\x19GITHUB_CONNECTION_FAILING\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'branchline.resource.v1.organization_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ORGANIZATIONKIND']._serialized_start=1312
-  _globals['_ORGANIZATIONKIND']._serialized_end=1425
-  _globals['_ROLE']._serialized_start=1427
-  _globals['_ROLE']._serialized_end=1521
-  _globals['_GITHUBCONNECTION']._serialized_start=1524
-  _globals['_GITHUBCONNECTION']._serialized_end=1720
-  _globals['_ORGANIZATIONSETTINGS']._serialized_start=103
-  _globals['_ORGANIZATIONSETTINGS']._serialized_end=365
-  _globals['_ORGANIZATION']._serialized_start=368
-  _globals['_ORGANIZATION']._serialized_end=757
-  _globals['_MEMBER']._serialized_start=760
-  _globals['_MEMBER']._serialized_end=1026
-  _globals['_GITHUBSTATUS']._serialized_start=1029
-  _globals['_GITHUBSTATUS']._serialized_end=1310
+  _globals['_ORGANIZATIONSETTINGS'].fields_by_name['history_retention_days']._loaded_options = None
+  _globals['_ORGANIZATIONSETTINGS'].fields_by_name['history_retention_days']._serialized_options = b'\272H\007\032\005\030\302\034(\000'
+  _globals['_ORGANIZATIONKIND']._serialized_start=1407
+  _globals['_ORGANIZATIONKIND']._serialized_end=1520
+  _globals['_ROLE']._serialized_start=1522
+  _globals['_ROLE']._serialized_end=1616
+  _globals['_GITHUBCONNECTION']._serialized_start=1619
+  _globals['_GITHUBCONNECTION']._serialized_end=1815
+  _globals['_ORGANIZATIONSETTINGS']._serialized_start=132
+  _globals['_ORGANIZATIONSETTINGS']._serialized_end=460
+  _globals['_ORGANIZATION']._serialized_start=463
+  _globals['_ORGANIZATION']._serialized_end=852
+  _globals['_MEMBER']._serialized_start=855
+  _globals['_MEMBER']._serialized_end=1121
+  _globals['_GITHUBSTATUS']._serialized_start=1124
+  _globals['_GITHUBSTATUS']._serialized_end=1405
 # @@protoc_insertion_point(module_scope)

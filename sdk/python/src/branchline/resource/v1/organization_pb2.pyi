@@ -117,6 +117,7 @@ class OrganizationSettings(_message.Message):
     DEFAULT_AGENT_FIELD_NUMBER: _builtins.int
     DEFAULT_MODEL_FIELD_NUMBER: _builtins.int
     IDLE_TIMEOUT_SECONDS_FIELD_NUMBER: _builtins.int
+    HISTORY_RETENTION_DAYS_FIELD_NUMBER: _builtins.int
     auto_import_repositories: _builtins.bool
     """Whether repositories that GitHub reports are imported by themselves."""
     default_sandbox_provider: _builtins.str
@@ -127,6 +128,8 @@ class OrganizationSettings(_message.Message):
     """Model of new sessions that name none; empty leaves it to the agent."""
     idle_timeout_seconds: _builtins.int
     """Idle time after which a sandbox may be paused, in seconds; 0 means never."""
+    history_retention_days: _builtins.int
+    """How long the feed shows what happened, in days, at most 3650; 0 means 90. History keeps what is older."""
     def __init__(
         self,
         *,
@@ -135,10 +138,11 @@ class OrganizationSettings(_message.Message):
         default_agent: _builtins.str = ...,
         default_model: _builtins.str = ...,
         idle_timeout_seconds: _builtins.int = ...,
+        history_retention_days: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["auto_import_repositories", b"auto_import_repositories", "default_agent", b"default_agent", "default_model", b"default_model", "default_sandbox_provider", b"default_sandbox_provider", "idle_timeout_seconds", b"idle_timeout_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["auto_import_repositories", b"auto_import_repositories", "default_agent", b"default_agent", "default_model", b"default_model", "default_sandbox_provider", b"default_sandbox_provider", "history_retention_days", b"history_retention_days", "idle_timeout_seconds", b"idle_timeout_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -22,21 +22,22 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from branchline.resource.v1 import repository_pb2 as branchline_dot_resource_dot_v1_dot_repository__pb2
 from branchline.resource.v1 import session_pb2 as branchline_dot_resource_dot_v1_dot_session__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!branchline/resource/v1/task.proto\x12\x16\x62ranchline.resource.v1\x1a$branchline/resource/v1/session.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xfb\x05\n\x04Task\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\'\n\x0forganization_id\x18\x02 \x01(\tR\x0eorganizationId\x12#\n\rrepository_id\x18\x03 \x01(\tR\x0crepositoryId\x12\x14\n\x05title\x18\x04 \x01(\tR\x05title\x12\x12\n\x04text\x18\x05 \x01(\tR\x04text\x12\x16\n\x06\x62ranch\x18\x06 \x01(\tR\x06\x62ranch\x12:\n\x06status\x18\x07 \x01(\x0e\x32\".branchline.resource.v1.TaskStatusR\x06status\x12#\n\rstatus_reason\x18\x08 \x01(\tR\x0cstatusReason\x12;\n\x0bstatus_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nstatusTime\x12?\n\x05stage\x18\n \x01(\x0e\x32).branchline.resource.v1.ProvisioningStageR\x05stage\x12\"\n\rowner_user_id\x18\x0b \x01(\tR\x0bownerUserId\x12\x42\n\x08sessions\x18\x0c \x03(\x0b\x32&.branchline.resource.v1.SessionSummaryR\x08sessions\x12*\n\x11\x61\x63tive_sandbox_id\x18\r \x01(\tR\x0f\x61\x63tiveSandboxId\x12)\n\x10sandbox_provider\x18\x0e \x01(\tR\x0fsandboxProvider\x12;\n\x0b\x63reate_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12;\n\x0bupdate_time\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nupdateTime\x12\x1a\n\x08revision\x18\x11 \x01(\x03R\x08revision\x12\x1f\n\x0bhead_commit\x18\x12 \x01(\tR\nheadCommit*\xa5\x02\n\nTaskStatus\x12\x1b\n\x17TASK_STATUS_UNSPECIFIED\x10\x00\x12\x17\n\x13TASK_STATUS_PENDING\x10\x01\x12\x1c\n\x18TASK_STATUS_PROVISIONING\x10\x02\x12\x14\n\x10TASK_STATUS_IDLE\x10\x03\x12\x17\n\x13TASK_STATUS_RUNNING\x10\x04\x12\x17\n\x13TASK_STATUS_WAITING\x10\x05\x12\x15\n\x11TASK_STATUS_ERROR\x10\x06\x12\x19\n\x15TASK_STATUS_ARCHIVING\x10\x07\x12\x18\n\x14TASK_STATUS_ARCHIVED\x10\x08\x12\x17\n\x13TASK_STATUS_KILLING\x10\t\x12\x16\n\x12TASK_STATUS_KILLED\x10\n*\x9a\x01\n\x11ProvisioningStage\x12\"\n\x1ePROVISIONING_STAGE_UNSPECIFIED\x10\x00\x12\x1e\n\x1aPROVISIONING_STAGE_SANDBOX\x10\x01\x12!\n\x1dPROVISIONING_STAGE_REPOSITORY\x10\x02\x12\x1e\n\x1aPROVISIONING_STAGE_SESSION\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!branchline/resource/v1/task.proto\x12\x16\x62ranchline.resource.v1\x1a\'branchline/resource/v1/repository.proto\x1a$branchline/resource/v1/session.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc3\x06\n\x04Task\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\'\n\x0forganization_id\x18\x02 \x01(\tR\x0eorganizationId\x12#\n\rrepository_id\x18\x03 \x01(\tR\x0crepositoryId\x12\x14\n\x05title\x18\x04 \x01(\tR\x05title\x12\x12\n\x04text\x18\x05 \x01(\tR\x04text\x12\x16\n\x06\x62ranch\x18\x06 \x01(\tR\x06\x62ranch\x12:\n\x06status\x18\x07 \x01(\x0e\x32\".branchline.resource.v1.TaskStatusR\x06status\x12#\n\rstatus_reason\x18\x08 \x01(\tR\x0cstatusReason\x12;\n\x0bstatus_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nstatusTime\x12?\n\x05stage\x18\n \x01(\x0e\x32).branchline.resource.v1.ProvisioningStageR\x05stage\x12\"\n\rowner_user_id\x18\x0b \x01(\tR\x0bownerUserId\x12\x42\n\x08sessions\x18\x0c \x03(\x0b\x32&.branchline.resource.v1.SessionSummaryR\x08sessions\x12*\n\x11\x61\x63tive_sandbox_id\x18\r \x01(\tR\x0f\x61\x63tiveSandboxId\x12)\n\x10sandbox_provider\x18\x0e \x01(\tR\x0fsandboxProvider\x12;\n\x0b\x63reate_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12;\n\x0bupdate_time\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nupdateTime\x12\x1a\n\x08revision\x18\x11 \x01(\x03R\x08revision\x12\x1f\n\x0bhead_commit\x18\x12 \x01(\tR\nheadCommit\x12\x46\n\x0cpull_request\x18\x13 \x01(\x0b\x32#.branchline.resource.v1.PullRequestR\x0bpullRequest*\xa5\x02\n\nTaskStatus\x12\x1b\n\x17TASK_STATUS_UNSPECIFIED\x10\x00\x12\x17\n\x13TASK_STATUS_PENDING\x10\x01\x12\x1c\n\x18TASK_STATUS_PROVISIONING\x10\x02\x12\x14\n\x10TASK_STATUS_IDLE\x10\x03\x12\x17\n\x13TASK_STATUS_RUNNING\x10\x04\x12\x17\n\x13TASK_STATUS_WAITING\x10\x05\x12\x15\n\x11TASK_STATUS_ERROR\x10\x06\x12\x19\n\x15TASK_STATUS_ARCHIVING\x10\x07\x12\x18\n\x14TASK_STATUS_ARCHIVED\x10\x08\x12\x17\n\x13TASK_STATUS_KILLING\x10\t\x12\x16\n\x12TASK_STATUS_KILLED\x10\n*\x9a\x01\n\x11ProvisioningStage\x12\"\n\x1ePROVISIONING_STAGE_UNSPECIFIED\x10\x00\x12\x1e\n\x1aPROVISIONING_STAGE_SANDBOX\x10\x01\x12!\n\x1dPROVISIONING_STAGE_REPOSITORY\x10\x02\x12\x1e\n\x1aPROVISIONING_STAGE_SESSION\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'branchline.resource.v1.task_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TASKSTATUS']._serialized_start=899
-  _globals['_TASKSTATUS']._serialized_end=1192
-  _globals['_PROVISIONINGSTAGE']._serialized_start=1195
-  _globals['_PROVISIONINGSTAGE']._serialized_end=1349
-  _globals['_TASK']._serialized_start=133
-  _globals['_TASK']._serialized_end=896
+  _globals['_TASKSTATUS']._serialized_start=1012
+  _globals['_TASKSTATUS']._serialized_end=1305
+  _globals['_PROVISIONINGSTAGE']._serialized_start=1308
+  _globals['_PROVISIONINGSTAGE']._serialized_end=1462
+  _globals['_TASK']._serialized_start=174
+  _globals['_TASK']._serialized_end=1009
 # @@protoc_insertion_point(module_scope)

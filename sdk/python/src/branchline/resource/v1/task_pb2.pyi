@@ -3,6 +3,7 @@
 isort:skip_file
 """
 
+from branchline.resource.v1 import repository_pb2 as _repository_pb2
 from branchline.resource.v1 import session_pb2 as _session_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
@@ -129,6 +130,7 @@ class Task(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     HEAD_COMMIT_FIELD_NUMBER: _builtins.int
+    PULL_REQUEST_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Id with the prefix "task_"."""
     organization_id: _builtins.str
@@ -173,6 +175,10 @@ class Task(_message.Message):
     def update_time(self) -> _timestamp_pb2.Timestamp:
         """When anything of it last changed."""
 
+    @_builtins.property
+    def pull_request(self) -> _repository_pb2.PullRequest:
+        """The open pull request from its branch; unset when there is none."""
+
     def __init__(
         self,
         *,
@@ -194,10 +200,11 @@ class Task(_message.Message):
         update_time: _timestamp_pb2.Timestamp | None = ...,
         revision: _builtins.int = ...,
         head_commit: _builtins.str = ...,
+        pull_request: _repository_pb2.PullRequest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "status_time", b"status_time", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "pull_request", b"pull_request", "status_time", b"status_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_sandbox_id", b"active_sandbox_id", "branch", b"branch", "create_time", b"create_time", "head_commit", b"head_commit", "id", b"id", "organization_id", b"organization_id", "owner_user_id", b"owner_user_id", "repository_id", b"repository_id", "revision", b"revision", "sandbox_provider", b"sandbox_provider", "sessions", b"sessions", "stage", b"stage", "status", b"status", "status_reason", b"status_reason", "status_time", b"status_time", "text", b"text", "title", b"title", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_sandbox_id", b"active_sandbox_id", "branch", b"branch", "create_time", b"create_time", "head_commit", b"head_commit", "id", b"id", "organization_id", b"organization_id", "owner_user_id", b"owner_user_id", "pull_request", b"pull_request", "repository_id", b"repository_id", "revision", b"revision", "sandbox_provider", b"sandbox_provider", "sessions", b"sessions", "stage", b"stage", "status", b"status", "status_reason", b"status_reason", "status_time", b"status_time", "text", b"text", "title", b"title", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -109,6 +109,51 @@ class CreateTaskResponse(_message.Message):
 Global___CreateTaskResponse: _TypeAlias = CreateTaskResponse  # noqa: Y015
 
 @_typing.final
+class SetPullRequestRequest(_message.Message):
+    """See TaskService.SetPullRequest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    PULL_REQUEST_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    """The task."""
+    @_builtins.property
+    def pull_request(self) -> _repository_pb2.PullRequest:
+        """The pull request; unset when there is none any more."""
+
+    def __init__(
+        self,
+        *,
+        task_id: _builtins.str = ...,
+        pull_request: _repository_pb2.PullRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pull_request", b"pull_request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pull_request", b"pull_request", "task_id", b"task_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetPullRequestRequest: _TypeAlias = SetPullRequestRequest  # noqa: Y015
+
+@_typing.final
+class SetPullRequestResponse(_message.Message):
+    """See TaskService.SetPullRequest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetPullRequestResponse: _TypeAlias = SetPullRequestResponse  # noqa: Y015
+
+@_typing.final
 class RefreshHeadCommit(_message.Message):
     """What the task service asks of itself after an agent's turn: read the tip of the branch in the sandbox."""
 

@@ -41,6 +41,11 @@ class TaskServiceStub:
                 request_serializer=branchline_dot_task_dot_v1_dot_task__pb2.CreateTaskRequest.SerializeToString,
                 response_deserializer=branchline_dot_task_dot_v1_dot_task__pb2.CreateTaskResponse.FromString,
                 _registered_method=True)
+        self.SetPullRequest = channel.unary_unary(
+                '/branchline.task.v1.TaskService/SetPullRequest',
+                request_serializer=branchline_dot_task_dot_v1_dot_task__pb2.SetPullRequestRequest.SerializeToString,
+                response_deserializer=branchline_dot_task_dot_v1_dot_task__pb2.SetPullRequestResponse.FromString,
+                _registered_method=True)
 
 
 class TaskServiceServicer:
@@ -56,6 +61,13 @@ class TaskServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetPullRequest(self, request, context):
+        """Says which open pull request the task's branch has now. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TaskServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -63,6 +75,11 @@ def add_TaskServiceServicer_to_server(servicer, server):
                     servicer.CreateTask,
                     request_deserializer=branchline_dot_task_dot_v1_dot_task__pb2.CreateTaskRequest.FromString,
                     response_serializer=branchline_dot_task_dot_v1_dot_task__pb2.CreateTaskResponse.SerializeToString,
+            ),
+            'SetPullRequest': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetPullRequest,
+                    request_deserializer=branchline_dot_task_dot_v1_dot_task__pb2.SetPullRequestRequest.FromString,
+                    response_serializer=branchline_dot_task_dot_v1_dot_task__pb2.SetPullRequestResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -94,6 +111,33 @@ class TaskService:
             '/branchline.task.v1.TaskService/CreateTask',
             branchline_dot_task_dot_v1_dot_task__pb2.CreateTaskRequest.SerializeToString,
             branchline_dot_task_dot_v1_dot_task__pb2.CreateTaskResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetPullRequest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.task.v1.TaskService/SetPullRequest',
+            branchline_dot_task_dot_v1_dot_task__pb2.SetPullRequestRequest.SerializeToString,
+            branchline_dot_task_dot_v1_dot_task__pb2.SetPullRequestResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -21,6 +21,8 @@ class TaskServiceStub:
     """Creates a task in the state that the coordinator already shows, and starts its provisioning.
     Idempotent by the task's id.
     """
+    SetPullRequest: _aio.UnaryUnaryMultiCallable[_task_pb2.SetPullRequestRequest, _task_pb2.SetPullRequestResponse]
+    """Says which open pull request the task's branch has now. Idempotent."""
 
 class TaskServiceServicer:
     """What the repository coordinator asks of the task service.
@@ -35,5 +37,12 @@ class TaskServiceServicer:
         """Creates a task in the state that the coordinator already shows, and starts its provisioning.
         Idempotent by the task's id.
         """
+
+    def SetPullRequest(
+        self,
+        request: _task_pb2.SetPullRequestRequest,
+        context: _aio.ServicerContext[_task_pb2.SetPullRequestRequest, _abc.Awaitable[_task_pb2.SetPullRequestResponse]],
+    ) -> _abc.Awaitable[_task_pb2.SetPullRequestResponse]:
+        """Says which open pull request the task's branch has now. Idempotent."""
 
 def add_TaskServiceServicer_to_server(servicer: TaskServiceServicer, server: _aio.Server) -> None: ...

@@ -1,0 +1,115 @@
+"""Runs commands in a sandbox: output while it comes, an exit code, a timeout, and an end when nobody listens any more.
+
+The command runs under coreutils' `timeout`, which gives it a process group of its own: its children end with it.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import structlog
+
+from services.runtime.errors import DomainError, FailedPrecondition
+from services.runtime.retry import Backoff
+from services.sandbox.agent_server import AgentServer, ProcessOutput, ProcessState
+
+log = structlog.get_logger()
+
+OUTPUT_BYTES = 1024 * 1024
+"""Most that `run` keeps of each stream; the end of what is longer."""
+
+_KILL_SECONDS = 5
+_TIMED_OUT = (124, 137, None)
+_NOT_STARTED = (126, 127)
+_FIRST_LOOK_SECONDS, _MOST_BETWEEN_LOOKS_SECONDS = 0.01, 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class CommandEnd:
+    """How a command ended. The exit code is -1 if it was killed."""
+
+    exit_code: int
+    timed_out: bool
+    duration_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class CommandResult:
+    """A command's end and its output."""
+
+    end: CommandEnd
+    stdout: str
+    stderr: str
+
+
+async def follow(
+    server: AgentServer, command: Sequence[str], directory: str, environment: Mapping[str, str], timeout_seconds: int
+) -> AsyncGenerator[ProcessOutput | CommandEnd, None]:
+    """Run a command and yield its output as it comes, then its end. It is stopped if the caller goes away.
+
+    Raise FailedPrecondition if there is no such directory. A program that cannot be started ends with code 126 or
+    127, as a shell has it.
+    """
+    guarded = ["timeout", f"--kill-after={_KILL_SECONDS}", str(timeout_seconds), *command]
+    process = await server.start_process(guarded, directory, environment)
+    ended = asyncio.ensure_future(_ended(server, process))
+    try:
+        seen = 0
+        async with aclosing(server.follow_output(process)) as output:
+            while True:
+                coming = asyncio.ensure_future(anext(output))
+                await asyncio.wait({coming, ended}, return_when=asyncio.FIRST_COMPLETED)
+                if not coming.done():
+                    coming.cancel()
+                    await asyncio.wait({coming})
+                    break
+                try:
+                    piece = coming.result()
+                except StopAsyncIteration:  # the server ends; `ended` tells how
+                    break
+                seen = piece.number
+                yield piece
+        state = await ended
+        for piece in await server.output(process):
+            if piece.number > seen:
+                yield piece
+        timed_out = state.exit_code in _TIMED_OUT and state.duration_ms >= timeout_seconds * 1000
+        exit_code = -1 if timed_out or state.exit_code is None else state.exit_code
+        yield CommandEnd(exit_code, timed_out, state.duration_ms)
+    finally:
+        over = ended.done() and not ended.cancelled() and ended.exception() is None
+        ended.cancel()
+        try:
+            await (server.forget_process(process) if over else server.stop_process(process))
+        except DomainError as error:  # it ends by its timeout at the latest
+            log.warning("command not stopped", process=process, reason=error.reason)
+
+
+async def run(
+    server: AgentServer, command: Sequence[str], directory: str, environment: Mapping[str, str], timeout_seconds: int
+) -> CommandResult:
+    """Run a command to its end. Raise FailedPrecondition if it cannot be started."""
+    stdout, stderr = bytearray(), bytearray()
+    end = CommandEnd(-1, timed_out=False, duration_ms=0)
+    async with aclosing(follow(server, command, directory, environment, timeout_seconds)) as pieces:
+        async for piece in pieces:
+            if isinstance(piece, CommandEnd):
+                end = piece
+                continue
+            kept = stderr if piece.error else stdout
+            kept += piece.data
+            del kept[:-OUTPUT_BYTES]
+    errors = stderr.decode(errors="replace")
+    if end.exit_code in _NOT_STARTED and errors.startswith("timeout: "):
+        raise FailedPrecondition("COMMAND_NOT_STARTED", errors.removeprefix("timeout: ").strip())
+    return CommandResult(end, stdout.decode(errors="replace"), errors)
+
+
+async def _ended(server: AgentServer, process: str) -> ProcessState:
+    looks = Backoff(first_seconds=_FIRST_LOOK_SECONDS, most_seconds=_MOST_BETWEEN_LOOKS_SECONDS)
+    while True:
+        state = await server.process(process)
+        if not state.running:
+            return state
+        await asyncio.sleep(looks.next_seconds())
