@@ -24,6 +24,7 @@ from branchline.gateway.v1 import (
 )
 from branchline.resource.v1.organization_pb2 import ROLE_UNSPECIFIED, ROLE_VIEWER
 from google.protobuf.json_format import MessageToJson
+from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from rich.console import Console
 
@@ -44,6 +45,7 @@ app.add_typer(task_app, name="task")
 app.add_typer(token_app, name="token")
 
 _PIPE_WIDTH = 160
+_DETAIL_TYPES = error_details_pb2.DESCRIPTOR.pool
 
 console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 errors = Console(stderr=True)
@@ -63,7 +65,7 @@ def _run(main: Coroutine[Any, Any, int | None]) -> None:
         errors.print(f"[red]{error.code().name}[/red] {error.details()}")
         status = rpc_status.from_call(error)  # pyright: ignore[reportArgumentType]
         for detail in status.details if status else ():
-            errors.print(f"[dim]{MessageToJson(detail, indent=None)}[/dim]")
+            errors.print(f"[dim]{MessageToJson(detail, indent=None, descriptor_pool=_DETAIL_TYPES)}[/dim]")
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
         raise typer.Exit(130) from None

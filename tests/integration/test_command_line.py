@@ -115,6 +115,18 @@ async def test_the_command_line_says_what_is_wrong(stack: Stack) -> None:
     assert 'NOT_FOUND there is no task "task_x"' in errors
 
 
+async def test_the_command_line_shows_an_errors_details_and_no_stack(stack: Stack) -> None:
+    remote = f"file://{make_remote(stack.remotes)}"
+    first, _, _ = await branchline(stack, "repo", "add", remote)
+
+    code, _, errors = await branchline(stack, "repo", "add", remote)
+
+    assert (first, code) == (0, 1)
+    assert "ALREADY_EXISTS" in errors
+    assert "google.rpc.ErrorInfo" in errors
+    assert "Traceback" not in errors
+
+
 async def test_an_unknown_setting_is_an_error(tmp_path: Path) -> None:
     code, _, errors = await run(
         str(BIN / "branchline"), "up", "--data-dir", str(tmp_path), BRANCHLINE_SIGNNG_KEY="mistyped"
