@@ -27,6 +27,9 @@ demo: setup
 test: setup
 	$(BIN)/pytest -q
 
+bench: setup
+	$(BIN)/python -m tests.bench
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
