@@ -1,5 +1,6 @@
 """How what the organization's children push becomes rows: index rows, and work handed to other children."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from branchline.github_data.v1.github_data_pb2 import GithubRepository
@@ -19,7 +20,7 @@ from services.organization.tables import auth_email_index, auth_session_index, t
 from services.runtime.database import Transaction
 from services.runtime.service import Chassis
 from services.runtime.spine.index import Entry
-from services.runtime.spine.ingest import Handler, Ingest, Pushed, RejectedEntryError, handlers
+from services.runtime.spine.ingest import Handler, Ingest, Pushed, RejectedEntryError, each, handlers
 from services.runtime.spine.outbox import Mark
 
 TO_HISTORY = "history"
@@ -41,20 +42,28 @@ class OrganizationIngest:
     def ingest(self) -> Ingest:
         """Return the ingest with all handlers."""
         taken = handlers(
-            Handler(Task, self.task),
-            Handler(Repository, self.repository),
-            Handler(HistoryEvent, self.history_event),
-            Handler(User, self.user),
-            Handler(ApiTokenState, self.api_token),
-            Handler(UserTaskState, self.user_task_state),
-            Handler(GithubRepository, self.github_repository),
-            Handler(GithubStatus, self.github_status),
+            Handler(Task, self.tasks),
+            Handler(Repository, each(self.repository)),
+            Handler(HistoryEvent, each(self.history_event)),
+            Handler(User, each(self.user)),
+            Handler(ApiTokenState, each(self.api_token)),
+            Handler(UserTaskState, each(self.user_task_state)),
+            Handler(GithubRepository, each(self.github_repository)),
+            Handler(GithubStatus, each(self.github_status)),
         )
         return Ingest(self.chassis.database, taken)
 
-    async def task(self, tx: Transaction, pushed: Pushed[Task]) -> None:
-        """Index a task for the sidebar and for routing."""
-        task = pushed.state
+    async def tasks(self, tx: Transaction, pushed: Sequence[Pushed[Task]]) -> None:
+        """Index tasks for the sidebar and for routing."""
+        fresh = await self.store.index.put_many(tx, "task", [self._summary(one.state) for one in pushed])
+        routes = [
+            {"task_id": entry.id, "organization_id": entry.scope, "repository_id": entry.columns["repository_id"]}
+            for entry in fresh
+        ]
+        if routes:
+            await tx.execute(upsert(task_lookup).on_conflict_do_nothing(), routes)
+
+    def _summary(self, task: Task) -> Entry:
         if not task.organization_id or not task.repository_id:
             raise RejectedEntryError(f"task {task.id} names no organization or repository")
         columns = {
@@ -68,11 +77,7 @@ class OrganizationIngest:
             "has_pull_request": task.HasField("pull_request"),
         }
         scope = task.organization_id
-        entry = Entry("task", scope, task.id, task.revision, task, task_id=task.id, columns=columns)
-        if not await self.store.index.put(tx, entry):
-            return
-        route = {"task_id": task.id, "organization_id": scope, "repository_id": task.repository_id}
-        await tx.execute(upsert(task_lookup).values(route).on_conflict_do_nothing())
+        return Entry("task", scope, task.id, task.revision, task, task_id=task.id, columns=columns)
 
     async def repository(self, tx: Transaction, pushed: Pushed[Repository]) -> None:
         """Index a repository."""

@@ -1,20 +1,18 @@
 """How what tasks push becomes rows, and what of it goes on to the organization."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from branchline.resource.v1.history_pb2 import HistoryEvent
 from branchline.resource.v1.sandbox_pb2 import Sandbox
 from branchline.resource.v1.session_pb2 import Session, TranscriptEntry
-from branchline.resource.v1.task_pb2 import TASK_STATUS_ARCHIVED, TASK_STATUS_KILLED, Task
+from branchline.resource.v1.task_pb2 import Task
 
 from services.repository.store import RepositoryStore
 from services.runtime.database import Transaction
 from services.runtime.service import Chassis
-from services.runtime.spine.ingest import Handler, Ingest, Pushed, RejectedEntryError, handlers
+from services.runtime.spine.ingest import Handler, Ingest, Pushed, RejectedEntryError, each, handlers
 from services.runtime.spine.outbox import Mark
-
-ENDED = frozenset({TASK_STATUS_ARCHIVED, TASK_STATUS_KILLED})
-"""Statuses in which a task no longer holds its branch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,25 +25,25 @@ class RepositoryIngest:
     def ingest(self) -> Ingest:
         """Return the ingest with all handlers."""
         taken = handlers(
-            Handler(Task, self.task),
-            Handler(Session, self.session),
-            Handler(Sandbox, self.sandbox),
-            Handler(TranscriptEntry, self.transcript_entry),
-            Handler(HistoryEvent, self.history_event),
+            Handler(Task, self.tasks),
+            Handler(Session, each(self.session)),
+            Handler(Sandbox, each(self.sandbox)),
+            Handler(TranscriptEntry, each(self.transcript_entry)),
+            Handler(HistoryEvent, each(self.history_event)),
         )
         return Ingest(self.chassis.database, taken)
 
-    async def task(self, tx: Transaction, pushed: Pushed[Task]) -> None:
-        """Index a task and push its summary on."""
-        task = pushed.state
-        held = await self.store.held_task(tx, task.id)
-        if held is None:
-            raise RejectedEntryError(f"task {task.id} was not created by this coordinator")
-        if not await self.store.put_task(tx, task, live=task.status not in ENDED):
-            return
-        await self.chassis.outbox.mark(tx, [Mark(task.id, task.revision, task)])
-        if held.status != task.status:
-            await self.store.touch(tx, task.repository_id)
+    async def tasks(self, tx: Transaction, pushed: Sequence[Pushed[Task]]) -> None:
+        """Index tasks and push their summaries on."""
+        held = await self.store.held_tasks(tx, [one.state.id for one in pushed])
+        for one in pushed:
+            if one.state.id not in held:
+                raise RejectedEntryError(f"task {one.state.id} was not created by this coordinator")
+        fresh = await self.store.put_tasks(tx, [one.state for one in pushed])
+        await self.chassis.outbox.mark(tx, [Mark(task.id, task.revision, task) for task in fresh])
+        moved = {task.repository_id for task in fresh if held[task.id].status != task.status}
+        for repository_id in sorted(moved):
+            await self.store.touch(tx, repository_id)
 
     async def session(self, tx: Transaction, pushed: Pushed[Session]) -> None:
         """Index a session."""

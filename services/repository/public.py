@@ -139,7 +139,7 @@ class PublicTaskServicer(_Public, tasks_pb2_grpc.TaskServiceServicer):
         hold_prompt: bool,
         principal: Principal,
     ) -> None:
-        await self.store.put_task(tx, task, live=True)
+        await self.store.put_tasks(tx, [task])
         await self.store.put_session(tx, session)
         event = HistoryEvent(
             id=self.chassis.clock.new_id("evt"),

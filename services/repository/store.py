@@ -1,12 +1,13 @@
 """Queries of the repository service."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from branchline.repository.v1.repository_pb2 import EnsureRepositoryRequest
 from branchline.resource.v1.repository_pb2 import Branch, PullRequest, Repository
 from branchline.resource.v1.sandbox_pb2 import Sandbox
 from branchline.resource.v1.session_pb2 import Session, TranscriptEntry
-from branchline.resource.v1.task_pb2 import Task
+from branchline.resource.v1.task_pb2 import TASK_STATUS_ARCHIVED, TASK_STATUS_KILLED, Task
 from branchline.task.v1.task_pb2 import SetPullRequestRequest
 from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
@@ -28,6 +29,9 @@ from services.runtime.principal import Principal
 from services.runtime.service import Chassis
 from services.runtime.spine.index import Entry, Index
 from services.runtime.spine.outbox import Mark
+
+ENDED = frozenset({TASK_STATUS_ARCHIVED, TASK_STATUS_KILLED})
+"""Statuses in which a task no longer holds its branch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,16 +142,36 @@ class RepositoryStore:
         query = select(branches.c.name).where(branches.c.repository_id == repository_id)
         return set((await tx.execute(query)).scalars())
 
-    async def put_task(self, tx: Transaction, task: Task, *, live: bool) -> bool:
-        """Index a task's state; say whether it was newer than what was held."""
-        columns = {"repository_id": task.repository_id, "organization_id": task.organization_id}
-        entry = Entry("task", task.id, task.id, task.revision, task, task_id=task.id, columns=columns)
-        if not await self.index.put(tx, entry):
-            return False
-        values = {"branch": task.branch, "live": live}
-        statement = upsert(task_index).values(task_id=task.id, repository_id=task.repository_id, **values)
-        await tx.execute(statement.on_conflict_do_update(index_elements=["task_id"], set_=values))
-        return True
+    async def put_tasks(self, tx: Transaction, tasks: Sequence[Task]) -> list[Task]:
+        """Index tasks' states; return those that were newer than what was held."""
+        entries = [
+            Entry(
+                "task",
+                task.id,
+                task.id,
+                task.revision,
+                task,
+                task_id=task.id,
+                columns={"repository_id": task.repository_id, "organization_id": task.organization_id},
+            )
+            for task in tasks
+        ]
+        fresh = {entry.id: entry.revision for entry in await self.index.put_many(tx, "task", entries)}
+        newer = {task.id: task for task in tasks if fresh.get(task.id) == task.revision}
+        rows = [
+            {
+                "task_id": task.id,
+                "repository_id": task.repository_id,
+                "branch": task.branch,
+                "live": task.status not in ENDED,
+            }
+            for task in newer.values()
+        ]
+        if rows:
+            statement = upsert(task_index)
+            changed = {name: statement.excluded[name] for name in ("branch", "live")}
+            await tx.execute(statement.on_conflict_do_update(index_elements=["task_id"], set_=changed), rows)
+        return list(newer.values())
 
     async def put_session(self, tx: Transaction, session: Session) -> None:
         """Index a session's state."""
@@ -184,11 +208,11 @@ class RepositoryStore:
             raise NotFound("task", task_id)
         return task
 
-    async def held_task(self, tx: Transaction, task_id: str) -> Task | None:
-        """Return a task as it is indexed, or None."""
-        query = select(task_details.c.payload).where(task_details.c.id == task_id)
-        payload = (await tx.execute(query)).scalar_one_or_none()
-        return Task.FromString(payload) if payload is not None else None
+    async def held_tasks(self, tx: Transaction, task_ids: Sequence[str]) -> dict[str, Task]:
+        """Return what is indexed of tasks, by their ids."""
+        query = select(task_details.c.payload).where(task_details.c.id.in_(task_ids))
+        held = map(Task.FromString, (await tx.execute(query)).scalars())
+        return {task.id: task for task in held}
 
     async def sessions(self, reader: Reader, task_id: str) -> list[Session]:
         """Return a task's sessions, oldest first."""

@@ -10,7 +10,7 @@ from branchline.sandbox.v1.sandbox_pb2 import AgentSession
 from services.runtime.database import Transaction
 from services.runtime.errors import NotFound
 from services.runtime.service import Chassis
-from services.runtime.spine.ingest import Handler, Ingest, Pushed, RejectedEntryError, handlers
+from services.runtime.spine.ingest import Handler, Ingest, Pushed, RejectedEntryError, each, handlers
 from services.task.status import ENDING
 from services.task.store import TaskRecord, TaskStore
 from services.task.turns import Turns
@@ -27,9 +27,9 @@ class TaskIngest:
     def ingest(self) -> Ingest:
         """Return the ingest with all handlers."""
         taken = handlers(
-            Handler(Sandbox, self.sandbox),
-            Handler(AgentSession, self.agent_session),
-            Handler(TranscriptEntry, self.transcript_entry),
+            Handler(Sandbox, each(self.sandbox)),
+            Handler(AgentSession, each(self.agent_session)),
+            Handler(TranscriptEntry, each(self.transcript_entry)),
         )
         return Ingest(self.chassis.database, taken)
 

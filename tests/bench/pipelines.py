@@ -155,11 +155,9 @@ async def seed(data: Path, organization_id: str, row: Repository, count: int) ->
     for start in range(0, count, 1000):
         batch = [a_task(organization_id, row.id, number) for number in range(start, min(start + 1000, count))]
         async with above.database.transaction() as tx:
-            for task in batch:
-                await root.task(tx, Pushed(task.id, task.revision, False, task))
+            await root.tasks(tx, [Pushed(task.id, task.revision, False, task) for task in batch])
         async with middle.database.transaction() as tx:
-            for task in batch:
-                await coordinator.put_task(tx, task, live=True)
+            await coordinator.put_tasks(tx, batch)
         async with below.database.transaction() as tx:
             for task in batch:
                 session = Session(id=f"ses_{task.id[5:]}", task_id=task.id, revision=1)

@@ -21,7 +21,7 @@ from services.runtime.clock import Clock
 from services.runtime.database import Database, Transaction
 from services.runtime.errors import DeadlineExceeded
 from services.runtime.spine.index import Entry, Index, IndexTable
-from services.runtime.spine.ingest import Handler, Ingest, Pushed, PushServicer, RejectedEntryError, handlers
+from services.runtime.spine.ingest import Handler, Ingest, Pushed, PushServicer, RejectedEntryError, each, handlers
 from services.runtime.spine.outbox import Mark, Outbox
 from services.runtime.spine.push import PushClient
 from services.runtime.spine.tables import index_table, spine_tables
@@ -63,7 +63,7 @@ class Coordinator:
             if await index.put(tx, entry):
                 self.applied.append((pushed.id, pushed.revision))
 
-        ingest = Ingest(store, handlers(Handler(Task, apply)))
+        ingest = Ingest(store, handlers(Handler(Task, each(apply))))
         server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
         push_pb2_grpc.add_PushServiceServicer_to_server(PushServicer(ingest), server)
         server.add_insecure_port(f"127.0.0.1:{self.port}")

@@ -15,6 +15,7 @@ from branchline.resource.v1.watch_pb2 import WatchChange
 from branchline.spine.v1.push_pb2 import ConsistencyPoint
 from google.protobuf.message import Message
 from sqlalchemy import Column, ColumnElement, Row, Table, delete, func, insert, select, update
+from sqlalchemy.dialects.sqlite import Insert
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from services.runtime.clock import Clock
@@ -93,30 +94,74 @@ class Index:
     async def put(self, tx: Transaction, entry: Entry) -> bool:
         """Store the state if it is newer than what is held; say whether it was."""
         spec = self._tables[entry.kind]
-        seq = await self._next_seq(tx, entry.scope)
-        payload = entry.state.SerializeToString()
-        values: dict[str, Any] = {
+        row = self._row(entry, await self._next_seq(tx, entry.scope))
+        if (await tx.execute(_guarded_upsert(spec.table, row), row)).rowcount == 0:
+            return False
+        tx.after_commit.append(partial(self.hub.publish, entry.scope, [_change(spec, row)]))
+        return True
+
+    async def put_many(self, tx: Transaction, kind: str, entries: Sequence[Entry]) -> list[Entry]:
+        """Store the states of one kind that are newer than what is held; return those, one for each entity.
+
+        A number of statements that does not grow with the number of entries.
+        """
+        if len(entries) == 1:
+            return list(entries) if await self.put(tx, entries[0]) else []
+        spec = self._tables[kind]
+        fresh = await self._newer(tx, spec, entries)
+        if not fresh:
+            return []
+        numbers = await self._next_seqs(tx, [entry.scope for entry in fresh])
+        rows = [self._row(entry, number) for entry, number in zip(fresh, numbers, strict=True)]
+        await tx.execute(_guarded_upsert(spec.table, rows[0]), rows)
+        changes: dict[str, list[WatchChange]] = {}
+        for row in rows:
+            changes.setdefault(row["scope"], []).append(_change(spec, row))
+        tx.after_commit += [partial(self.hub.publish, scope, told) for scope, told in changes.items()]
+        return fresh
+
+    async def _newer(self, tx: Transaction, spec: IndexTable, entries: Sequence[Entry]) -> list[Entry]:
+        """Return the newest entry of each entity that is newer than what is held, in the order of arrival."""
+        newest: dict[tuple[str, str], Entry] = {}
+        for entry in entries:
+            known = newest.get((entry.id, entry.scope))
+            if known is None or known.revision < entry.revision:
+                newest[(entry.id, entry.scope)] = entry
+        table = spec.table
+        query = select(table.c.id, table.c.scope, table.c.revision).where(table.c.id.in_([key[0] for key in newest]))
+        held = {(row.id, row.scope): row.revision for row in (await tx.execute(query)).all()}
+        return [entry for key, entry in newest.items() if held.get(key, -1) < entry.revision]
+
+    async def _next_seqs(self, tx: Transaction, scopes: Sequence[str]) -> list[int]:
+        """Take the next number of each scope as often as it is named."""
+        sequences = self._sequences
+        query = select(sequences.c.scope, sequences.c.value).where(sequences.c.scope.in_(set(scopes)))
+        values = dict.fromkeys(scopes, 0) | {row.scope: row.value for row in (await tx.execute(query)).all()}
+        numbers: list[int] = []
+        for scope in scopes:
+            values[scope] += 1
+            numbers.append(values[scope])
+        rows = [
+            {"scope": scope, "value": value, "horizon": 0, "epoch": uuid.uuid4().hex} for scope, value in values.items()
+        ]
+        statement = upsert(sequences)
+        statement = statement.on_conflict_do_update(index_elements=["scope"], set_={"value": statement.excluded.value})
+        await tx.execute(statement, rows)
+        return numbers
+
+    def _row(self, entry: Entry, seq: int) -> dict[str, Any]:
+        return {
             "id": entry.id,
             "scope": entry.scope,
             "revision": entry.revision,
             "change_seq": seq,
             "change_time": self._clock.seconds(),
             "deleted": entry.deleted,
-            "payload": payload,
+            "payload": entry.state.SerializeToString(),
             "viewer_id": entry.viewer_id,
             "task_id": entry.task_id,
             **entry.columns,
         }
-        statement = upsert(spec.table).values(values)
-        statement = statement.on_conflict_do_update(
-            index_elements=["id", "scope"],
-            set_={name: statement.excluded[name] for name in values if name not in ("id", "scope")},
-            where=spec.table.c.revision < statement.excluded.revision,
-        )
-        if (await tx.execute(statement)).rowcount == 0:
-            return False
-        tx.after_commit.append(partial(self.hub.publish, entry.scope, [_change(spec, values)]))
-        return True
 
     async def _next_seq(self, tx: Transaction, scope: str) -> int:
         sequences = self._sequences
@@ -211,6 +256,16 @@ class Index:
                 .values(horizon=row.newest)
             )
         await tx.execute(delete(spec.table).where(*old))
+
+
+def _guarded_upsert(table: Table, row: Mapping[str, Any]) -> Insert:
+    """Return a statement that writes rows like this one, unless what is held is as new."""
+    statement = upsert(table)
+    return statement.on_conflict_do_update(
+        index_elements=["id", "scope"],
+        set_={name: statement.excluded[name] for name in row if name not in ("id", "scope")},
+        where=table.c.revision < statement.excluded.revision,
+    )
 
 
 def _change(spec: IndexTable, row: Mapping[str, Any]) -> WatchChange:

@@ -7,6 +7,7 @@ applied is refused with a reason and never holds up or undoes its neighbours.
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, Generic, TypeVar
 
 import grpc
@@ -39,10 +40,26 @@ class Pushed(Generic[M]):
 
 @dataclass(frozen=True, slots=True)
 class Handler:
-    """What a coordinator does with one type of state."""
+    """What a coordinator does with one type of state: with all entries of a batch at once, in their order.
+
+    A refused entry is found by trying them one by one, so `apply` may refuse any for all.
+    """
 
     type: type[Message]
-    apply: Callable[[Transaction, Pushed[Any]], Awaitable[None]]
+    apply: Callable[[Transaction, Sequence[Pushed[Any]]], Awaitable[None]]
+
+
+def each(apply: Callable[[Transaction, Pushed[M]], Awaitable[None]]) -> "ApplyAll[M]":
+    """Return a handler's `apply` from one that takes a single entry."""
+
+    async def apply_all(tx: Transaction, entries: Sequence[Pushed[M]]) -> None:
+        for entry in entries:
+            await apply(tx, entry)
+
+    return apply_all
+
+
+ApplyAll = Callable[[Transaction, Sequence[Pushed[M]]], Awaitable[None]]
 
 
 @dataclass(slots=True)
@@ -92,30 +109,34 @@ class Ingest:
                 batch.done.set_result(refused)
 
     async def _commit(self, batches: Sequence[_Batch], *, one_by_one: bool) -> list[dict[int, str]]:
-        rejected: list[dict[int, str]] = []
         async with self.database.transaction() as tx:
+            if not one_by_one:
+                await self._apply_entries(tx, [entry for batch in batches for entry in batch.entries])
+                return [{} for _ in batches]
+            rejected: list[dict[int, str]] = []
             for batch in batches:
                 refused: dict[int, str] = {}
                 for entry in batch.entries:
-                    if not one_by_one:
-                        await self._apply_entry(tx, entry)
-                        continue
                     try:
                         async with tx.savepoint():
-                            await self._apply_entry(tx, entry)
+                            await self._apply_entries(tx, [entry])
                     except (RejectedEntryError, DecodeError) as error:
                         refused[entry.outbox_seq] = str(error)
                 rejected.append(refused)
         return rejected
 
-    async def _apply_entry(self, tx: Transaction, entry: push_pb2.PushEntry) -> None:
-        name = entry.state.type_url.rpartition("/")[2]
-        handler = self.handlers.get(name)
-        if handler is None:
-            raise RejectedEntryError(f"this coordinator takes no {name}")
-        state = handler.type()
-        state.ParseFromString(entry.state.value)
-        await handler.apply(tx, Pushed(entry.id, entry.revision, entry.deleted, state))
+    async def _apply_entries(self, tx: Transaction, entries: Sequence[push_pb2.PushEntry]) -> None:
+        """Apply runs of entries of the same type together."""
+        for type_url, run in groupby(entries, lambda entry: entry.state.type_url):
+            name = type_url.rpartition("/")[2]
+            handler = self.handlers.get(name)
+            if handler is None:
+                raise RejectedEntryError(f"this coordinator takes no {name}")
+            await handler.apply(tx, [_pushed(handler.type, entry) for entry in run])
+
+
+def _pushed(state: type[Message], entry: push_pb2.PushEntry) -> Pushed[Message]:
+    return Pushed(entry.id, entry.revision, entry.deleted, state.FromString(entry.state.value))
 
 
 def handlers(*wanted: Handler) -> dict[str, Handler]:

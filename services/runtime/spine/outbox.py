@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from google.protobuf.any_pb2 import Any
 from google.protobuf.message import Message
-from sqlalchemy import and_, delete, func, insert, or_, select, update
+from sqlalchemy import delete, func, insert, select, update
 
 from services.runtime.clock import Clock
 from services.runtime.database import Database, Transaction
@@ -70,16 +70,7 @@ class Outbox:
         ]
         if not rows:
             return
-        same = [
-            and_(
-                outbox.c.destination == row["destination"],
-                outbox.c.type_url == row["type_url"],
-                outbox.c.entity_id == row["entity_id"],
-            )
-            for row in rows
-        ]
-        await tx.execute(delete(outbox).where(or_(*same)))
-        await tx.execute(insert(outbox), rows)
+        await tx.execute(insert(outbox).prefix_with("OR REPLACE"), rows)
         if self.changed.notify not in tx.after_commit:
             tx.after_commit.append(self.changed.notify)
 
