@@ -71,6 +71,8 @@ ROUTES = {
     ),
     "SandboxService/ListAgents": Route(SANDBOX, "task_id", ROLE_MEMBER),
     "SandboxService/ListFiles": Route(SANDBOX, "task_id", ROLE_MEMBER),
+    "SandboxService/StatFile": Route(SANDBOX, "task_id", ROLE_MEMBER),
+    "SandboxService/MoveFile": Route(SANDBOX, "task_id", ROLE_MEMBER, safe=False),
     "SandboxService/ReadFile": Route(SANDBOX, "task_id", ROLE_MEMBER),
     "SandboxService/WriteFile": Route(SANDBOX, "task_id", ROLE_MEMBER),
     "SandboxService/DeleteFile": Route(SANDBOX, "task_id", ROLE_MEMBER, safe=False),

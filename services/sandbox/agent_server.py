@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import PurePosixPath
 from typing import Any
 
 import httpx
@@ -138,16 +139,17 @@ class AgentServer:
     async def list_files(self, path: str) -> list[FileEntry]:
         """List a directory, by name. Raise NotFound."""
         answer = await self._file("GET", "/v1/fs/entries", path)
-        found = [
-            FileEntry(
-                entry["name"],
-                entry["entryType"] == "directory",
-                int(entry["size"]),
-                datetime.fromisoformat(entry["modified"][:26] + "+00:00"),
-            )
-            for entry in answer.json()
-        ]
+        found = [_file_entry(entry["name"], entry) for entry in answer.json()]
         return sorted(found, key=lambda entry: entry.name)
+
+    async def stat_file(self, path: str) -> FileEntry:
+        """Return what is known of a file or directory. Raise NotFound."""
+        known = (await self._file("GET", "/v1/fs/stat", path)).json()
+        return _file_entry(PurePosixPath(path).name, known)
+
+    async def move_file(self, path: str, new_path: str, *, overwrite: bool) -> None:
+        """Move a file or directory. Raise NotFound, or InvalidArgument if something is in the way."""
+        await self._file("POST", "/v1/fs/move", path, json={"from": path, "to": new_path, "overwrite": overwrite})
 
     async def read_file(self, path: str) -> bytes:
         """Read a file. Raise NotFound."""
@@ -251,6 +253,11 @@ class AgentServer:
 
 def _unreachable(error: httpx.HTTPError) -> Unavailable:
     return Unavailable("SANDBOX_UNREACHABLE", f"the sandbox does not answer: {error!r}")
+
+
+def _file_entry(name: str, entry: Json) -> FileEntry:
+    modified = datetime.fromisoformat(entry["modified"][:26] + "+00:00")
+    return FileEntry(name, entry["entryType"] == "directory", int(entry["size"]), modified)
 
 
 def _agent_info(agent: Json) -> AgentInfo:

@@ -12,7 +12,7 @@ from branchline.gateway.v1 import sandboxes_pb2, sandboxes_pb2_grpc
 from services.runtime.errors import FailedPrecondition, InvalidArgument
 from services.runtime.principal import current_principal
 from services.runtime.service import Chassis
-from services.sandbox.agent_server import AgentServer
+from services.sandbox.agent_server import AgentServer, FileEntry
 from services.sandbox.commands import CommandEnd, follow, run
 from services.sandbox.machines import WORKSPACE, Machines
 from services.sandbox.store import SandboxStore
@@ -84,9 +84,25 @@ class PublicSandboxServicer(sandboxes_pb2_grpc.SandboxServiceServicer):
         server = await self._server(request.task_id)
         answer = sandboxes_pb2.ListFilesResponse()
         for entry in await server.list_files(_inside(server, request.path, "path")):
-            info = answer.files.add(name=entry.name, directory=entry.directory, size_bytes=entry.size_bytes)
-            info.modify_time.FromDatetime(entry.modify_time)
+            answer.files.append(_file_info(entry))
         return answer
+
+    async def StatFile(
+        self, request: sandboxes_pb2.StatFileRequest, context: Context
+    ) -> sandboxes_pb2.StatFileResponse:
+        """Look at one file."""
+        server = await self._server(request.task_id)
+        entry = await server.stat_file(_inside(server, request.path, "path"))
+        return sandboxes_pb2.StatFileResponse(file=_file_info(entry))
+
+    async def MoveFile(
+        self, request: sandboxes_pb2.MoveFileRequest, context: Context
+    ) -> sandboxes_pb2.MoveFileResponse:
+        """Move one file."""
+        server = await self._server(request.task_id)
+        path, new_path = _inside(server, request.path, "path"), _inside(server, request.new_path, "new_path")
+        await server.move_file(path, new_path, overwrite=request.overwrite)
+        return sandboxes_pb2.MoveFileResponse()
 
     async def ReadFile(
         self, request: sandboxes_pb2.ReadFileRequest, context: Context
@@ -121,6 +137,12 @@ class PublicSandboxServicer(sandboxes_pb2_grpc.SandboxServiceServicer):
         if sandbox is None:
             raise FailedPrecondition("NO_SANDBOX", f"the task {task_id} has no sandbox now")
         return await self.machines.server(sandbox.id)
+
+
+def _file_info(entry: FileEntry) -> sandboxes_pb2.FileInfo:
+    info = sandboxes_pb2.FileInfo(name=entry.name, directory=entry.directory, size_bytes=entry.size_bytes)
+    info.modify_time.FromDatetime(entry.modify_time)
+    return info
 
 
 def _inside(server: AgentServer, path: str, field: str) -> str:

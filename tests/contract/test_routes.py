@@ -55,6 +55,7 @@ def test_commands_that_are_repeated_carry_a_request_id_or_are_idempotent_by_natu
         "UserService/SetTaskState",
         "SandboxService/ListAgents",
         "SandboxService/ListFiles",
+        "SandboxService/StatFile",
         "SandboxService/ReadFile",
         "SandboxService/WriteFile",
     }

@@ -147,6 +147,31 @@ async def test_commands_and_files_work_in_the_sandbox(stack: Stack) -> None:  # 
     assert (outside.code, outside.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["path"])
 
 
+async def test_files_are_looked_at_and_moved(stack: Stack) -> None:  # SBX-6
+    task = await stack.ready_task()
+    box = stack.client.sandboxes
+    for path in ("a.txt", "b.txt"):
+        await box.WriteFile(sandboxes_pb2.WriteFileRequest(task_id=task.id, path=path, content=path.encode()))
+
+    known = await box.StatFile(sandboxes_pb2.StatFileRequest(task_id=task.id, path="a.txt"))
+    await box.MoveFile(sandboxes_pb2.MoveFileRequest(task_id=task.id, path="a.txt", new_path="c.txt"))
+    moved = await box.ReadFile(sandboxes_pb2.ReadFileRequest(task_id=task.id, path="c.txt"))
+    gone = await failure(box.StatFile(sandboxes_pb2.StatFileRequest(task_id=task.id, path="a.txt")))
+    missing = await failure(
+        box.MoveFile(sandboxes_pb2.MoveFileRequest(task_id=task.id, path="a.txt", new_path="d.txt"))
+    )
+    taken = await failure(box.MoveFile(sandboxes_pb2.MoveFileRequest(task_id=task.id, path="c.txt", new_path="b.txt")))
+    outside = await failure(
+        box.MoveFile(sandboxes_pb2.MoveFileRequest(task_id=task.id, path="c.txt", new_path="../c.txt"))
+    )
+
+    assert (known.file.name, known.file.size_bytes, known.file.directory) == ("a.txt", 5, False)
+    assert moved.content == b"a.txt"
+    assert (gone.code, missing.code) == (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.NOT_FOUND)
+    assert taken.code == grpc.StatusCode.INVALID_ARGUMENT
+    assert (outside.code, outside.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["new_path"])
+
+
 async def test_a_commands_output_comes_while_it_runs(stack: Stack) -> None:  # SBX-6
     task = await stack.ready_task()
     script = "echo first; echo wrong >&2; until [ -e go ]; do sleep 0.05; done; echo last; exit 4"

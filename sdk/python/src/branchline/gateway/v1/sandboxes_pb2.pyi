@@ -358,6 +358,107 @@ class ListFilesResponse(_message.Message):
 Global___ListFilesResponse: _TypeAlias = ListFilesResponse  # noqa: Y015
 
 @_typing.final
+class StatFileRequest(_message.Message):
+    """See SandboxService.StatFile."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    """The task."""
+    path: _builtins.str
+    """Path relative to the working tree."""
+    def __init__(
+        self,
+        *,
+        task_id: _builtins.str = ...,
+        path: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path", "task_id", b"task_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StatFileRequest: _TypeAlias = StatFileRequest  # noqa: Y015
+
+@_typing.final
+class StatFileResponse(_message.Message):
+    """See SandboxService.StatFile."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def file(self) -> Global___FileInfo:
+        """The file or directory."""
+
+    def __init__(
+        self,
+        *,
+        file: Global___FileInfo | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["file", b"file"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StatFileResponse: _TypeAlias = StatFileResponse  # noqa: Y015
+
+@_typing.final
+class MoveFileRequest(_message.Message):
+    """See SandboxService.MoveFile."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    NEW_PATH_FIELD_NUMBER: _builtins.int
+    OVERWRITE_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    """The task."""
+    path: _builtins.str
+    """Path relative to the working tree."""
+    new_path: _builtins.str
+    """Path relative to the working tree that it has afterwards."""
+    overwrite: _builtins.bool
+    """Whether what has that path is replaced."""
+    def __init__(
+        self,
+        *,
+        task_id: _builtins.str = ...,
+        path: _builtins.str = ...,
+        new_path: _builtins.str = ...,
+        overwrite: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["new_path", b"new_path", "overwrite", b"overwrite", "path", b"path", "task_id", b"task_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MoveFileRequest: _TypeAlias = MoveFileRequest  # noqa: Y015
+
+@_typing.final
+class MoveFileResponse(_message.Message):
+    """See SandboxService.MoveFile."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MoveFileResponse: _TypeAlias = MoveFileResponse  # noqa: Y015
+
+@_typing.final
 class ReadFileRequest(_message.Message):
     """See SandboxService.ReadFile."""
 

@@ -56,6 +56,16 @@ class SandboxServiceStub:
                 request_serializer=branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.ListFilesRequest.SerializeToString,
                 response_deserializer=branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.ListFilesResponse.FromString,
                 _registered_method=True)
+        self.StatFile = channel.unary_unary(
+                '/branchline.gateway.v1.SandboxService/StatFile',
+                request_serializer=branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.StatFileRequest.SerializeToString,
+                response_deserializer=branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.StatFileResponse.FromString,
+                _registered_method=True)
+        self.MoveFile = channel.unary_unary(
+                '/branchline.gateway.v1.SandboxService/MoveFile',
+                request_serializer=branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.MoveFileRequest.SerializeToString,
+                response_deserializer=branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.MoveFileResponse.FromString,
+                _registered_method=True)
         self.ReadFile = channel.unary_unary(
                 '/branchline.gateway.v1.SandboxService/ReadFile',
                 request_serializer=branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.ReadFileRequest.SerializeToString,
@@ -107,6 +117,20 @@ class SandboxServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StatFile(self, request, context):
+        """Says what is known of one file or directory. NOT_FOUND with the path.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MoveFile(self, request, context):
+        """Moves one file or directory. NOT_FOUND with the path; what stands in the way is replaced only if asked.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReadFile(self, request, context):
         """Reads one file. NOT_FOUND with the path; at most 4 MiB.
         """
@@ -150,6 +174,16 @@ def add_SandboxServiceServicer_to_server(servicer, server):
                     servicer.ListFiles,
                     request_deserializer=branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.ListFilesRequest.FromString,
                     response_serializer=branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.ListFilesResponse.SerializeToString,
+            ),
+            'StatFile': grpc.unary_unary_rpc_method_handler(
+                    servicer.StatFile,
+                    request_deserializer=branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.StatFileRequest.FromString,
+                    response_serializer=branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.StatFileResponse.SerializeToString,
+            ),
+            'MoveFile': grpc.unary_unary_rpc_method_handler(
+                    servicer.MoveFile,
+                    request_deserializer=branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.MoveFileRequest.FromString,
+                    response_serializer=branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.MoveFileResponse.SerializeToString,
             ),
             'ReadFile': grpc.unary_unary_rpc_method_handler(
                     servicer.ReadFile,
@@ -277,6 +311,60 @@ class SandboxService:
             '/branchline.gateway.v1.SandboxService/ListFiles',
             branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.ListFilesRequest.SerializeToString,
             branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.ListFilesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StatFile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.gateway.v1.SandboxService/StatFile',
+            branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.StatFileRequest.SerializeToString,
+            branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.StatFileResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MoveFile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.gateway.v1.SandboxService/MoveFile',
+            branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.MoveFileRequest.SerializeToString,
+            branchline_dot_gateway_dot_v1_dot_sandboxes__pb2.MoveFileResponse.FromString,
             options,
             channel_credentials,
             insecure,

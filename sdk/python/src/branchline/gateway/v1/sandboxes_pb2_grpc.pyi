@@ -27,6 +27,10 @@ class SandboxServiceStub:
     """Lists the agents that the sandbox knows."""
     ListFiles: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.ListFilesRequest, _sandboxes_pb2.ListFilesResponse]
     """Lists one directory."""
+    StatFile: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.StatFileRequest, _sandboxes_pb2.StatFileResponse]
+    """Says what is known of one file or directory. NOT_FOUND with the path."""
+    MoveFile: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.MoveFileRequest, _sandboxes_pb2.MoveFileResponse]
+    """Moves one file or directory. NOT_FOUND with the path; what stands in the way is replaced only if asked."""
     ReadFile: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.ReadFileRequest, _sandboxes_pb2.ReadFileResponse]
     """Reads one file. NOT_FOUND with the path; at most 4 MiB."""
     WriteFile: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.WriteFileRequest, _sandboxes_pb2.WriteFileResponse]
@@ -68,6 +72,20 @@ class SandboxServiceServicer:
         context: _aio.ServicerContext[_sandboxes_pb2.ListFilesRequest, _abc.Awaitable[_sandboxes_pb2.ListFilesResponse]],
     ) -> _abc.Awaitable[_sandboxes_pb2.ListFilesResponse]:
         """Lists one directory."""
+
+    def StatFile(
+        self,
+        request: _sandboxes_pb2.StatFileRequest,
+        context: _aio.ServicerContext[_sandboxes_pb2.StatFileRequest, _abc.Awaitable[_sandboxes_pb2.StatFileResponse]],
+    ) -> _abc.Awaitable[_sandboxes_pb2.StatFileResponse]:
+        """Says what is known of one file or directory. NOT_FOUND with the path."""
+
+    def MoveFile(
+        self,
+        request: _sandboxes_pb2.MoveFileRequest,
+        context: _aio.ServicerContext[_sandboxes_pb2.MoveFileRequest, _abc.Awaitable[_sandboxes_pb2.MoveFileResponse]],
+    ) -> _abc.Awaitable[_sandboxes_pb2.MoveFileResponse]:
+        """Moves one file or directory. NOT_FOUND with the path; what stands in the way is replaced only if asked."""
 
     def ReadFile(
         self,
