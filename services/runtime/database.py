@@ -8,11 +8,9 @@ import asyncio
 import sqlite3
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, closing, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import aiosqlite
 from sqlalchemy import CursorResult, Executable, event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import StaticPool
@@ -37,17 +35,11 @@ class Reader:
 
 
 class Transaction(Reader):
-    """An open write transaction. Its statements run at once, so nothing can cancel one half-way."""
+    """An open write transaction."""
 
     def __init__(self, connection: AsyncConnection) -> None:
         super().__init__(connection)
         self.after_commit: list[Callable[[], None]] = []
-
-    async def execute(
-        self, statement: Executable, parameters: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None
-    ) -> CursorResult[Any]:
-        """Run one statement."""
-        return await self.connection.execute(statement, parameters)
 
     @asynccontextmanager
     async def savepoint(self) -> AsyncGenerator[None, None]:
@@ -69,7 +61,7 @@ class Database:
         self._writing = asyncio.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         _use_write_ahead_log(path)
-        self._writer = _engine(path, "BEGIN IMMEDIATE", poolclass=StaticPool, async_creator=partial(_writer, path))
+        self._writer = _engine(path, "BEGIN IMMEDIATE", poolclass=StaticPool)
         self._reader = _engine(path, "BEGIN", pool_size=_READERS, max_overflow=0)
 
     @asynccontextmanager
@@ -136,30 +128,6 @@ def _use_write_ahead_log(path: Path) -> None:
     """Switch the file to the write-ahead log. It stays so; the switch itself needs the file for itself."""
     with closing(sqlite3.connect(path, timeout=_BUSY_TIMEOUT_MS / 1000)) as connection:
         connection.execute("PRAGMA journal_mode=WAL")
-
-
-class _WriterConnection(aiosqlite.Connection):
-    """Runs statements in the event loop's thread and only commits in its own.
-
-    A statement of ours finds its rows by key and takes some ten microseconds, less than to hand it to a thread and
-    its result back; a commit waits for the disk.
-    """
-
-    def __init__(self, connect: Callable[[], sqlite3.Connection]) -> None:
-        super().__init__(connect, iter_chunk_size=64)
-        self._thread.daemon = True  # as SQLAlchemy has it: a process that forgot to close must still end
-
-    async def _execute(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._connection is None or fn == self._conn.commit:
-            return await super()._execute(fn, *args, **kwargs)
-        return fn(*args, **kwargs)
-
-
-async def _writer(path: Path) -> aiosqlite.Connection:
-    def connect() -> sqlite3.Connection:
-        return sqlite3.connect(path, check_same_thread=False)
-
-    return await _WriterConnection(connect)
 
 
 def _engine(path: Path, begin: str, **options: Any) -> AsyncEngine:
