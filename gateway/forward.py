@@ -12,17 +12,20 @@ import structlog
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
 
 from gateway.caller import current_caller
 from gateway.placement import Placement
 from gateway.routes import PACKAGE, Route
-from services.runtime.errors import DomainError, PermissionDenied, reason_of
+from services.runtime.errors import DomainError, PermissionDenied, Unavailable, reason_of
 from services.runtime.principal import METADATA_KEY, Signer
 from services.runtime.retry import Backoff
 
 log = structlog.get_logger()
 
-_ATTEMPTS = 4
+_PATIENCE_SECONDS = 10.0
+"""How long a call is repeated while its owner cannot be reached, or has not been born yet."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Metadata = tuple[tuple[str, str], ...]
@@ -46,8 +49,7 @@ class Forwarder:
         call_stream = channel.unary_stream(path, request_serializer=serializer, response_deserializer=None)
 
         async def forward(request: Message, context: Context) -> bytes:
-            metadata = await self._admit(request, route)
-            answer = await self._call(call, request, metadata, _seconds(context, route), safe=route.safe)
+            answer = await self._call(call, request, route, _seconds(context, route))
             if route.settle:
                 await self._settle(response_type.FromString(answer))
             return answer
@@ -71,27 +73,38 @@ class Forwarder:
 
     async def _admit(self, request: Message, route: Route) -> Metadata:
         """Return the caller's signed principal, or raise if the caller may not do this."""
-        wanted = str(getattr(request, route.target)) if route.target else ""
         token = str(getattr(request, "consistency_token", ""))
         caller = current_caller()
         if caller.role_limit and not route.target and not route.read:
             raise PermissionDenied("TOKEN_LIMITED", "this token is limited to a role; it cannot change its user")
-        principal = await self._placement.place(caller, route.target, wanted, token, defaults=route.defaults)
+        principal = await self._placement.place(caller, route.target, _wanted(request, route), token, defaults=route.defaults)
         if route.target:
             principal.require(route.role)
         return ((METADATA_KEY, self._signer.sign(principal)),)
 
-    async def _call(self, call: Any, request: Message, metadata: Metadata, seconds: float, *, safe: bool) -> bytes:
-        """Call the owner; a safe call is repeated while the owner cannot be reached."""
+    async def _call(self, call: Any, request: Message, route: Route, seconds: float) -> bytes:
+        """Call the owner, again and again for a while if nothing can have happened there yet."""
+        clock = asyncio.get_running_loop()
+        deadline = clock.time() + min(seconds, _PATIENCE_SECONDS)
         backoff = Backoff(first_seconds=0.1, most_seconds=1.0)
-        for attempt in range(1, _ATTEMPTS + 1):
+        while True:
+            metadata = await self._admit(request, route)
             try:
                 return await call(request, metadata=metadata, timeout=seconds)
             except grpc.aio.AioRpcError as error:
-                if error.code() != grpc.StatusCode.UNAVAILABLE or not safe or attempt == _ATTEMPTS:
+                unborn = _is_missing(error, _wanted(request, route))
+                if not unborn and not (route.safe and error.code() == grpc.StatusCode.UNAVAILABLE):
                     raise
-            await asyncio.sleep(backoff.next_seconds())
-        raise AssertionError("the last attempt returns or raises")
+                pause = backoff.next_seconds()
+                if clock.time() + pause > deadline:
+                    if unborn:
+                        raise Unavailable(
+                            "NOT_READY", "it is made, but its coordinator has not answered yet; try again"
+                        ) from error
+                    raise
+            if unborn:
+                self._placement.forget(route.target, _wanted(request, route))
+            await asyncio.sleep(pause)
 
     async def _settle(self, answer: Message) -> None:
         """Wait until the next call finds what this one made. It is made in any case, so a timeout is no error."""
@@ -99,6 +112,21 @@ class Forwarder:
             await self._placement.await_consistency(str(getattr(answer, "consistency_token", "")))
         except (DomainError, grpc.aio.AioRpcError) as error:
             log.info("index behind after a command", reason=reason_of(error))
+
+
+def _wanted(request: Message, route: Route) -> str:
+    return str(getattr(request, route.target)) if route.target else ""
+
+
+def _is_missing(error: grpc.aio.AioRpcError, wanted: str) -> bool:
+    """Say whether the owner does not know the very resource that the organization has just placed there."""
+    if error.code() != grpc.StatusCode.NOT_FOUND or not wanted:
+        return False
+    status = rpc_status.from_call(error)  # pyright: ignore[reportArgumentType]
+    resource = error_details_pb2.ResourceInfo()
+    return status is not None and any(
+        detail.Unpack(resource) and resource.resource_name == wanted for detail in status.details
+    )
 
 
 def _seconds(context: Context, route: Route) -> float:

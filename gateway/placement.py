@@ -39,6 +39,10 @@ class Placement:
         self._routes[(target, wanted)] = route.organization_id
         return self._principal(caller, route.organization_id, caller.held_to(route.role), route.settings)
 
+    def forget(self, target: str, wanted: str) -> None:
+        """Ask the organization again at the next call."""
+        self._routes.pop((target, wanted), None)
+
     async def await_consistency(self, token: str) -> None:
         """Wait until the organization has indexed what a command made."""
         await self._organization.AwaitConsistency(organization_pb2.AwaitConsistencyRequest(consistency_token=token))

@@ -9,7 +9,7 @@ class Backoff:
     Source: "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
     """
 
-    def __init__(self, first_seconds: float = 0.05, most_seconds: float = 5.0) -> None:
+    def __init__(self, first_seconds: float = 0.05, most_seconds: float = 2.0) -> None:
         self._first = first_seconds
         self._most = most_seconds
         self._next = first_seconds

@@ -194,3 +194,30 @@ async def test_services_that_run_apart_are_killed_one_by_one_under_work(tmp_path
             return (await history_kinds(client, organization_id, task)).count("agent.finished") == 1
 
         assert await eventually(recorded)
+
+
+async def test_a_command_waits_for_a_coordinator_that_is_being_born(tmp_path: Path) -> None:  # ORG-2, OPS-3
+    processes = own_processes(tmp_path)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(processes.stop)
+        for name in SERVICES:
+            await processes.start(name, "serve", name)
+        await processes.start("bootstrap", "bootstrap", "--agent", "mock")
+        client, organization_id = await processes.client(stack)
+        await processes.kill("repository")
+        remote = make_remote(tmp_path / "remotes")
+        added = await client.repositories.AddRepository(
+            repositories_pb2.AddRepositoryRequest(
+                request_id=uuid.uuid4().hex, organization_id=organization_id, remote_url=f"file://{remote}"
+            )
+        )
+        creating = asyncio.ensure_future(
+            client.tasks.CreateTask(
+                tasks_pb2.CreateTaskRequest(
+                    request_id=uuid.uuid4().hex, repository_id=added.repository.id, text="go", hold_prompt=True
+                )
+            )
+        )
+        await processes.start("repository", "serve", "repository")
+
+        assert (await creating).task.repository_id == added.repository.id
