@@ -8,29 +8,37 @@ import grpc
 from branchline.history.v1 import history_pb2, history_pb2_grpc
 
 from services.history.store import HistoryStore
-from services.runtime.service import Chassis
-from services.runtime.spine.outbox import Mark
+from services.runtime.database import Database
+
+Context = grpc.aio.ServicerContext[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class HistoryServicer(history_pb2_grpc.HistoryServiceServicer):
     """Takes events from organization and pushes them back numbered."""
 
-    chassis: Chassis
+    database: Database
     store: HistoryStore
 
     async def AppendEvents(
-        self, request: history_pb2.AppendEventsRequest, context: grpc.aio.ServicerContext[Any, Any]
+        self, request: history_pb2.AppendEventsRequest, context: Context
     ) -> history_pb2.AppendEventsResponse:
         """Give numbers to, store and push up the events that are new."""
-        async with self.chassis.database.transaction() as tx:
-            numbered = await self.store.append(tx, request.events)
-            await self.chassis.outbox.mark(tx, [Mark(event.id, 1, event) for event in numbered])
+        await self.database.write(self.store.append, request.events)
         return history_pb2.AppendEventsResponse()
 
+    async def DeleteFeed(
+        self, request: history_pb2.DeleteFeedRequest, context: Context
+    ) -> history_pb2.DeleteFeedResponse:
+        """Forget a feed."""
+        await self.database.write(self.store.delete, request.organization_id)
+        return history_pb2.DeleteFeedResponse()
+
     async def ExportEvents(
-        self, request: history_pb2.ExportEventsRequest, context: grpc.aio.ServicerContext[Any, Any]
+        self, request: history_pb2.ExportEventsRequest, context: Context
     ) -> AsyncIterator[history_pb2.ExportEventsResponse]:
         """Stream the whole feed, oldest first."""
-        async for page in self.store.pages(request.organization_id, request.after_sequence):
+        after = request.after_sequence
+        while page := await self.database.read(self.store.page, request.organization_id, after):
             yield history_pb2.ExportEventsResponse(events=page)
+            after = page[-1].sequence

@@ -1,13 +1,15 @@
 """Channels to other services: keepalive, a deadline on every unary call, the principal in the metadata."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import grpc
 
-from services.runtime.principal import METADATA_KEY, Signer, principal_or_none
+from services.runtime.principal import Signer, principal_or_none
 
-MESSAGE_LIMIT_BYTES = 16 * 1024 * 1024
+MESSAGE_LIMIT_BYTES = 4 * 1024 * 1024
+"""No message is larger: frames, pages and batches end at 1 MiB, after at least one entity."""
+
 UNARY_TIMEOUT_SECONDS = 30.0
 
 CHANNEL_OPTIONS = (
@@ -19,50 +21,54 @@ CHANNEL_OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
     ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
+    ("grpc.default_authority", "localhost"),  # a socket's path is none
 )
 
 
-class _Signing:
-    """Adds the principal to the metadata of a call, and a deadline where there is none."""
+class SigningChannel:
+    """A channel for generated stubs: each call carries the principal, and a unary one a deadline."""
 
-    def __init__(self, signer: Signer) -> None:
+    def __init__(self, channel: grpc.aio.Channel, signer: Signer) -> None:
+        self.raw = channel
         self._signer = signer
 
-    def details(self, given: grpc.aio.ClientCallDetails, timeout: float | None) -> grpc.aio.ClientCallDetails:
-        metadata = grpc.aio.Metadata(*(given.metadata or ()))
-        if METADATA_KEY not in metadata:
-            metadata.add(METADATA_KEY, self._signer.sign(principal_or_none()))
-        return grpc.aio.ClientCallDetails(
-            method=given.method,
-            timeout=given.timeout if given.timeout is not None else timeout,
-            metadata=metadata,
-            credentials=given.credentials,
-            wait_for_ready=given.wait_for_ready,
-        )
+    async def close(self) -> None:
+        """Close the channel."""
+        await self.raw.close()
+
+    def unary_unary(self, method: str, *coders: Any, **options: Any) -> Callable[..., Any]:
+        """Make a unary call."""
+        call = cast("Any", self.raw.unary_unary(method, *coders, **options))
+
+        def make(
+            request: Any, *, timeout: float | None = UNARY_TIMEOUT_SECONDS, metadata: Any = None, **rest: Any
+        ) -> Any:
+            return call(request, timeout=timeout, metadata=metadata or self._metadata(), **rest)
+
+        return make
+
+    def unary_stream(self, method: str, *coders: Any, **options: Any) -> Callable[..., Any]:
+        """Make a call whose answers stream."""
+        call = cast("Any", self.raw.unary_stream(method, *coders, **options))
+
+        def make(request: Any, *, metadata: Any = None, **rest: Any) -> Any:
+            return call(request, metadata=metadata or self._metadata(), **rest)
+
+        return make
+
+    def stream_stream(self, method: str, *coders: Any, **options: Any) -> Callable[..., Any]:
+        """Make a call that streams both ways."""
+        call = cast("Any", self.raw.stream_stream(method, *coders, **options))
+
+        def make(requests: Any = None, *, metadata: Any = None, **rest: Any) -> Any:
+            return call(requests, metadata=metadata or self._metadata(), **rest)
+
+        return make
+
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        return self._signer.metadata(principal_or_none())
 
 
-class _UnaryUnary(_Signing, grpc.aio.UnaryUnaryClientInterceptor):
-    async def intercept_unary_unary(
-        self, continuation: Callable[..., Any], client_call_details: grpc.aio.ClientCallDetails, request: Any
-    ) -> Any:
-        return await continuation(self.details(client_call_details, UNARY_TIMEOUT_SECONDS), request)
-
-
-class _UnaryStream(_Signing, grpc.aio.UnaryStreamClientInterceptor):
-    async def intercept_unary_stream(
-        self, continuation: Callable[..., Any], client_call_details: grpc.aio.ClientCallDetails, request: Any
-    ) -> Any:
-        return await continuation(self.details(client_call_details, None), request)
-
-
-class _StreamStream(_Signing, grpc.aio.StreamStreamClientInterceptor):
-    async def intercept_stream_stream(
-        self, continuation: Callable[..., Any], client_call_details: grpc.aio.ClientCallDetails, request_iterator: Any
-    ) -> Any:
-        return await continuation(self.details(client_call_details, None), request_iterator)
-
-
-def open_channel(address: str, signer: Signer) -> grpc.aio.Channel:
+def open_channel(address: str, signer: Signer) -> SigningChannel:
     """Open a channel to a service of this installation. It connects by itself, and again after a break."""
-    interceptors = [_UnaryUnary(signer), _UnaryStream(signer), _StreamStream(signer)]
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS, interceptors=interceptors)
+    return SigningChannel(grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS), signer)

@@ -1,17 +1,18 @@
 """Configuration that every service has. Each service adds its own fields; an unknown one is an error."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, SecretStr
 
 
 class ServiceConfig(BaseModel):
-    """Where one service listens, keeps its data, and what it shares with the others."""
+    """Where the services are, where this one keeps its data, and what it shares with the others."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    listen: str
-    """Address that the server binds, such as "127.0.0.1:7702"."""
+    addresses: Mapping[str, str]
+    """Where each service listens, by name, such as "127.0.0.1:7702" or "unix:/run/branchline/task"."""
 
     data_dir: Path
     """Folder of this service alone: its database and whatever else it keeps."""

@@ -1,11 +1,14 @@
 """Errors of the domain, and the one place that maps them to `google.rpc.Status`.
 
-Every error has a machine-readable reason (`ErrorInfo.reason`) and says which field or resource it is about.
+Every error has a machine-readable reason (`ErrorReason` of the contract, in `ErrorInfo.reason`) and says which field or
+resource it is about.
 """
 
 from collections.abc import Mapping
 
 import grpc
+from branchline.resource.v1 import vocabulary_pb2 as words
+from branchline.resource.v1.vocabulary_pb2 import EntityKind, ErrorReason
 from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
@@ -29,9 +32,9 @@ class DomainError(Exception):
 
     code = grpc.StatusCode.INTERNAL
 
-    def __init__(self, reason: str, message: str, **metadata: str) -> None:
+    def __init__(self, reason: ErrorReason.ValueType, message: str, **metadata: str) -> None:
         super().__init__(message)
-        self.reason = reason
+        self.reason = ErrorReason.Name(reason).removeprefix("ERROR_REASON_")
         self.message = message
         self.metadata: Mapping[str, str] = metadata
 
@@ -55,7 +58,13 @@ class InvalidArgument(DomainError):
 
     code = grpc.StatusCode.INVALID_ARGUMENT
 
-    def __init__(self, field: str, message: str, reason: str = "INVALID_FIELD", **metadata: str) -> None:
+    def __init__(
+        self,
+        field: str,
+        message: str,
+        reason: ErrorReason.ValueType = words.ERROR_REASON_INVALID_FIELD,
+        **metadata: str,
+    ) -> None:
         super().__init__(reason, f"{field}: {message}", **metadata)
         self.violations = [(field, message)]
 
@@ -71,9 +80,16 @@ class InvalidArgument(DomainError):
 class _ResourceError(DomainError):
     """An error about one resource."""
 
-    def __init__(self, kind: str, name: str, message: str, reason: str, **metadata: str) -> None:
+    def __init__(
+        self,
+        kind: EntityKind.ValueType,
+        name: str,
+        message: str,
+        reason: ErrorReason.ValueType,
+        **metadata: str,
+    ) -> None:
         super().__init__(reason, message, **metadata)
-        self.kind = kind
+        self.kind = kind_name(kind)
         self.name = name
 
     def details(self) -> list[Message]:
@@ -86,17 +102,15 @@ class NotFound(_ResourceError):
 
     code = grpc.StatusCode.NOT_FOUND
 
-    def __init__(self, kind: str, name: str) -> None:
-        super().__init__(kind, name, f'there is no {kind} "{name}"', f"{kind.upper()}_NOT_FOUND")
+    def __init__(self, kind: EntityKind.ValueType, name: str) -> None:
+        sentence = f'there is no {kind_name(kind).replace("_", " ")} "{name}"'
+        super().__init__(kind, name, sentence, words.ERROR_REASON_NOT_FOUND)
 
 
 class AlreadyExists(_ResourceError):
     """The name is taken; `name` is the id of the holder."""
 
     code = grpc.StatusCode.ALREADY_EXISTS
-
-    def __init__(self, kind: str, name: str, message: str, reason: str, **metadata: str) -> None:
-        super().__init__(kind, name, message, reason, **metadata)
 
 
 class FailedPrecondition(DomainError):
@@ -122,6 +136,12 @@ class PermissionDenied(DomainError):
     code = grpc.StatusCode.PERMISSION_DENIED
 
 
+class ResourceExhausted(DomainError):
+    """The caller has used up what is allowed."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
 class DeadlineExceeded(DomainError):
     """Something took longer than the caller or the service would wait."""
 
@@ -136,6 +156,11 @@ class Unavailable(DomainError):
     def details(self) -> list[Message]:
         """Say when to try again."""
         return [error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=1))]
+
+
+def kind_name(kind: EntityKind.ValueType) -> str:
+    """Return a kind as people and `ResourceInfo` know it, such as "task"."""
+    return EntityKind.Name(kind).removeprefix("ENTITY_KIND_").lower()
 
 
 def is_permanent(error: BaseException) -> bool:

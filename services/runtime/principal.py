@@ -4,6 +4,7 @@ The gateway makes it from a bearer token; services pass it on. It lives for a mi
 (RFC 7519, HS256) in the metadata of each internal call.
 """
 
+import time
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -11,12 +12,24 @@ from typing import Any
 
 import jwt
 from branchline.resource.v1 import organization_pb2
+from branchline.resource.v1.vocabulary_pb2 import (
+    ERROR_REASON_OPERATOR_REQUIRED,
+    ERROR_REASON_PRINCIPAL_INVALID,
+    ERROR_REASON_PRINCIPAL_MISSING,
+    ERROR_REASON_ROLE_REQUIRED,
+)
+from cachetools import LRUCache, TTLCache
 
 from services.runtime.errors import PermissionDenied, Unauthenticated
 
 METADATA_KEY = "x-branchline-principal"
 _LIFETIME = timedelta(seconds=60)
 _LEEWAY = timedelta(seconds=30)
+_REUSED_SECONDS = 20.0
+_CACHED = 4096
+
+OPERATOR = "operator"
+"""The service name under which an operator's commands are signed; no service has it."""
 
 _current: ContextVar["Principal | None"] = ContextVar("principal", default=None)
 
@@ -45,7 +58,12 @@ class Principal:
         if self.service or self.role >= role:
             return
         wanted = organization_pb2.Role.Name(role).removeprefix("ROLE_").lower()
-        raise PermissionDenied("ROLE_REQUIRED", f"this needs the role {wanted}", required_role=wanted)
+        raise PermissionDenied(ERROR_REASON_ROLE_REQUIRED, f"this needs the role {wanted}", required_role=wanted)
+
+    def require_operator(self) -> None:
+        """Raise PermissionDenied unless an operator of the installation asks."""
+        if self.service != OPERATOR:
+            raise PermissionDenied(ERROR_REASON_OPERATOR_REQUIRED, "only an operator of the installation may do this")
 
     def sees(self, organization_id: str) -> bool:
         """Say whether the organization's resources exist for the caller."""
@@ -53,32 +71,48 @@ class Principal:
 
 
 class Signer:
-    """Signs and checks principals with the key that all services of one installation share."""
+    """Signs and checks principals with the key that all services of one installation share.
+
+    A signature is used again for some seconds, and one that was checked is known until it ends.
+    """
 
     def __init__(self, key: str, service: str) -> None:
         self._key = key
         self._system = Principal(service=service)
+        self._signed: TTLCache[Principal, tuple[tuple[str, str], ...]] = TTLCache(_CACHED, _REUSED_SECONDS)
+        self._verified: LRUCache[str, tuple[float, Principal]] = LRUCache(_CACHED)
 
-    def sign(self, principal: Principal | None = None) -> str:
-        """Return a token for the principal, or for the service itself."""
-        claims: dict[str, Any] = asdict(principal or self._system)
-        return jwt.encode({**claims, "exp": datetime.now(UTC) + _LIFETIME}, self._key, algorithm="HS256")
+    def metadata(self, principal: Principal | None = None) -> tuple[tuple[str, str], ...]:
+        """Return a call's metadata for the principal, or for the service itself."""
+        principal = principal or self._system
+        metadata = self._signed.get(principal)
+        if metadata is None:
+            token = jwt.encode(
+                {**asdict(principal), "exp": datetime.now(UTC) + _LIFETIME}, self._key, algorithm="HS256"
+            )
+            metadata = self._signed[principal] = ((METADATA_KEY, token),)
+        return metadata
 
     def verify(self, token: str) -> Principal:
         """Return the principal of a token; raise Unauthenticated if it is not ours or too old."""
+        known = self._verified.get(token)
+        if known is not None and known[0] > time.time():
+            return known[1]
         try:
-            claims = jwt.decode(token, self._key, algorithms=["HS256"], leeway=_LEEWAY)
-            del claims["exp"]
-            return Principal(**claims)
-        except (jwt.InvalidTokenError, KeyError, TypeError) as error:
-            raise Unauthenticated("PRINCIPAL_INVALID", "the call carries no valid principal") from error
+            claims: dict[str, Any] = jwt.decode(token, self._key, algorithms=["HS256"], leeway=_LEEWAY)
+            expires = float(claims.pop("exp")) + _LEEWAY.total_seconds()
+            principal = Principal(**claims)
+        except (jwt.InvalidTokenError, KeyError, TypeError, ValueError) as error:
+            raise Unauthenticated(ERROR_REASON_PRINCIPAL_INVALID, "the call carries no valid principal") from error
+        self._verified[token] = (expires, principal)
+        return principal
 
 
 def current_principal() -> Principal:
     """Return the principal of the call being served."""
     principal = _current.get()
     if principal is None:
-        raise Unauthenticated("PRINCIPAL_MISSING", "the call carries no principal")
+        raise Unauthenticated(ERROR_REASON_PRINCIPAL_MISSING, "the call carries no principal")
     return principal
 
 

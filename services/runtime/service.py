@@ -1,33 +1,35 @@
-"""Runs one service: migrations, gRPC server with health and reflection, background loops, graceful drain."""
+"""Runs one service: gRPC server with health and reflection, background loops, graceful drain."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import grpc
 import structlog
+from branchline.admin.v1 import admin_pb2
+from branchline.spine.v1 import push_pb2, push_pb2_grpc
+from google.protobuf.descriptor import FileDescriptor, ServiceDescriptor
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer  # pyright: ignore[reportMissingTypeStubs]
 from grpc_reflection.v1alpha import reflection
 
-from services.runtime.client import MESSAGE_LIMIT_BYTES, open_channel
+from services.runtime.admin import AdminServicer
+from services.runtime.client import MESSAGE_LIMIT_BYTES, SigningChannel, open_channel
 from services.runtime.clock import Clock
 from services.runtime.config import ServiceConfig
-from services.runtime.database import Database
-from services.runtime.interceptors import (
-    DrainInterceptor,
-    ErrorInterceptor,
-    LoggingInterceptor,
-    PrincipalInterceptor,
-    ValidationInterceptor,
-)
-from services.runtime.migrations import migrate
-from services.runtime.principal import Signer
+from services.runtime.database import Database, open_database
+from services.runtime.loops import Every
+from services.runtime.migrations import bring_up_to_date
+from services.runtime.principal import METADATA_KEY, Signer, bind_principal
+from services.runtime.serving import Admit, Call, Handler, Serving, implemented
+from services.runtime.spine.commands import Commands
+from services.runtime.spine.courier import BatchCourier, Courier, Deliver, DeliverAll
+from services.runtime.spine.index import Index
+from services.runtime.spine.ingest import Ingest, PushServicer
 from services.runtime.spine.outbox import Outbox
-from services.runtime.spine.requests import Requests
-from services.runtime.spine.tables import SpineTables
+from services.runtime.spine.push import PushClient
 
 log = structlog.get_logger()
 
@@ -41,50 +43,73 @@ SERVER_OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
 )
 
-Loop = Callable[[], Awaitable[None]]
+PUBLIC_PACKAGE = "branchline.gateway.v1"
+
+_PARKED_LOOK_SECONDS = 60.0
+_HOUR_SECONDS = 3600.0
+
+Step = Callable[[], Awaitable[object]]
+S = TypeVar("S")
 
 
-@dataclass(slots=True)
 class Service:
     """One service, built and not yet running."""
 
-    name: str
-    listen: str
-    interceptors: Sequence[grpc.aio.ServerInterceptor]
-    drain_seconds: float = 5.0
-    service_names: list[str] = field(default_factory=list[str])
-    registrations: list[Callable[[grpc.aio.Server], None]] = field(
-        default_factory=list[Callable[[grpc.aio.Server], None]]
-    )
-    loops: list[Loop] = field(default_factory=list[Loop])
-    before_start: list[Loop] = field(default_factory=list[Loop])
-    after_stop: list[Loop] = field(default_factory=list[Loop])
-    _drain: DrainInterceptor = field(default_factory=DrainInterceptor)
+    def __init__(self, name: str, listen: str, admit: Admit, drain_seconds: float = 5.0) -> None:
+        self.name = name
+        self.listen = listen
+        self.serving = Serving(name, admit)
+        self.address = listen
+        """Where it is reached once it runs; differs from `listen` if that left the port open."""
+        self.before_start: list[Step] = []
+        self.loops: list[Step] = []
+        self.after_stop: list[Step] = []
+        self._handlers: dict[str, dict[str, Handler]] = {}
+        self._drain_seconds = drain_seconds
+        self._stopping = False
 
-    def serves(self, service_name: str, register: Callable[[grpc.aio.Server], None]) -> None:
-        """Add a gRPC service by its full name."""
-        self.service_names.append(service_name)
-        self.registrations.append(register)
+    def serve(self, servicer: object, file: FileDescriptor, name: str) -> None:
+        """Serve what a servicer implements of a gRPC service, such as `serve(servicer, tasks_pb2.DESCRIPTOR, ...)`.
+
+        What the gateway has validated at the door is not validated again.
+        """
+        service: ServiceDescriptor = file.services_by_name[name]
+        at_the_door = service.full_name.startswith(PUBLIC_PACKAGE)
+        for method in service.methods:
+            found = implemented(servicer, method.name)
+            if found is not None:
+                self.add_handler(
+                    service.full_name, method.name, self.serving.handler(method, found, validated=not at_the_door)
+                )
+
+    def add_handler(self, service: str, method: str, handler: Handler) -> None:
+        """Serve one method."""
+        self._handlers.setdefault(service, {})[method] = handler
+
+    def every(self, seconds: float, name: str, work: Step) -> None:
+        """Do something at start and then every so often, whatever becomes of it."""
+        self.loops.append(Every(seconds, name, work).run)
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[None, None]:
-        """Run the service for the length of the block. A loop that fails takes the service down."""
-        for prepare in self.before_start:
-            await prepare()
-        server, checks = self._server()
-        for name in ("", *self.service_names):
-            await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
-        await server.start()
-        log.info("service started", service=self.name, listen=self.listen)
+        """Run the service for the length of the block. A loop that ends takes the service down."""
         try:
+            for prepare in self.before_start:
+                await prepare()
+            server, checks = self._server()
+            for name in ("", *self._handlers):
+                await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+            await server.start()
+            log.info("service started", service=self.name, address=self.address)
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(_run(loop)) for loop in self.loops]
+                tasks = [group.create_task(self._run(loop)) for loop in self.loops]
                 try:
                     yield
                 finally:
+                    self._stopping = True
                     await checks.enter_graceful_shutdown()
-                    self._drain.drain()
-                    await server.stop(self.drain_seconds)
+                    self.serving.drain()
+                    await server.stop(self._drain_seconds)
                     for task in tasks:
                         task.cancel()
         finally:
@@ -92,55 +117,103 @@ class Service:
                 await clean()
             log.info("service stopped", service=self.name)
 
+    async def _run(self, loop: Step) -> None:
+        """Run a loop. Whatever ends it while the service is not stopping is fatal."""
+        try:
+            await loop()
+        except asyncio.CancelledError:
+            if self._stopping or (task := asyncio.current_task()) is None or task.cancelling():
+                raise
+        raise RuntimeError(f"a loop of {self.name} ended: {getattr(loop, '__qualname__', loop)}")
+
     def _server(self) -> "tuple[grpc.aio.Server, HealthServicer]":
-        server = grpc.aio.server(interceptors=[*self.interceptors, self._drain], options=SERVER_OPTIONS)
-        for register in self.registrations:
-            register(server)
+        server = grpc.aio.server(options=SERVER_OPTIONS)
+        for name, handlers in self._handlers.items():
+            server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
         checks = HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-        names = [*self.service_names, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        names = [*self._handlers, health.SERVICE_NAME, reflection.SERVICE_NAME]
         reflection.enable_server_reflection(names, server)
-        server.add_insecure_port(self.listen)
+        if self.listen.startswith("unix:"):
+            Path(self.listen.removeprefix("unix:")).unlink(missing_ok=True)
+        port = server.add_insecure_port(self.listen)
+        if not self.listen.startswith("unix:"):
+            self.address = f"{self.listen.rpartition(':')[0]}:{port}"
         return server, checks
 
 
-async def _run(loop: Loop) -> None:
-    await loop()
-
-
-@dataclass(frozen=True, slots=True)
 class Chassis:
     """What a service is built from: its parts, made from its configuration."""
 
-    service: Service
-    database: Database
-    outbox: Outbox
-    requests: Requests
-    signer: Signer
-    clock: Clock
+    def __init__(self, name: str, config: ServiceConfig, room: Path) -> None:
+        """`room` is the service's folder, which holds the migrations."""
+        self.name = name
+        self.config = config
+        self.clock = Clock()
+        self.signer = Signer(config.signing_key.get_secret_value(), name)
+        url = f"sqlite:///{config.data_dir / f'{name}.sqlite'}"
+        self.database: Database = open_database(url)
+        self.outbox = Outbox(self.database, self.clock)
+        self.commands = Commands(self.database, self.clock)
+        self.service = Service(name, config.addresses[name], self._admit, config.drain_seconds)
+        self._channels: dict[str, SigningChannel] = {}
 
-    def channel(self, address: str) -> grpc.aio.Channel:
-        """Open a channel that is closed with the service."""
-        channel = open_channel(address, self.signer)
-        self.service.after_stop.append(channel.close)
-        return channel
+        async def migrate() -> None:
+            await bring_up_to_date({room / "migrations": url})
 
+        self.service.before_start += [migrate, self.database.start]
+        self.service.after_stop.append(self.database.close)
+        self.serve(AdminServicer(self.outbox), admin_pb2.DESCRIPTOR, "AdminService")
+        self.service.every(_PARKED_LOOK_SECONDS, "look for parked rows", self._tell_parked)
 
-def chassis(name: str, config: ServiceConfig, spine: SpineTables, room: Path, clock: Clock | None = None) -> Chassis:
-    """Make the parts that every service has. `room` is its folder, which holds the migrations."""
-    clock = clock or Clock()
-    signer = Signer(config.signing_key.get_secret_value(), name)
-    database = Database(config.data_dir / f"{name}.sqlite")
-    service = Service(name, config.listen, internal_interceptors(name, signer), config.drain_seconds)
+    async def _admit(self, call: Call) -> None:
+        """Let in only calls that carry a principal signed by one of our own."""
+        bind_principal(self.signer.verify(call.metadata(METADATA_KEY)))
 
-    async def bring_up_to_date() -> None:
-        await asyncio.to_thread(migrate, room / "migrations", database.path)
+    def serve(self, servicer: object, file: FileDescriptor, name: str) -> None:
+        """Serve what a servicer implements of a gRPC service."""
+        self.service.serve(servicer, file, name)
 
-    service.before_start.append(bring_up_to_date)
-    service.after_stop.append(database.close)
-    return Chassis(service, database, Outbox(database, spine, clock), Requests(spine, clock), signer, clock)
+    def stub(self, stub: Callable[[Any], S], name: str) -> S:
+        """Return a stub of another service, by that service's name."""
+        return stub(self.channel(name))
 
+    def channel(self, name: str) -> SigningChannel:
+        """Return the channel to another service. It is closed with this one."""
+        if name not in self._channels:
+            self._channels[name] = open_channel(self.config.addresses[name], self.signer)
+            self.service.after_stop.append(self._channels[name].close)
+        return self._channels[name]
 
-def internal_interceptors(name: str, signer: Signer) -> list[grpc.aio.ServerInterceptor]:
-    """Return the interceptors of a service that only other services call."""
-    return [ErrorInterceptor(), LoggingInterceptor(name), PrincipalInterceptor(signer), ValidationInterceptor()]
+    def push_to(self, coordinator: str) -> None:
+        """Push the outbox up to the service's coordinator."""
+        stub: Any = self.stub(push_pb2_grpc.PushServiceStub, coordinator)
+        self.service.loops.append(PushClient(self.outbox, stub, self.name).run)
+
+    def coordinate(self, index: Index | None, ingest: Ingest) -> None:
+        """Take what children push, and keep the index."""
+        self.serve(PushServicer(ingest), push_pb2.DESCRIPTOR, "PushService")
+        if index is not None:
+            self.service.before_start.append(index.start)
+            self.service.every(_HOUR_SECONDS, "compaction", index.compact)
+
+    def take_commands(self) -> None:
+        """Remember the answers of commands, for as long as they are promised."""
+        self.service.every(_HOUR_SECONDS, "forget old requests", self.commands.forget_old)
+
+    def courier(self, destination: str, deliver: Deliver, **options: Any) -> None:
+        """Carry what is marked for a destination there, in lanes."""
+        self.outbox.line(destination)
+        self.service.loops.append(Courier(self.outbox, destination, deliver, **options).run)
+
+    def batch_courier(self, destination: str, deliver: DeliverAll, **options: Any) -> None:
+        """Carry what is marked for a destination there, many at a time and in order."""
+        self.outbox.line(destination)
+        self.service.loops.append(BatchCourier(self.outbox, destination, deliver, **options).run)
+
+    async def _tell_parked(self) -> None:
+        waiting, parked = await self.outbox.counts()
+        if parked:
+            log.warning(
+                "rows are parked: see `branchline outbox list`", service=self.name, parked=parked, waiting=waiting
+            )

@@ -1,27 +1,28 @@
 """Fan-out inside one process: committed changes to any number of watchers, each with bounded memory.
 
 A watcher's queue is keyed by entity: a slow reader gets the newest state of each, never a backlog. When even
-that outgrows the limit the queue is dropped and the reader is told to catch up from the table.
+that outgrows the limit the queue is dropped and the reader is told to catch up from the source.
 """
 
 import asyncio
-from collections import defaultdict
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 
+from branchline.resource.v1.vocabulary_pb2 import EntityKind
 from branchline.resource.v1.watch_pb2 import WatchChange
 
-from services.runtime.signal import Signal
+PENDING_CHANGES = 512
+PENDING_BYTES = 4 * 1024 * 1024
 
-PENDING_LIMIT = 4096
+Kind = EntityKind.ValueType
 
 
 class Watcher:
     """One reader of one scope."""
 
-    def __init__(self, limit: int = PENDING_LIMIT) -> None:
-        self._limit = limit
-        self._pending: dict[tuple[str, str], WatchChange] = {}
+    def __init__(self) -> None:
+        self._pending: dict[tuple[int, str], WatchChange] = {}
+        self._bytes = 0
         self._arrived = asyncio.Event()
         self.lagging = False
 
@@ -31,50 +32,80 @@ class Watcher:
         if self.lagging:
             return
         key = (change.kind, change.id)
-        self._pending.pop(key, None)
+        older = self._pending.pop(key, None)
+        self._bytes += len(change.resource.value) - (len(older.resource.value) if older is not None else 0)
         self._pending[key] = change
-        if len(self._pending) > self._limit:
-            self._pending.clear()
-            self.lagging = True
+        if len(self._pending) > PENDING_CHANGES or self._bytes > PENDING_BYTES:
+            self.lag()
+
+    def lag(self) -> None:
+        """Tell the reader that it must catch up from the source."""
+        self.lagging = True
+        self._pending.clear()
+        self._bytes = 0
+        self._arrived.set()
+
+    def start_over(self) -> None:
+        """Forget what is queued: the reader is about to catch up from the source."""
+        self.lagging = False
+        self._pending.clear()
+        self._bytes = 0
+        self._arrived.clear()
 
     async def take(self, timeout_seconds: float) -> list[WatchChange]:
         """Return what is queued, in order of change; empty when the time ran out or the reader lags."""
         try:
-            await asyncio.wait_for(self._arrived.wait(), timeout_seconds)
+            async with asyncio.timeout(timeout_seconds):
+                await self._arrived.wait()
         except TimeoutError:
             return []
-        return self.drain()
-
-    def drain(self) -> list[WatchChange]:
-        """Return what is queued without waiting."""
         self._arrived.clear()
         changes = list(self._pending.values())
         self._pending.clear()
+        self._bytes = 0
         return changes
 
 
 class Hub:
-    """Knows who watches which scope."""
+    """Knows who watches which scope, and who waits for which entity."""
 
     def __init__(self) -> None:
-        self._watchers: defaultdict[str, set[Watcher]] = defaultdict(set)
-        self.changed = Signal()
+        self._watchers: dict[str, set[Watcher]] = {}
+        self._waiting: dict[tuple[int, str], asyncio.Event] = {}
 
     @contextmanager
     def watcher(self, scope: str) -> Generator[Watcher, None, None]:
         """Watch a scope for the length of the block."""
         watcher = Watcher()
-        self._watchers[scope].add(watcher)
+        watchers = self._watchers.setdefault(scope, set())
+        watchers.add(watcher)
         try:
             yield watcher
         finally:
-            self._watchers[scope].discard(watcher)
-            if not self._watchers[scope]:
-                del self._watchers[scope]
+            watchers.discard(watcher)
+            if not watchers:
+                self._watchers.pop(scope, None)
 
     def publish(self, scope: str, changes: Iterable[WatchChange]) -> None:
         """Give committed changes of a scope to all who watch it."""
+        watchers = self._watchers.get(scope, ())
         for change in changes:
-            for watcher in self._watchers.get(scope, ()):
+            for watcher in watchers:
                 watcher.offer(change)
-        self.changed.notify()
+            if self._waiting:
+                self.touch(change.kind, change.id)
+
+    def lag(self, scope: str) -> None:
+        """Have all who watch a scope catch up from the source."""
+        for watcher in self._watchers.get(scope, ()):
+            watcher.lag()
+
+    def touch(self, kind: Kind, entity_id: str) -> None:
+        """Wake those who wait for an entity to change."""
+        event = self._waiting.pop((kind, entity_id), None)
+        if event is not None:
+            event.set()
+
+    def awaited(self, kind: Kind, entity_id: str) -> asyncio.Event:
+        """Return what is set when an entity changes next."""
+        return self._waiting.setdefault((kind, entity_id), asyncio.Event())

@@ -1,57 +1,156 @@
 """Index tables: what a coordinator holds of its children, numbered so that it can be watched.
 
-The rows themselves are the change log: each holds the newest state of one entity and the number of its last
-change, so "what did I miss since n" is one query, and a deleted entity stays as a tombstone for a while.
+The rows themselves are the change log: each holds the newest state of one entity and the number of its last change,
+so "what did I miss since n" is one query, and a deleted entity stays as a tombstone for a while. A snapshot at n is
+"everything up to n" read the same way, page by page: what changes meanwhile comes behind it as a change.
 """
 
 import asyncio
+import heapq
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import structlog
+from branchline.resource.v1 import vocabulary_pb2 as words
 from branchline.resource.v1.watch_pb2 import WatchChange
 from branchline.spine.v1.push_pb2 import ConsistencyPoint
 from google.protobuf.message import Message
-from sqlalchemy import Column, ColumnElement, Row, Table, delete, func, insert, select, update
-from sqlalchemy.dialects.sqlite import Insert
-from sqlalchemy.dialects.sqlite import insert as upsert
+from sqlalchemy import (
+    BindParameter,
+    Column,
+    ColumnElement,
+    Float,
+    String,
+    Table,
+    bindparam,
+    delete,
+    func,
+    or_,
+    select,
+    update,
+)
 
 from services.runtime.clock import Clock
-from services.runtime.database import Database, Reader, Transaction
-from services.runtime.errors import DeadlineExceeded
-from services.runtime.spine.hub import Hub
-from services.runtime.spine.tables import SpineTables
+from services.runtime.database import Database, Reader, Statement, Tx, insert_new, is_in, upsert
+from services.runtime.errors import DeadlineExceeded, Unavailable
+from services.runtime.spine.chunks import PART_BYTES
+from services.runtime.spine.hub import Hub, Kind
+from services.runtime.spine.tables import change_sequences, incarnations
+from services.runtime.spine.tokens import Position
+from services.runtime.spine.watch import EVERYBODY, Page
+
+log = structlog.get_logger()
 
 TOMBSTONE_SECONDS = 24 * 3600.0
 """How long a deleted entity is remembered; a resume token older than that gives a reset."""
 
-_COMPACT_SECONDS = 3600.0
 AWAIT_SECONDS = 10.0
 """Longest wait for a consistency token."""
 
+PAGE_CHANGES = 200
+"""Most changes in a frame."""
 
-@dataclass(frozen=True, slots=True)
+_MARGIN_SECONDS = 0.2
+_CATCH_UPS = 8
+_ADMIT_SECONDS = 20.0
+_FORGOTTEN_AT_ONCE = 1000
+
+Within = Callable[[Table, BindParameter[str]], ColumnElement[bool]]
+
+_TAKE = Statement(
+    update(change_sequences)
+    .where(change_sequences.c.scope == bindparam("of"))
+    .values(value=change_sequences.c.value + bindparam("count"))
+    .returning(change_sequences.c.value)
+)
+_BEGIN = Statement(insert_new(change_sequences, ["scope"]))
+_SEQUENCE = Statement(select(change_sequences).where(change_sequences.c.scope == bindparam("of")))
+_RAISE_HORIZON = Statement(
+    update(change_sequences)
+    .where(change_sequences.c.scope == bindparam("of"), change_sequences.c.horizon < bindparam("newest"))
+    .values(horizon=bindparam("newest"))
+)
+_EPOCH = Statement(select(incarnations.c.epoch).where(incarnations.c.number == 1))
+_INCARNATE = Statement(insert_new(incarnations, ["number"]))
+
+
+def _whole_scope(table: Table, organization_id: BindParameter[str]) -> ColumnElement[bool]:
+    return table.c.scope == organization_id
+
+
 class IndexTable:
-    """One watched index table. `snapshot_limit` bounds logs: a snapshot holds only the newest entries."""
+    """One watched index table, with its statements.
 
-    kind: str
-    table: Table
-    resource: type[Message]
-    snapshot_limit: int | None = None
+    `snapshot_limit` bounds logs: a snapshot holds only the newest entries. `shown` leaves rows out of snapshots.
+    `within` says which rows are an organization's; by default those whose scope it is.
+    """
 
-    @property
-    def type_url(self) -> str:
-        """Type of the payload, as `google.protobuf.Any` names it."""
-        return f"type.googleapis.com/{self.resource.DESCRIPTOR.full_name}"
+    def __init__(
+        self,
+        kind: Kind,
+        table: Table,
+        resource: type[Message],
+        *,
+        snapshot_limit: int | None = None,
+        shown: ColumnElement[bool] | None = None,
+        within: Within = _whole_scope,
+    ) -> None:
+        self.kind = kind
+        self.table = table
+        self.snapshot_limit = snapshot_limit
+        self.type_url = f"type.googleapis.com/{resource.DESCRIPTOR.full_name}"
+        c = table.c
+        changed = [c.id, c.revision, c.change_seq, c.deleted, c.payload, c.viewer_id, c.task_id]
+        viewer: BindParameter[str] = bindparam("viewer", type_=String)
+        in_range = (
+            c.scope == bindparam("of"),
+            c.change_seq > bindparam("after"),
+            c.change_seq <= bindparam("upto"),
+            or_(c.viewer_id == "", viewer == EVERYBODY, c.viewer_id == viewer),
+        )
+        ordered = select(*changed).where(*in_range).order_by(c.change_seq).limit(bindparam("most"))
+        self.put = Statement(upsert(table, ["scope", "id"], newer="revision"))
+        self.held = Statement(select(c.id, c.scope, c.revision).where(is_in(c.id, "ids")))
+        self.changes = Statement(ordered)
+        self.snapshot = Statement(ordered.where(c.deleted.is_(False), *([shown] if shown is not None else [])))
+        self.newest = Statement(
+            select(c.change_seq)
+            .where(c.scope == bindparam("of"), c.deleted.is_(False))
+            .order_by(c.change_seq.desc())
+            .limit(1)
+            .offset(bindparam("skip"))
+        )
+        self.revision = Statement(
+            select(func.max(c.revision)).where(c.id == bindparam("entity"), within(table, bindparam("organization")))
+        )
+        old = (c.deleted.is_(True), c.change_time < bindparam("before", type_=Float))
+        self.tombstones = Statement(select(c.scope, c.id, c.change_seq).where(*old).limit(_FORGOTTEN_AT_ONCE))
+        self.forget = Statement(
+            delete(table).where(
+                c.scope == bindparam("of"), c.id == bindparam("entity"), c.change_seq == bindparam("number")
+            )
+        )
+
+
+class UnwatchedIndex:
+    """An index table that nobody watches; consistency tokens may name what it holds."""
+
+    def __init__(self, kind: Kind, key: Column[str], owner: Column[str]) -> None:
+        """`key` is the entity's id, `owner` the user whose it is."""
+        self.kind = kind
+        self.revision = Statement(
+            select(key.table.c.revision).where(key == bindparam("entity"), owner == bindparam("user"))
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """A new state of one entity, for `Index.put`."""
 
-    kind: str
+    kind: Kind
     scope: str
     id: str
     revision: int
@@ -62,223 +161,285 @@ class Entry:
     columns: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
-@dataclass(frozen=True, slots=True)
-class View:
-    """What a scope held at one position. `horizon` is the oldest position that can be resumed from."""
-
-    epoch: str
-    change_seq: int
-    horizon: int
-    changes: list[WatchChange]
-
-
 class Index:
     """All watched index tables of one coordinator."""
 
     def __init__(
-        self,
-        database: Database,
-        spine: SpineTables,
-        tables: Sequence[IndexTable],
-        clock: Clock,
-        unwatched: Mapping[str, Column[str]] | None = None,
+        self, database: Database, tables: Sequence[IndexTable], clock: Clock, unwatched: Sequence[UnwatchedIndex] = ()
     ) -> None:
-        """`unwatched` names the id columns of index tables that are not watched but can be waited for, by kind."""
         self.hub = Hub()
+        self.epoch = ""
         self._database = database
-        self._sequences = spine.change_sequences
         self._tables = {table.kind: table for table in tables}
+        self._unwatched = {index.kind: index for index in unwatched}
         self._clock = clock
-        self._id_columns = {kind: spec.table.c.id for kind, spec in self._tables.items()} | dict(unwatched or {})
+        self._catching_up = asyncio.Semaphore(_CATCH_UPS)
 
-    async def put(self, tx: Transaction, entry: Entry) -> bool:
+    async def start(self) -> None:
+        """Learn which database this is."""
+        self.epoch = await self._database.write(_incarnate, uuid.uuid4().hex)
+
+    def put(self, tx: Tx, entry: Entry) -> bool:
         """Store the state if it is newer than what is held; say whether it was."""
-        spec = self._tables[entry.kind]
-        row = self._row(entry, await self._next_seq(tx, entry.scope))
-        if (await tx.execute(_guarded_upsert(spec.table, row), row)).rowcount == 0:
-            return False
-        tx.after_commit.append(partial(self.hub.publish, entry.scope, [_change(spec, row)]))
-        return True
+        return bool(self.put_many(tx, [entry]))
 
-    async def put_many(self, tx: Transaction, kind: str, entries: Sequence[Entry]) -> list[Entry]:
+    def put_many(self, tx: Tx, entries: Sequence[Entry]) -> list[Entry]:
         """Store the states of one kind that are newer than what is held; return those, one for each entity.
 
-        A number of statements that does not grow with the number of entries.
+        A number of statements that does not grow with the number of entries, but with that of their scopes.
         """
-        if len(entries) == 1:
-            return list(entries) if await self.put(tx, entries[0]) else []
-        spec = self._tables[kind]
-        fresh = await self._newer(tx, spec, entries)
-        if not fresh:
+        if not entries:
             return []
-        numbers = await self._next_seqs(tx, [entry.scope for entry in fresh])
-        rows = [self._row(entry, number) for entry, number in zip(fresh, numbers, strict=True)]
-        await tx.execute(_guarded_upsert(spec.table, rows[0]), rows)
+        spec = self._tables[entries[0].kind]
+        fresh = _newer(tx, spec, entries)
+        numbers = _take_numbers(tx, [entry.scope for entry in fresh])
+        now = self._clock.seconds()
+        rows = [_row(entry, number, now) for entry, number in zip(fresh, numbers, strict=True)]
+        tx.change_many(spec.put, rows)
         changes: dict[str, list[WatchChange]] = {}
-        for row in rows:
-            changes.setdefault(row["scope"], []).append(_change(spec, row))
-        tx.after_commit += [partial(self.hub.publish, scope, told) for scope, told in changes.items()]
+        for entry, row in zip(fresh, rows, strict=True):
+            changes.setdefault(entry.scope, []).append(_change(spec, _Changed(**{k: row[k] for k in _CHANGED})))
+        for scope, told in changes.items():
+            tx.after_commit(partial(self.hub.publish, scope, told))
         return fresh
 
-    async def _newer(self, tx: Transaction, spec: IndexTable, entries: Sequence[Entry]) -> list[Entry]:
-        """Return the newest entry of each entity that is newer than what is held, in the order of arrival."""
-        newest: dict[tuple[str, str], Entry] = {}
-        for entry in entries:
-            known = newest.get((entry.id, entry.scope))
-            if known is None or known.revision < entry.revision:
-                newest[(entry.id, entry.scope)] = entry
-        table = spec.table
-        query = select(table.c.id, table.c.scope, table.c.revision).where(table.c.id.in_([key[0] for key in newest]))
-        held = {(row.id, row.scope): row.revision for row in (await tx.execute(query)).all()}
-        return [entry for key, entry in newest.items() if held.get(key, -1) < entry.revision]
+    async def catch_up(
+        self, scope: str, kinds: Sequence[Kind], position: Position | None, viewer_id: str, *, tail: bool = False
+    ) -> AsyncIterator[Page]:
+        """Yield what brings a watcher from a position to the present, page by page.
 
-    async def _next_seqs(self, tx: Transaction, scopes: Sequence[str]) -> list[int]:
-        """Take the next number of each scope as often as it is named."""
-        sequences = self._sequences
-        query = select(sequences.c.scope, sequences.c.value).where(sequences.c.scope.in_(set(scopes)))
-        values = dict.fromkeys(scopes, 0) | {row.scope: row.value for row in (await tx.execute(query)).all()}
-        numbers: list[int] = []
-        for scope in scopes:
-            values[scope] += 1
-            numbers.append(values[scope])
-        rows = [
-            {"scope": scope, "value": value, "horizon": 0, "epoch": uuid.uuid4().hex} for scope, value in values.items()
-        ]
-        statement = upsert(sequences)
-        statement = statement.on_conflict_do_update(index_elements=["scope"], set_={"value": statement.excluded.value})
-        await tx.execute(statement, rows)
-        return numbers
-
-    def _row(self, entry: Entry, seq: int) -> dict[str, Any]:
-        return {
-            "id": entry.id,
-            "scope": entry.scope,
-            "revision": entry.revision,
-            "change_seq": seq,
-            "change_time": self._clock.seconds(),
-            "deleted": entry.deleted,
-            "payload": entry.state.SerializeToString(),
-            "viewer_id": entry.viewer_id,
-            "task_id": entry.task_id,
-            **entry.columns,
-        }
-
-    async def _next_seq(self, tx: Transaction, scope: str) -> int:
-        sequences = self._sequences
-        taken = await tx.execute(
-            update(sequences)
-            .where(sequences.c.scope == scope)
-            .values(value=sequences.c.value + 1)
-            .returning(sequences.c.value)
-        )
-        value = taken.scalar_one_or_none()
-        if value is None:
-            value = 1
-            await tx.execute(insert(sequences).values(scope=scope, value=1, horizon=0, epoch=uuid.uuid4().hex))
-        return value
-
-    async def view(self, scope: str, kinds: Sequence[str], *, after: tuple[str, int] | None = None) -> View | None:
-        """Read a scope: all of it, or what changed after a position given as (epoch, change_seq).
-
-        Return None if the position cannot be resumed from: another epoch, or older than the horizon.
+        Exactly the changes behind the position; or, if it cannot be resumed from, a reset and a snapshot (with
+        `tail`, the reset alone). Only so many catch up at a time; raise Unavailable if the turn does not come.
         """
-        async with self._database.read() as connection:
-            sequence = await self._sequence(connection, scope)
-            epoch, value, horizon = (sequence.epoch, sequence.value, sequence.horizon) if sequence else ("", 0, 0)
-            if after and (after[0] != epoch or not horizon <= after[1] <= value):
-                return None
-            changes: list[WatchChange] = []
-            for kind in kinds:
-                spec = self._tables[kind]
-                query = select(spec.table).where(spec.table.c.scope == scope)
-                if after:
-                    query = query.where(spec.table.c.change_seq > after[1])
-                elif spec.snapshot_limit is not None:
-                    query = query.order_by(spec.table.c.change_seq.desc()).limit(spec.snapshot_limit)
-                rows = (await connection.execute(query)).all()
-                changes += [_change(spec, dict(row._mapping)) for row in rows]  # pyright: ignore[reportPrivateUsage]
-                if not after and spec.snapshot_limit == len(rows):
-                    horizon = max(horizon, min(row.change_seq for row in rows))
-        changes.sort(key=lambda change: change.change_seq)
-        return View(epoch, value, horizon, changes)
+        async with self._admitted():
+            while True:
+                if position is not None:
+                    page = await self._database.read(self._read_changes, scope, kinds, position, viewer_id)
+                    if page is not None:
+                        yield page
+                        if not page.more:
+                            return
+                        assert page.position is not None
+                        position = page.position
+                        continue
+                now = await self._database.read(self._present, scope)
+                if tail:
+                    yield Page(now, reset=True)
+                    return
+                yield Page(None, reset=True, more=True)
+                async for page in self._snapshot(scope, kinds, now, viewer_id):
+                    yield page
+                position = now  # what was forgotten meanwhile shows in the next look
 
-    async def _sequence(self, connection: Reader, scope: str) -> Row[Any] | None:
-        query = select(self._sequences).where(self._sequences.c.scope == scope)
-        return (await connection.execute(query)).one_or_none()
+    async def _snapshot(self, scope: str, kinds: Sequence[Kind], now: Position, viewer_id: str) -> AsyncIterator[Page]:
+        after = await self._database.read(self._beginnings, scope, kinds)
+        while True:
+            page, after = await self._database.read(self._read_snapshot, scope, after, now, viewer_id)
+            if page.changes:
+                yield page
+            if not page.more:
+                return
 
-    async def await_point(self, point: ConsistencyPoint, timeout_seconds: float | None = None) -> None:
+    @property
+    def _admitted(self) -> Callable[[], "_Admission"]:
+        return partial(_Admission, self._catching_up)
+
+    def _present(self, tx: Reader, scope: str) -> Position:
+        row: Any = tx.row(_SEQUENCE, {"of": scope})
+        return Position(self.epoch, row.value if row is not None else 0)
+
+    def _read_changes(
+        self, tx: Reader, scope: str, kinds: Sequence[Kind], position: Position, viewer_id: str
+    ) -> Page | None:
+        """Return the changes behind a position, or None if it cannot be resumed from."""
+        row: Any = tx.row(_SEQUENCE, {"of": scope})
+        value, horizon = (row.value, row.horizon) if row is not None else (0, 0)
+        if position.epoch != self.epoch or not horizon <= position.change_seq <= value:
+            return None
+        after = dict.fromkeys(kinds, position.change_seq)
+        changes, more = self._merged(tx, scope, after, value, viewer_id, snapshot=False)
+        return Page(Position(self.epoch, changes[-1].change_seq if more else value), changes, more=more)
+
+    def _beginnings(self, tx: Reader, scope: str, kinds: Sequence[Kind]) -> dict[Kind, int]:
+        """Return behind which change the snapshot of each kind begins."""
+        after = dict.fromkeys(kinds, 0)
+        for kind in kinds:
+            limit = self._tables[kind].snapshot_limit
+            if limit is not None:
+                after[kind] = tx.value(self._tables[kind].newest, {"of": scope, "skip": limit}) or 0
+        return after
+
+    def _read_snapshot(
+        self, tx: Reader, scope: str, after: Mapping[Kind, int], now: Position, viewer_id: str
+    ) -> tuple[Page, Mapping[Kind, int]]:
+        changes, more = self._merged(tx, scope, after, now.change_seq, viewer_id, snapshot=True)
+        last = changes[-1].change_seq if changes else now.change_seq
+        return Page(None, changes, snapshot=True, more=more), {kind: max(seq, last) for kind, seq in after.items()}
+
+    def _merged(
+        self, tx: Reader, scope: str, after: Mapping[Kind, int], upto: int, viewer_id: str, *, snapshot: bool
+    ) -> tuple[list[WatchChange], bool]:
+        """Return the first changes of several kinds, in their order, and whether there are more."""
+
+        def rows(kind: Kind) -> Iterator[tuple[int, IndexTable, Any]]:
+            spec = self._tables[kind]
+            given = {"of": scope, "after": after[kind], "upto": upto, "viewer": viewer_id, "most": PAGE_CHANGES + 1}
+            for row in tx.each(spec.snapshot if snapshot else spec.changes, given):
+                yield row.change_seq, spec, row
+
+        changes: list[WatchChange] = []
+        size = 0
+        for _, spec, row in heapq.merge(*(rows(kind) for kind in after), key=lambda found: found[0]):
+            size += len(row.payload)
+            if changes and (len(changes) == PAGE_CHANGES or size > PART_BYTES):
+                return changes, True
+            changes.append(_change(spec, row))
+        return changes, False
+
+    async def await_point(
+        self, point: ConsistencyPoint, organization_id: str, user_id: str, remaining_seconds: float | None = None
+    ) -> None:
         """Wait until every entity of the point that this coordinator indexes is at least as new.
 
-        Raise DeadlineExceeded with reason INDEX_BEHIND if that takes longer than the time given.
+        Only what is the organization's, or the user's own, is looked at. Raise DeadlineExceeded with reason
+        INDEX_BEHIND if that takes longer than the time that the caller has left.
         """
-        wait = AWAIT_SECONDS if timeout_seconds is None else min(AWAIT_SECONDS, timeout_seconds)
-        deadline = asyncio.get_running_loop().time() + wait
-        for wanted in point.entities:
-            column = self._id_columns.get(wanted.kind)
-            if column is None:
-                continue
-            query = select(func.max(column.table.c.revision)).where(column == wanted.id)
-            while True:
-                ticket = self.hub.changed.ticket
-                async with self._database.read() as connection:
-                    held = (await connection.execute(query)).scalar_one_or_none() or 0
-                if held >= wanted.revision:
-                    break
-                left = deadline - asyncio.get_running_loop().time()
-                if left <= 0 or not await self.hub.changed.wait(ticket, left):
-                    raise DeadlineExceeded(
-                        "INDEX_BEHIND",
-                        f"the index holds revision {held} of {wanted.kind} {wanted.id}, not yet {wanted.revision}",
-                        kind=wanted.kind,
-                        id=wanted.id,
-                    )
+        wait = AWAIT_SECONDS
+        if remaining_seconds is not None:
+            wait = min(wait, max(0.0, remaining_seconds - max(_MARGIN_SECONDS, remaining_seconds * 0.05)))
+        try:
+            async with asyncio.timeout(wait):
+                for wanted in point.entities:
+                    index = self._tables.get(wanted.kind) or self._unwatched.get(wanted.kind)
+                    if index is None:
+                        continue
+                    given = {"entity": wanted.id}
+                    given |= {"organization": organization_id} if isinstance(index, IndexTable) else {"user": user_id}
+                    while True:
+                        changed = self.hub.awaited(wanted.kind, wanted.id)
+                        held = await self._database.read(Reader.value, index.revision, given)
+                        if (held or 0) >= wanted.revision:
+                            break
+                        await changed.wait()
+        except TimeoutError as error:
+            sentence = "the index has not caught up with the consistency token"
+            raise DeadlineExceeded(words.ERROR_REASON_INDEX_BEHIND, sentence) from error
 
-    async def run_compaction(self) -> None:
-        """Forget old tombstones, for ever."""
-        while True:
-            await self.compact(self._clock.seconds() - TOMBSTONE_SECONDS)
-            await asyncio.sleep(_COMPACT_SECONDS)
+    async def compact(self) -> None:
+        """Forget old tombstones and raise the horizon of their scopes."""
+        before = self._clock.seconds() - TOMBSTONE_SECONDS
+        for spec in self._tables.values():
+            while await self._database.write(self.forget_where, spec, spec.tombstones, {"before": before}):
+                pass
 
-    async def compact(self, before_seconds: float) -> None:
-        """Forget tombstones older than a time and raise the horizon of their scopes."""
-        async with self._database.transaction() as tx:
-            for spec in self._tables.values():
-                await self.forget(tx, spec, spec.table.c.deleted.is_(True), spec.table.c.change_time < before_seconds)
+    def forget_where(self, tx: Tx, spec: IndexTable, old: Statement, given: Mapping[str, Any]) -> int:
+        """Delete the rows that a statement names by (scope, id, change_seq); return their number.
 
-    async def forget(self, tx: Transaction, spec: IndexTable, *old: ColumnElement[bool]) -> None:
-        """Delete rows and raise the horizon of their scopes: who has not seen them by now cannot resume."""
-        newest = func.max(spec.table.c.change_seq).label("newest")
-        query = select(spec.table.c.scope, newest).where(*old).group_by(spec.table.c.scope)
-        for row in (await tx.execute(query)).all():
-            await tx.execute(
-                update(self._sequences)
-                .where(self._sequences.c.scope == row.scope, self._sequences.c.horizon < row.newest)
-                .values(horizon=row.newest)
-            )
-        await tx.execute(delete(spec.table).where(*old))
+        The horizon of their scopes rises: who has not seen them by now cannot resume.
+        """
+        rows: list[Any] = tx.rows(old, given)
+        newest: dict[str, int] = {}
+        for row in rows:
+            newest[row.scope] = max(newest.get(row.scope, 0), row.change_seq)
+        tx.change_many(_RAISE_HORIZON, [{"of": scope, "newest": seq} for scope, seq in sorted(newest.items())])
+        tx.change_many(spec.forget, [{"of": row.scope, "entity": row.id, "number": row.change_seq} for row in rows])
+        return len(rows)
 
 
-def _guarded_upsert(table: Table, row: Mapping[str, Any]) -> Insert:
-    """Return a statement that writes rows like this one, unless what is held is as new."""
-    statement = upsert(table)
-    return statement.on_conflict_do_update(
-        index_elements=["id", "scope"],
-        set_={name: statement.excluded[name] for name in row if name not in ("id", "scope")},
-        where=table.c.revision < statement.excluded.revision,
-    )
+class _Admission:
+    """A turn to catch up. Waiting for it has an end."""
+
+    def __init__(self, turns: asyncio.Semaphore) -> None:
+        self._turns = turns
+
+    async def __aenter__(self) -> None:
+        try:
+            async with asyncio.timeout(_ADMIT_SECONDS):
+                await self._turns.acquire()
+        except TimeoutError as error:
+            sentence = "too many watches begin at the same moment; try again"
+            raise Unavailable(words.ERROR_REASON_OVERLOADED, sentence) from error
+
+    async def __aexit__(self, *_: object) -> None:
+        self._turns.release()
 
 
-def _change(spec: IndexTable, row: Mapping[str, Any]) -> WatchChange:
+_CHANGED = ("id", "revision", "change_seq", "deleted", "payload", "viewer_id", "task_id")
+
+
+@dataclass(frozen=True, slots=True)
+class _Changed:
+    id: str
+    revision: int
+    change_seq: int
+    deleted: bool
+    payload: bytes
+    viewer_id: str
+    task_id: str
+
+
+def _incarnate(tx: Tx, epoch: str) -> str:
+    tx.change(_INCARNATE, {"number": 1, "epoch": epoch})
+    return tx.value(_EPOCH)
+
+
+def _newer(tx: Reader, spec: IndexTable, entries: Sequence[Entry]) -> list[Entry]:
+    """Return the newest entry of each entity that is newer than what is held, in the order of arrival."""
+    newest: dict[tuple[str, str], Entry] = {}
+    for entry in entries:
+        known = newest.get((entry.id, entry.scope))
+        if known is None or known.revision < entry.revision:
+            newest[(entry.id, entry.scope)] = entry
+    found: list[Any] = tx.rows(spec.held, {"ids": [key[0] for key in newest]})
+    held = {(row.id, row.scope): row.revision for row in found}
+    return [entry for key, entry in newest.items() if held.get(key, -1) < entry.revision]
+
+
+def _take_numbers(tx: Tx, scopes: Sequence[str]) -> list[int]:
+    """Take the next number of each scope as often as it is named. Scopes are taken in one order: no deadlock."""
+    counts: dict[str, int] = {}
+    for scope in scopes:
+        counts[scope] = counts.get(scope, 0) + 1
+    following: dict[str, int] = {}
+    for scope, count in sorted(counts.items()):
+        value = tx.value(_TAKE, {"of": scope, "count": count})
+        if value is None:
+            tx.change(_BEGIN, {"scope": scope, "value": 0, "horizon": 0})
+            value = tx.value(_TAKE, {"of": scope, "count": count})
+        following[scope] = value - count
+    numbers: list[int] = []
+    for scope in scopes:
+        following[scope] += 1
+        numbers.append(following[scope])
+    return numbers
+
+
+def _row(entry: Entry, seq: int, now: float) -> dict[str, Any]:
+    return {
+        "scope": entry.scope,
+        "id": entry.id,
+        "revision": entry.revision,
+        "change_seq": seq,
+        "change_time": now,
+        "deleted": entry.deleted,
+        "payload": entry.state.SerializeToString(),
+        "viewer_id": entry.viewer_id,
+        "task_id": entry.task_id,
+        **entry.columns,
+    }
+
+
+def _change(spec: IndexTable, row: Any) -> WatchChange:
     change = WatchChange(
         kind=spec.kind,
-        id=row["id"],
-        revision=row["revision"],
-        change_seq=row["change_seq"],
-        deleted=row["deleted"],
-        viewer_id=row["viewer_id"],
-        task_id=row["task_id"],
+        id=row.id,
+        revision=row.revision,
+        change_seq=row.change_seq,
+        deleted=row.deleted,
+        viewer_id=row.viewer_id,
+        task_id=row.task_id,
     )
     if not change.deleted:
         change.resource.type_url = spec.type_url
-        change.resource.value = row["payload"]
+        change.resource.value = row.payload
     return change

@@ -1,24 +1,38 @@
 """The outbox: what must leave the service, written in the transaction that caused it.
 
-One row per entity and destination: a newer state replaces an older one and goes to the end of the line, so an
-outage costs one row per entity. Entries of logs have ids of their own and are therefore never replaced.
+One row per entity and destination: a newer state replaces an older one and goes to the end of the line, so an outage
+costs one row per entity. Entries of logs have ids of their own and are therefore never replaced.
+
+After a commit its rows are handed to whoever carries them in memory. The table is what survives a crash, and what a
+carrier reads that has just begun or has fallen behind. Rows that arrived are removed with a write that happens anyway.
 """
 
 import asyncio
-from collections.abc import Iterable, Sequence
+import itertools
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any as AnyValue
 
 from google.protobuf.any_pb2 import Any
 from google.protobuf.message import Message
-from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy import bindparam, delete, func, select, update
 
 from services.runtime.clock import Clock
-from services.runtime.database import Database, Transaction
-from services.runtime.signal import Signal
-from services.runtime.spine.tables import SpineTables
+from services.runtime.database import Database, Reader, Statement, Tx, is_in, upsert
+from services.runtime.spine.chunks import PART_BYTES, parts
+from services.runtime.spine.tables import outbox
 
 COORDINATOR = "coordinator"
 """Destination of everything that is pushed up."""
+
+_LINE_ROWS = 4096
+_LINE_BYTES = 16 * 1024 * 1024
+_PAGE_ROWS = 256
+
+Key = tuple[str, str]
+"""Type and id of an entity."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +51,184 @@ class OutboxRow:
     """A row of the outbox. `seq` names exactly this version of the entity."""
 
     seq: int
+    destination: str
+    type_url: str
     entity_id: str
     revision: int
     deleted: bool
-    state: Any
+    payload: bytes
+    attempts: int = 0
+
+    @property
+    def key(self) -> Key:
+        """What it is about."""
+        return self.type_url, self.entity_id
+
+    @property
+    def state(self) -> Any:
+        """The state as it travels."""
+        return Any(type_url=self.type_url, value=self.payload)
+
+    def holds(self, message: type[Message]) -> bool:
+        """Say whether the state is such a message."""
+        return self.type_url.rpartition("/")[2] == message.DESCRIPTOR.full_name
+
+
+_KEYS = ("destination", "type_url", "entity_id")
+_PUT = Statement(upsert(outbox, _KEYS))
+_THIS = (
+    outbox.c.destination == bindparam("to"),
+    outbox.c.type_url == bindparam("type"),
+    outbox.c.entity_id == bindparam("entity"),
+    outbox.c.seq == bindparam("number"),
+)
+_DROP = Statement(delete(outbox).where(*_THIS))
+_PARK = Statement(update(outbox).where(*_THIS).values(parked_reason=bindparam("reason"), attempts=bindparam("tried")))
+_COUNT_ATTEMPT = Statement(update(outbox).where(*_THIS).values(attempts=bindparam("tried")))
+_PENDING = Statement(
+    select(outbox)
+    .where(outbox.c.destination == bindparam("to"), outbox.c.parked_reason == "", outbox.c.seq > bindparam("after"))
+    .order_by(outbox.c.seq)
+    .limit(bindparam("most"))
+)
+_COUNTS = Statement(
+    select((outbox.c.parked_reason != "").label("parked"), func.count().label("rows")).group_by(
+        outbox.c.parked_reason != ""
+    )
+)
+_LISTED = Statement(
+    select(
+        outbox.c.seq,
+        outbox.c.destination,
+        outbox.c.type_url,
+        outbox.c.entity_id,
+        outbox.c.revision,
+        outbox.c.mark_time,
+        outbox.c.attempts,
+        outbox.c.parked_reason,
+        func.length(outbox.c.payload).label("size_bytes"),
+    )
+    .where(
+        outbox.c.seq > bindparam("after"),
+        (outbox.c.destination == bindparam("to")) | (bindparam("to", type_=outbox.c.destination.type) == ""),
+        (outbox.c.parked_reason != "") | (bindparam("all", type_=outbox.c.deleted.type)),
+    )
+    .order_by(outbox.c.seq)
+    .limit(bindparam("most"))
+)
+_OF_SEQS = is_in(outbox.c.seq, "seqs")
+_UNPARK = Statement(update(outbox).where(outbox.c.parked_reason != "", _OF_SEQS).values(parked_reason="", attempts=0))
+_UNPARK_ALL = Statement(update(outbox).where(outbox.c.parked_reason != "").values(parked_reason="", attempts=0))
+_DROP_PARKED = Statement(delete(outbox).where(outbox.c.parked_reason != "", _OF_SEQS))
+
+
+class Line:
+    """What waits for one destination, for the one who carries it there."""
+
+    def __init__(self, database: Database, destination: str) -> None:
+        self.destination = destination
+        self._database = database
+        self._rows = _Rows()
+        self._late = _Rows()  # committed while the table is being read
+        self._gone: dict[Key, int] = {}  # delivered while the table is being read
+        self._arrived = asyncio.Event()
+        self._behind = True
+        self._after = 0
+        self._reading = 0
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is something to take at once."""
+        return bool(self._rows)
+
+    def put(self, rows: Iterable[OutboxRow]) -> None:
+        """Take rows that were committed."""
+        held = self._late if self._behind else self._rows
+        for row in rows:
+            held.put(row)
+        if held.full:
+            self.fall_behind()
+        self._arrived.set()
+
+    def fall_behind(self) -> None:
+        """Read the table from its beginning: something is not in memory."""
+        self._rows.clear()
+        self._late.clear()
+        self._behind, self._after = True, 0
+        self._reading += 1
+        self._arrived.set()
+
+    def dropped(self, rows: Iterable[OutboxRow]) -> None:
+        """Note rows that need no delivery any more though the table may hold them for some time."""
+        if self._behind:
+            self._gone.update({row.key: row.seq for row in rows})
+
+    async def take(self, most: int, most_bytes: int = PART_BYTES) -> list[OutboxRow]:
+        """Return the next rows in order, at least one; wait until there are some."""
+        while not self._rows:
+            if self._behind:
+                await self._read_on()
+            else:
+                self._arrived.clear()
+                await self._arrived.wait()
+        return self._rows.take(most, most_bytes)
+
+    async def _read_on(self) -> None:
+        """Read a page of the table into memory. With the last one come the rows that were committed meanwhile."""
+        reading = self._reading
+        page = await self._database.read(_read_pending, self.destination, self._after, _PAGE_ROWS)
+        if self._reading != reading:  # fell behind anew
+            return
+        last = not page
+        self._after = page[-1].seq if page else self._after
+        late = [row for row in self._late.values() if last or row.seq <= self._after]
+        for row in sorted([*page, *late], key=lambda row: row.seq):
+            if self._gone.get(row.key, 0) < row.seq:
+                self._rows.put(row)
+        for row in late:
+            self._late.pop(row.key)
+        if last:
+            self._behind = False
+            self._gone.clear()
+
+
+class _Rows:
+    """Rows in the order in which they leave, the newest of each entity; bounded."""
+
+    def __init__(self) -> None:
+        self._rows: dict[Key, OutboxRow] = {}
+        self._bytes = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._rows)
+
+    @property
+    def full(self) -> bool:
+        return len(self._rows) > _LINE_ROWS or self._bytes > _LINE_BYTES
+
+    def values(self) -> list[OutboxRow]:
+        return list(self._rows.values())
+
+    def put(self, row: OutboxRow) -> None:
+        held = self.pop(row.key)
+        newest = row if held is None or held.seq < row.seq else held
+        self._rows[row.key] = newest
+        self._bytes += len(newest.payload)
+
+    def pop(self, key: Key) -> OutboxRow | None:
+        row = self._rows.pop(key, None)
+        self._bytes -= len(row.payload) if row is not None else 0
+        return row
+
+    def take(self, most: int, most_bytes: int) -> list[OutboxRow]:
+        taken = next(parts(self._rows.values(), lambda row: len(row.payload), most, most_bytes))
+        for row in taken:
+            self.pop(row.key)
+        return taken
+
+    def clear(self) -> None:
+        self._rows.clear()
+        self._bytes = 0
 
 
 @dataclass(slots=True)
@@ -48,77 +236,153 @@ class Outbox:
     """The outbox of one service."""
 
     database: Database
-    tables: SpineTables
     clock: Clock
-    changed: Signal = field(default_factory=Signal)
-    settled: Signal = field(default_factory=Signal)
+    _lines: dict[str, Line] = field(default_factory=dict[str, Line])
+    _numbers: "itertools.count[int]" = field(default_factory=lambda: itertools.count(time.time_ns()))
+    _awaited: dict[tuple[str, str], asyncio.Event] = field(default_factory=dict[tuple[str, str], asyncio.Event])
 
-    async def mark(self, tx: Transaction, marks: Iterable[Mark]) -> None:
+    def line(self, destination: str) -> Line:
+        """Return the line of a destination; only one carrier may take from it."""
+        if destination not in self._lines:
+            self._lines[destination] = Line(self.database, destination)
+        return self._lines[destination]
+
+    def mark(self, tx: Tx, marks: Iterable[Mark]) -> None:
         """Put states into the outbox; they leave after the transaction commits."""
-        outbox = self.tables.outbox
         rows = [
-            {
-                "destination": mark.destination,
-                "type_url": f"type.googleapis.com/{mark.state.DESCRIPTOR.full_name}",
-                "entity_id": mark.entity_id,
-                "revision": mark.revision,
-                "deleted": mark.deleted,
-                "payload": mark.state.SerializeToString(),
-                "mark_time": self.clock.seconds(),
-            }
+            OutboxRow(
+                next(self._numbers),
+                mark.destination,
+                f"type.googleapis.com/{mark.state.DESCRIPTOR.full_name}",
+                mark.entity_id,
+                mark.revision,
+                mark.deleted,
+                mark.state.SerializeToString(),
+            )
             for mark in marks
         ]
         if not rows:
             return
-        await tx.execute(insert(outbox).prefix_with("OR REPLACE"), rows)
-        if self.changed.notify not in tx.after_commit:
-            tx.after_commit.append(self.changed.notify)
+        now = self.clock.seconds()
+        tx.change_many(_PUT, [_columns(row, now) for row in rows])
+        tx.after_commit(partial(self._hand_over, rows))
 
-    async def pending(self, destination: str, after_seq: int, limit: int) -> list[OutboxRow]:
-        """Return rows of a destination in order, parked ones left out."""
-        outbox = self.tables.outbox
-        query = (
-            select(outbox)
-            .where(outbox.c.destination == destination, outbox.c.seq > after_seq, outbox.c.parked_reason.is_(None))
-            .order_by(outbox.c.seq)
-            .limit(limit)
-        )
-        async with self.database.read() as connection:
-            rows = (await connection.execute(query)).all()
-        return [
-            OutboxRow(row.seq, row.entity_id, row.revision, row.deleted, Any(type_url=row.type_url, value=row.payload))
-            for row in rows
-        ]
+    def _hand_over(self, rows: Sequence[OutboxRow]) -> None:
+        by_destination: dict[str, list[OutboxRow]] = {}
+        for row in rows:
+            by_destination.setdefault(row.destination, []).append(row)
+        for destination, found in by_destination.items():
+            if destination in self._lines:
+                self._lines[destination].put(found)
 
-    async def settle(self, sent: Sequence[int], parked: dict[int, str]) -> None:
-        """Drop rows that arrived, and park with a reason those that never will."""
-        outbox = self.tables.outbox
-        arrived = [seq for seq in sent if seq not in parked]
-        async with self.database.transaction() as tx:
-            await tx.execute(delete(outbox).where(outbox.c.seq.in_(arrived)))
-            for seq, reason in parked.items():
-                await tx.execute(update(outbox).where(outbox.c.seq == seq).values(parked_reason=reason))
-        self.settled.notify()
+    def arrived(self, rows: Sequence[OutboxRow]) -> None:
+        """Forget rows that were delivered; those that were marked again meanwhile stay."""
+        self._note_gone(rows)
+        self.database.ride(_drop, rows)
+
+    async def park(self, row: OutboxRow, reason: str) -> None:
+        """Put a row aside that its receiver will not take: an operator decides."""
+        self._note_gone([row])
+        await self.database.write(_park, row, reason)
+
+    def _note_gone(self, rows: Sequence[OutboxRow]) -> None:
+        for row in rows:
+            self.line(row.destination).dropped([row])
+            awaited = self._awaited.pop((row.destination, row.entity_id), None)
+            if awaited is not None:
+                awaited.set()
+
+    def count_attempt(self, row: OutboxRow, attempts: int) -> None:
+        """Remember how often a delivery was tried."""
+        self.database.ride(_count_attempt, row, attempts)
 
     async def await_delivery(self, destination: str, entity_id: str, timeout_seconds: float) -> None:
-        """Wait until nothing of an entity is on its way to a destination, or the time runs out."""
-        outbox = self.tables.outbox
-        waiting = select(func.count()).where(
-            outbox.c.destination == destination, outbox.c.entity_id == entity_id, outbox.c.parked_reason.is_(None)
-        )
-        deadline = asyncio.get_running_loop().time() + timeout_seconds
-        while True:
-            ticket = self.settled.ticket
-            async with self.database.read() as connection:
-                if not (await connection.execute(waiting)).scalar_one():
-                    return
-            left = deadline - asyncio.get_running_loop().time()
-            if left <= 0 or not await self.settled.wait(ticket, left):
-                return
+        """Wait until something that was just marked has arrived, or the time runs out. Call it in the same breath."""
+        event = self._awaited.setdefault((destination, entity_id), asyncio.Event())
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await event.wait()
+        except TimeoutError:
+            self._awaited.pop((destination, entity_id), None)
 
-    async def count(self, *, parked: bool) -> int:
-        """Return how many rows wait, or how many are parked."""
-        outbox = self.tables.outbox
-        condition = outbox.c.parked_reason.is_not(None) if parked else outbox.c.parked_reason.is_(None)
-        async with self.database.read() as connection:
-            return (await connection.execute(select(func.count()).select_from(outbox).where(condition))).scalar_one()
+    async def counts(self) -> tuple[int, int]:
+        """Return how many rows wait and how many are parked."""
+        found: Mapping[bool, int] = dict(await self.database.read(_counts))
+        return found.get(False, 0), found.get(True, 0)
+
+    async def listed(self, *, parked: bool, destination: str, after_seq: int, most: int) -> list[AnyValue]:
+        """Return what the outbox holds, oldest first, without the payloads."""
+        given = {"after": after_seq, "to": destination, "all": not parked, "most": most}
+        return await self.database.read(lambda tx: tx.rows(_LISTED, given))
+
+    async def retry(self, seqs: Sequence[int]) -> int:
+        """Deliver parked rows again: those given, or all."""
+        count = await self.database.write(_unpark, seqs)
+        for line in self._lines.values():
+            line.fall_behind()
+        return count
+
+    async def drop(self, seqs: Sequence[int]) -> int:
+        """Forget parked rows for good."""
+        return await self.database.write(lambda tx: tx.change(_DROP_PARKED, {"seqs": seqs}))
+
+
+def _columns(row: OutboxRow, now: float) -> dict[str, AnyValue]:
+    return {
+        "destination": row.destination,
+        "type_url": row.type_url,
+        "entity_id": row.entity_id,
+        "seq": row.seq,
+        "revision": row.revision,
+        "deleted": row.deleted,
+        "payload": row.payload,
+        "mark_time": now,
+        "attempts": 0,
+        "parked_reason": "",
+    }
+
+
+def _this(row: OutboxRow) -> dict[str, AnyValue]:
+    return {"to": row.destination, "type": row.type_url, "entity": row.entity_id, "number": row.seq}
+
+
+def _drop(tx: Tx, rows: Sequence[OutboxRow]) -> None:
+    tx.change_many(_DROP, [_this(row) for row in rows])
+
+
+def _park(tx: Tx, row: OutboxRow, reason: str) -> None:
+    tx.change(_PARK, {**_this(row), "reason": reason[:2000] or "refused", "tried": row.attempts})
+
+
+def _count_attempt(tx: Tx, row: OutboxRow, attempts: int) -> None:
+    tx.change(_COUNT_ATTEMPT, {**_this(row), "tried": attempts})
+
+
+def _unpark(tx: Tx, seqs: Sequence[int]) -> int:
+    return tx.change(_UNPARK, {"seqs": seqs}) if seqs else tx.change(_UNPARK_ALL)
+
+
+def _counts(tx: Reader) -> list[tuple[bool, int]]:
+    return [(bool(row.parked), int(row.rows)) for row in tx.rows(_COUNTS)]
+
+
+def _read_pending(tx: Reader, destination: str, after: int, most: int) -> list[OutboxRow]:
+    found: list[OutboxRow] = []
+    size = 0
+    for row in tx.each(_PENDING, {"to": destination, "after": after, "most": most}):
+        found.append(
+            OutboxRow(
+                row.seq,
+                row.destination,
+                row.type_url,
+                row.entity_id,
+                row.revision,
+                row.deleted,
+                row.payload,
+                row.attempts,
+            )
+        )
+        size += len(row.payload)
+        if size > _LINE_BYTES:
+            break
+    return found

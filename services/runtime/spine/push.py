@@ -1,18 +1,19 @@
 """The child's end of an edge: one long-lived stream to the coordinator, batches up, acknowledgements down.
 
-At least once and in order. After a break it begins again with the oldest row that was not acknowledged; the
-coordinator's revision guard makes the repetition harmless.
+At least once and in order. After a break it begins again with what was not acknowledged; the coordinator's revision
+guard makes the repetition harmless.
 """
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 import structlog
 from branchline.spine.v1 import push_pb2, push_pb2_grpc
 
+from services.runtime.loops import cancelled_from_outside
 from services.runtime.retry import Backoff
 from services.runtime.spine.outbox import COORDINATOR, Outbox, OutboxRow
 
@@ -20,7 +21,6 @@ log = structlog.get_logger()
 
 BATCH_ENTRIES = 128
 UNACKNOWLEDGED_BATCHES = 4
-_POLL_SECONDS = 30.0
 
 
 @dataclass(slots=True)
@@ -28,62 +28,72 @@ class PushClient:
     """Pushes a service's outbox to its coordinator for as long as the service runs."""
 
     outbox: Outbox
-    stub: Callable[[], "push_pb2_grpc.PushServiceStub"]
+    stub: "push_pb2_grpc.PushServiceAsyncStub"
     child: str
-    connected: bool = False
     _backoff: Backoff = field(default_factory=Backoff)
 
     async def run(self) -> None:
-        """Push for ever, connecting again after every break."""
+        """Push for ever, connecting again after every break, of the stream or of the database."""
         while True:
             try:
                 await self._stream()
-            except grpc.aio.AioRpcError as error:
-                log.info("push stream broke", child=self.child, code=error.code().name, details=error.details())
-            finally:
-                self.connected = False
+            except (Exception, asyncio.CancelledError) as error:
+                if cancelled_from_outside(error):
+                    raise
+                log.info("push stream broke", child=self.child, error=_words(error))
+            self.outbox.line(COORDINATOR).fall_behind()
             await asyncio.sleep(self._backoff.next_seconds())
 
     async def _stream(self) -> None:
+        call: Any = self.stub.Push()
         window = asyncio.Semaphore(UNACKNOWLEDGED_BATCHES)
-        in_flight: deque[list[int]] = deque()
-        call = self.stub().Push(self._batches(window, in_flight))
+        in_flight: deque[list[OutboxRow]] = deque()
         try:
-            async for response in call:
-                self.connected = True
-                self._backoff.reset()
-                sent = in_flight.popleft()
-                parked = {entry.outbox_seq: entry.reason for entry in response.rejected}
-                for seq, reason in parked.items():
-                    log.error("entry parked", child=self.child, outbox_seq=seq, reason=reason)
-                await self.outbox.settle(sent, parked)
-                window.release()
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._write(call, window, in_flight))
+                group.create_task(self._read(call, window, in_flight))
+        except* Exception as errors:
+            raise _first(errors) from errors
         finally:
             call.cancel()
 
-    async def _batches(
-        self, window: asyncio.Semaphore, in_flight: deque[list[int]]
-    ) -> AsyncIterator[push_pb2.PushRequest]:
-        cursor = 0
+    async def _write(self, call: Any, window: asyncio.Semaphore, in_flight: deque[list[OutboxRow]]) -> None:
+        line = self.outbox.line(COORDINATOR)
         number = 0
         while True:
             await window.acquire()
-            rows = await self._next_rows(cursor)
-            cursor = rows[-1].seq
+            rows = await line.take(BATCH_ENTRIES)
             number += 1
-            in_flight.append([row.seq for row in rows])
-            yield push_pb2.PushRequest(child=self.child, batch=number, entries=[_entry(row) for row in rows])
+            in_flight.append(rows)
+            entries = [_entry(row) for row in rows]
+            await call.write(push_pb2.PushRequest(child=self.child, batch=number, entries=entries))
 
-    async def _next_rows(self, cursor: int) -> list[OutboxRow]:
+    async def _read(self, call: Any, window: asyncio.Semaphore, in_flight: deque[list[OutboxRow]]) -> None:
         while True:
-            ticket = self.outbox.changed.ticket
-            rows = await self.outbox.pending(COORDINATOR, cursor, BATCH_ENTRIES)
-            if rows:
-                return rows
-            await self.outbox.changed.wait(ticket, _POLL_SECONDS)
+            response = await call.read()
+            if response is grpc.aio.EOF:
+                raise ConnectionError(f"the coordinator ended the stream: {await call.code()}")
+            self._backoff.reset()
+            sent = in_flight.popleft()
+            refused = {entry.outbox_seq: entry.reason for entry in response.rejected}
+            self.outbox.arrived([row for row in sent if row.seq not in refused])
+            for row in sent:
+                if row.seq in refused:
+                    log.error("entry parked", child=self.child, entity=row.entity_id, reason=refused[row.seq])
+                    await self.outbox.park(row, refused[row.seq])
+            window.release()
 
 
 def _entry(row: OutboxRow) -> push_pb2.PushEntry:
     return push_pb2.PushEntry(
         outbox_seq=row.seq, id=row.entity_id, revision=row.revision, deleted=row.deleted, state=row.state
     )
+
+
+def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    error = errors.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+def _words(error: BaseException) -> str:
+    return f"{error.code().name}: {error.details()}" if isinstance(error, grpc.aio.AioRpcError) else repr(error)

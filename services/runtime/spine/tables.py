@@ -1,8 +1,7 @@
-"""The tables that every service has for the spine."""
-
-from dataclasses import dataclass
+"""The tables that services have for the spine: each takes those it uses."""
 
 from sqlalchemy import (
+    BigInteger,
     Boolean,
     Column,
     Float,
@@ -12,60 +11,66 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
-    UniqueConstraint,
 )
 from sqlalchemy.schema import SchemaItem
 
+_metadata = MetaData()
 
-@dataclass(frozen=True, slots=True)
-class SpineTables:
-    """Outbox, change sequences and request memory of one service."""
+outbox = Table(
+    "outbox",
+    _metadata,
+    Column("destination", String, primary_key=True),
+    Column("type_url", String, primary_key=True),
+    Column("entity_id", String, primary_key=True),
+    Column("seq", BigInteger, nullable=False),
+    Column("revision", BigInteger, nullable=False),
+    Column("deleted", Boolean, nullable=False),
+    Column("payload", LargeBinary, nullable=False),
+    Column("mark_time", Float, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("parked_reason", String, nullable=False),
+    Index("outbox_pending", "destination", "parked_reason", "seq"),
+    comment="What must leave the service: the newest state of each changed entity, once per destination",
+)
 
-    outbox: Table
-    change_sequences: Table
-    requests: Table
+change_sequences = Table(
+    "change_sequences",
+    _metadata,
+    Column("scope", String, primary_key=True),
+    Column("value", BigInteger, nullable=False),
+    Column("horizon", BigInteger, nullable=False),
+    comment="Last change number of each scope; taking it first makes the scope's writers take turns",
+)
+
+incarnations = Table(
+    "incarnations",
+    _metadata,
+    Column("number", Integer, primary_key=True),
+    Column("epoch", String, nullable=False),
+    comment="Identity of this database: a rebuilt one has another, and its change numbers mean something else",
+)
+
+requests = Table(
+    "requests",
+    _metadata,
+    Column("caller", String, primary_key=True),
+    Column("method", String, primary_key=True),
+    Column("request_id", String, primary_key=True),
+    Column("fingerprint", String, nullable=False),
+    Column("response", LargeBinary, nullable=False),
+    Column("create_time", Float, nullable=False),
+    Index("requests_create_time", "create_time"),
+    comment="First answers of commands, by the client's request id, for a week",
+)
 
 
-def spine_tables(metadata: MetaData) -> SpineTables:
-    """Define the spine's tables in a service's metadata."""
-    outbox = Table(
-        "outbox",
-        metadata,
-        Column("seq", Integer, primary_key=True, autoincrement=True),
-        Column("destination", String, nullable=False),
-        Column("type_url", String, nullable=False),
-        Column("entity_id", String, nullable=False),
-        Column("revision", Integer, nullable=False),
-        Column("deleted", Boolean, nullable=False),
-        Column("payload", LargeBinary, nullable=False),
-        Column("mark_time", Float, nullable=False),
-        Column("parked_reason", String, nullable=True),
-        UniqueConstraint("destination", "type_url", "entity_id"),
-        Index("outbox_pending", "destination", "seq"),
-        sqlite_autoincrement=True,
-        comment="What must leave the service: the newest state of each changed entity, once per destination",
-    )
-    change_sequences = Table(
-        "change_sequences",
-        metadata,
-        Column("scope", String, primary_key=True),
-        Column("value", Integer, nullable=False),
-        Column("horizon", Integer, nullable=False),
-        Column("epoch", String, nullable=False),
-        comment="Last change number of each scope; taking it first makes the scope's writers take turns",
-    )
-    requests = Table(
-        "requests",
-        metadata,
-        Column("caller", String, primary_key=True),
-        Column("method", String, primary_key=True),
-        Column("request_id", String, primary_key=True),
-        Column("fingerprint", String, nullable=False),
-        Column("response", LargeBinary, nullable=False),
-        Column("create_time", Float, nullable=False),
-        comment="First answers of commands, by the client's request id",
-    )
-    return SpineTables(outbox, change_sequences, requests)
+def add_spine_tables(metadata: MetaData, *, coordinator: bool = False, commands: bool = False) -> None:
+    """Add the spine's tables to a service's metadata: the outbox, and what its role needs."""
+    wanted = [outbox]
+    wanted += [change_sequences, incarnations] if coordinator else []
+    wanted += [requests] if commands else []
+    for table in wanted:
+        table.to_metadata(metadata)
 
 
 def index_table(name: str, metadata: MetaData, *columns: SchemaItem, comment: str) -> Table:
@@ -78,10 +83,10 @@ def index_table(name: str, metadata: MetaData, *columns: SchemaItem, comment: st
     return Table(
         name,
         metadata,
-        Column("id", String, primary_key=True),
         Column("scope", String, primary_key=True),
-        Column("revision", Integer, nullable=False),
-        Column("change_seq", Integer, nullable=False),
+        Column("id", String, primary_key=True),
+        Column("revision", BigInteger, nullable=False),
+        Column("change_seq", BigInteger, nullable=False),
         Column("change_time", Float, nullable=False),
         Column("deleted", Boolean, nullable=False),
         Column("payload", LargeBinary, nullable=False),
@@ -89,5 +94,6 @@ def index_table(name: str, metadata: MetaData, *columns: SchemaItem, comment: st
         Column("task_id", String, nullable=False),
         *columns,
         Index(f"{name}_changes", "scope", "change_seq"),
+        Index(f"{name}_id", "id"),
         comment=comment,
     )

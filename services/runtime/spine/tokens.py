@@ -1,19 +1,36 @@
-"""Positions that clients carry: consistency tokens (a command's effect) and resume tokens (a place in a watch).
+"""Positions that clients carry: consistency tokens (a command's effect), resume tokens (a place in a watch) and page
+tokens (a place in a list).
 
-Both are opaque to clients: a protobuf message in unpadded URL-safe base64.
+All are opaque to clients: a protobuf message in unpadded URL-safe base64.
 """
 
 import base64
 import binascii
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from branchline.spine.v1.push_pb2 import ConsistencyPoint, EntityRevision, ResumePoint
+from branchline.resource.v1 import vocabulary_pb2 as words
+from branchline.resource.v1.vocabulary_pb2 import EntityKind, ErrorReason
+from branchline.spine.v1.push_pb2 import ConsistencyPoint, CursorValue, EntityRevision, PageCursor, ResumePoint
 from google.protobuf.message import DecodeError, Message
 
 from services.runtime.errors import InvalidArgument
 
+_NOT_BOUND = frozenset({"page_size", "page_token", "consistency_token"})
+_BINDING_BYTES = 12
+Value = str | int | float
 
-def consistency_token(entities: Iterable[tuple[str, str, int]]) -> str:
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A place in a watch: which sequence, and the last change that was delivered."""
+
+    epoch: str
+    change_seq: int
+
+
+def consistency_token(entities: Iterable[tuple[EntityKind.ValueType, str, int]]) -> str:
     """Name entities as (kind, id, revision) that a later read must have seen."""
     revisions = [EntityRevision(kind=kind, id=entity_id, revision=revision) for kind, entity_id, revision in entities]
     return _encode(ConsistencyPoint(entities=revisions))
@@ -22,16 +39,16 @@ def consistency_token(entities: Iterable[tuple[str, str, int]]) -> str:
 def parse_consistency_token(token: str) -> ConsistencyPoint:
     """Read a consistency token; an empty one names nothing. Raise InvalidArgument if it is not ours."""
     point = ConsistencyPoint()
-    _decode(token, point, "consistency_token")
+    _decode(token, point, "consistency_token", words.ERROR_REASON_CONSISTENCY_TOKEN_INVALID)
     return point
 
 
-def resume_token(topic: str, epoch: str, change_seq: int) -> str:
+def resume_token(topic: str, position: Position) -> str:
     """Name a place in a watch."""
-    return _encode(ResumePoint(topic=topic, epoch=epoch, change_seq=change_seq))
+    return _encode(ResumePoint(topic=topic, epoch=position.epoch, change_seq=position.change_seq))
 
 
-def parse_resume_token(token: str, topic: str) -> ResumePoint | None:
+def parse_resume_token(token: str, topic: str) -> Position | None:
     """Read a resume token; an empty one gives None.
 
     Raise InvalidArgument if it is not ours or belongs to another topic.
@@ -39,35 +56,59 @@ def parse_resume_token(token: str, topic: str) -> ResumePoint | None:
     if not token:
         return None
     point = ResumePoint()
-    _decode(token, point, "resume_token")
+    _decode(token, point, "resume_token", words.ERROR_REASON_RESUME_TOKEN_INVALID)
     if point.topic != topic:
-        raise InvalidArgument("resume_token", "belongs to another watch", "RESUME_TOKEN_INVALID")
-    return point
+        raise InvalidArgument("resume_token", "belongs to another watch", words.ERROR_REASON_RESUME_TOKEN_INVALID)
+    return Position(point.epoch, point.change_seq)
 
 
-def page_token(cursor: str) -> str:
-    """Hide a cursor in a page token."""
-    return base64.urlsafe_b64encode(cursor.encode()).decode().rstrip("=") if cursor else ""
+def page_token(request: Message, values: Sequence[Value]) -> str:
+    """Name the last row of a page by its sort values. The token is good for the same request alone."""
+    return _encode(PageCursor(binding=_binding(request), values=[_cursor_value(value) for value in values]))
 
 
-def parse_page_token(token: str) -> str:
-    """Return the cursor of a page token; raise InvalidArgument if it is not ours."""
-    try:
-        return _unpadded(token).decode()
-    except (binascii.Error, ValueError) as error:
-        raise InvalidArgument("page_token", "is not one of ours", "PAGE_TOKEN_INVALID") from error
+def parse_page_token(request: Message, token: str, *kinds: type[Value]) -> list[Value] | None:
+    """Return the sort values of the row that a page begins behind; None for the first page.
+
+    Raise InvalidArgument if the token is not ours, belongs to another request, or holds values of other types.
+    """
+    if not token:
+        return None
+    cursor = PageCursor()
+    _decode(token, cursor, "page_token", words.ERROR_REASON_PAGE_TOKEN_INVALID)
+    values: list[Value] = [_value(value) for value in cursor.values]
+    if cursor.binding != _binding(request):
+        raise InvalidArgument("page_token", "belongs to another request", words.ERROR_REASON_PAGE_TOKEN_INVALID)
+    if [type(value) for value in values] != list(kinds):
+        raise InvalidArgument("page_token", "is not one of ours", words.ERROR_REASON_PAGE_TOKEN_INVALID)
+    return values
+
+
+def _binding(request: Message) -> bytes:
+    bound = type(request)()
+    bound.CopyFrom(request)
+    for field in _NOT_BOUND & set(request.DESCRIPTOR.fields_by_name):
+        bound.ClearField(field)
+    named = request.DESCRIPTOR.full_name.encode() + b"\0" + bound.SerializeToString(deterministic=True)
+    return hashlib.sha256(named).digest()[:_BINDING_BYTES]
+
+
+def _cursor_value(value: Value) -> CursorValue:
+    if isinstance(value, str):
+        return CursorValue(text=value)
+    return CursorValue(number=value) if isinstance(value, int) else CursorValue(seconds=value)
+
+
+def _value(value: CursorValue) -> Value:
+    return getattr(value, value.WhichOneof("value") or "text")
 
 
 def _encode(message: Message) -> str:
     return base64.urlsafe_b64encode(message.SerializeToString(deterministic=True)).decode().rstrip("=")
 
 
-def _decode(token: str, message: Message, field: str) -> None:
+def _decode(token: str, message: Message, field: str, reason: ErrorReason.ValueType) -> None:
     try:
-        message.ParseFromString(_unpadded(token))
+        message.ParseFromString(base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True))
     except (binascii.Error, ValueError, DecodeError) as error:
-        raise InvalidArgument(field, "is not one of ours", f"{field.upper()}_INVALID") from error
-
-
-def _unpadded(token: str) -> bytes:
-    return base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
+        raise InvalidArgument(field, "is not one of ours", reason) from error

@@ -1,75 +1,153 @@
-"""Serves a watch of one scope: reset and snapshot, or exactly what was missed; then changes and heartbeats."""
+"""The one watch: reset and snapshot, or exactly what was missed; then changes and heartbeats for ever.
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+It runs over any source: a coordinator's index, or the gateway's replica of one. The watcher's queue is opened before
+the source is asked to catch up, so nothing falls between; a queue that overflows means to catch up again. A position
+never passes a change that was not delivered.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from branchline.resource.v1 import watch_pb2
 from branchline.resource.v1.watch_pb2 import WatchChange, WatchFrame
 
-from services.runtime.spine.index import Index
-from services.runtime.spine.tokens import parse_resume_token, resume_token
+from services.runtime.spine.chunks import parts
+from services.runtime.spine.hub import Hub
+from services.runtime.spine.tokens import Position, resume_token
 
 HEARTBEAT_SECONDS = 10.0
 FRAME_CHANGES = 200
+EVERYBODY = "*"
+"""Viewer that sees every user's own entities."""
+
+_OVERHEAD_BYTES = 200
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
-    """A frame and, on resets, the oldest position that the snapshot's reader can resume others from."""
+class Page:
+    """Part of what brings a watcher to the present.
 
-    frame: WatchFrame
-    horizon: int = 0
+    `position` is where the watcher stands once it has it; none within a snapshot. With `reset` it must forget what it
+    holds first.
+    """
+
+    position: Position | None
+    changes: Sequence[WatchChange] = ()
+    reset: bool = False
+    snapshot: bool = False
+    more: bool = False
 
 
-async def watch(
-    index: Index,
-    scope: str,
-    topic: str,
-    kinds: Sequence[str],
-    token: str,
-    heartbeat_seconds: float = HEARTBEAT_SECONDS,
-) -> AsyncIterator[Frame]:
-    """Yield frames for ever. Raise InvalidArgument for a token that is not of this topic."""
-    wanted = frozenset(kinds)
-    point = parse_resume_token(token, topic)
-    with index.hub.watcher(scope) as watcher:
-        view = await index.view(scope, kinds, after=(point.epoch, point.change_seq)) if point else None
-        if view is None:
-            view = await index.view(scope, kinds)
-            assert view is not None
-            yield Frame(WatchFrame(kind=watch_pb2.WATCH_FRAME_KIND_RESET), view.horizon)
-            for chunk in chunks(view.changes):
-                yield Frame(WatchFrame(kind=watch_pb2.WATCH_FRAME_KIND_SNAPSHOT, changes=chunk))
-        else:
-            for chunk in chunks(view.changes):
-                yield Frame(WatchFrame(kind=watch_pb2.WATCH_FRAME_KIND_CHANGES, changes=chunk))
-        epoch, position = view.epoch, view.change_seq
+class Source(Protocol):
+    """What can be watched: one scope of an index, or a replica of it."""
 
-        def frame(kind: watch_pb2.WatchFrameKind.ValueType, changes: Sequence[WatchChange] = ()) -> Frame:
-            token = resume_token(topic, epoch, position)
-            return Frame(WatchFrame(kind=kind, changes=changes, change_seq=position, resume_token=token))
+    @property
+    def hub(self) -> Hub:
+        """Where its changes are published."""
+        ...
 
-        yield frame(watch_pb2.WATCH_FRAME_KIND_SYNCED)
+    @property
+    def scope(self) -> str:
+        """Under which name they are."""
+        ...
+
+    @property
+    def live(self) -> bool:
+        """Whether it would hear of a change now. If not, silence is how a client knows."""
+        ...
+
+    def catch_up(self, position: Position | None) -> AsyncIterator[Page]:
+        """Yield what brings a watcher from a position to the present; the last page has a position."""
+        ...
+
+
+async def _allowed() -> None:
+    return
+
+
+def _everything(_change: WatchChange) -> bool:
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """What one watcher asked for."""
+
+    topic: str
+    """What its resume tokens are bound to."""
+
+    position: Position | None = None
+    visible: Callable[[WatchChange], bool] = _everything
+    until_synced: bool = False
+    heartbeat_seconds: float = HEARTBEAT_SECONDS
+    check: Callable[[], Awaitable[None]] = _allowed
+    """Raises when the watcher may no longer watch; asked every `check_seconds`, busy or not."""
+    check_seconds: float = 5.0
+
+
+async def watch(source: Source, wanted: Watch) -> AsyncIterator[WatchFrame]:
+    """Yield frames for ever, or until synced."""
+    clock = asyncio.get_running_loop().time
+    position = wanted.position
+    checked = clock()
+    with source.hub.watcher(source.scope) as watcher:
         while True:
-            taken = await watcher.take(heartbeat_seconds)
-            changes = [change for change in taken if change.change_seq > position]
-            if watcher.lagging or not epoch:
-                # Fell behind, or watched a scope before its first change: the table knows.
-                watcher.lagging = False
-                watcher.drain()
-                view = await index.view(scope, kinds, after=(epoch, position) if epoch else None)
-                if view is None:  # compacted beyond our position: the client begins again
-                    return
-                changes, epoch = view.changes, view.epoch
-                position = max(position, view.change_seq)
-            fresh = [change for change in changes if change.kind in wanted]
-            position = max([position, *(change.change_seq for change in changes)])
-            if fresh or not taken:
-                kind = watch_pb2.WATCH_FRAME_KIND_CHANGES if fresh else watch_pb2.WATCH_FRAME_KIND_HEARTBEAT
-                yield frame(kind, fresh)
+            watcher.start_over()
+            async for page in source.catch_up(position):
+                position = page.position or position
+                if clock() - checked >= wanted.check_seconds:
+                    await wanted.check()
+                    checked = clock()
+                for frame in _opening(wanted, page):
+                    yield frame
+            assert position is not None, "the last page of a source has a position"
+            yield _frame(wanted, watch_pb2.WATCH_FRAME_KIND_SYNCED, position)
+            if wanted.until_synced:
+                return
+            sent = clock()
+            while not watcher.lagging:
+                soonest = min(sent + wanted.heartbeat_seconds, checked + wanted.check_seconds)
+                taken = await watcher.take(max(0.0, soonest - clock()))
+                if clock() - checked >= wanted.check_seconds:
+                    await wanted.check()
+                    checked = clock()
+                if watcher.lagging:
+                    break
+                fresh = [change for change in taken if change.change_seq > position.change_seq]
+                fresh.sort(key=lambda change: change.change_seq)
+                for chunk in parts(filter(wanted.visible, fresh), size_of, FRAME_CHANGES):
+                    position = Position(position.epoch, chunk[-1].change_seq)
+                    yield _frame(wanted, watch_pb2.WATCH_FRAME_KIND_CHANGES, position, chunk)
+                    sent = clock()
+                if fresh:
+                    position = Position(position.epoch, fresh[-1].change_seq)
+                if clock() - sent >= wanted.heartbeat_seconds:
+                    if source.live:
+                        yield _frame(wanted, watch_pb2.WATCH_FRAME_KIND_HEARTBEAT, position)
+                    sent = clock()
 
 
-def chunks(changes: Sequence[WatchChange], size: int = FRAME_CHANGES) -> Iterator[Sequence[WatchChange]]:
-    """Cut changes into frames of bounded size."""
-    for start in range(0, len(changes), size):
-        yield changes[start : start + size]
+def size_of(change: WatchChange) -> int:
+    """Return about how many bytes a change takes in a frame."""
+    return len(change.resource.value) + _OVERHEAD_BYTES
+
+
+def _opening(wanted: Watch, page: Page) -> list[WatchFrame]:
+    frames: list[WatchFrame] = []
+    if page.reset:
+        frames.append(WatchFrame(kind=watch_pb2.WATCH_FRAME_KIND_RESET))
+    changes = [change for change in page.changes if wanted.visible(change)]
+    if changes and page.snapshot:
+        frames.append(WatchFrame(kind=watch_pb2.WATCH_FRAME_KIND_SNAPSHOT, changes=changes))
+    elif changes and page.position is not None:
+        frames.append(_frame(wanted, watch_pb2.WATCH_FRAME_KIND_CHANGES, page.position, changes))
+    return frames
+
+
+def _frame(
+    wanted: Watch, kind: watch_pb2.WatchFrameKind.ValueType, position: Position, changes: Sequence[WatchChange] = ()
+) -> WatchFrame:
+    token = resume_token(wanted.topic, position)
+    return WatchFrame(kind=kind, changes=changes, change_seq=position.change_seq, resume_token=token)

@@ -55,10 +55,25 @@ class OrganizationServiceStub:
                 request_serializer=branchline_dot_gateway_dot_v1_dot_organizations__pb2.UpdateOrganizationRequest.SerializeToString,
                 response_deserializer=branchline_dot_gateway_dot_v1_dot_organizations__pb2.UpdateOrganizationResponse.FromString,
                 _registered_method=True)
+        self.DeleteOrganization = channel.unary_unary(
+                '/branchline.gateway.v1.OrganizationService/DeleteOrganization',
+                request_serializer=branchline_dot_gateway_dot_v1_dot_organizations__pb2.DeleteOrganizationRequest.SerializeToString,
+                response_deserializer=branchline_dot_gateway_dot_v1_dot_organizations__pb2.DeleteOrganizationResponse.FromString,
+                _registered_method=True)
         self.AddMember = channel.unary_unary(
                 '/branchline.gateway.v1.OrganizationService/AddMember',
                 request_serializer=branchline_dot_gateway_dot_v1_dot_organizations__pb2.AddMemberRequest.SerializeToString,
                 response_deserializer=branchline_dot_gateway_dot_v1_dot_organizations__pb2.AddMemberResponse.FromString,
+                _registered_method=True)
+        self.UpdateMember = channel.unary_unary(
+                '/branchline.gateway.v1.OrganizationService/UpdateMember',
+                request_serializer=branchline_dot_gateway_dot_v1_dot_organizations__pb2.UpdateMemberRequest.SerializeToString,
+                response_deserializer=branchline_dot_gateway_dot_v1_dot_organizations__pb2.UpdateMemberResponse.FromString,
+                _registered_method=True)
+        self.RemoveMember = channel.unary_unary(
+                '/branchline.gateway.v1.OrganizationService/RemoveMember',
+                request_serializer=branchline_dot_gateway_dot_v1_dot_organizations__pb2.RemoveMemberRequest.SerializeToString,
+                response_deserializer=branchline_dot_gateway_dot_v1_dot_organizations__pb2.RemoveMemberResponse.FromString,
                 _registered_method=True)
         self.ListMembers = channel.unary_unary(
                 '/branchline.gateway.v1.OrganizationService/ListMembers',
@@ -105,9 +120,33 @@ class OrganizationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeleteOrganization(self, request, context):
+        """Has the organization deleted with everything in it, sandboxes included. Needs the role owner.
+        Answers when the deletion is recorded; it takes no commands from then on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def AddMember(self, request, context):
         """Adds a person by e-mail address. Needs the role admin.
-        ALREADY_EXISTS if the person is a member.
+        ALREADY_EXISTS if the person is a member. No token is made: an operator issues the first one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateMember(self, request, context):
+        """Changes a member's role. Needs the role admin, and owner to make or unmake an owner.
+        FAILED_PRECONDITION if the organization would be left without an owner.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveMember(self, request, context):
+        """Removes a member. Needs the role admin, and owner to remove an owner; everybody may leave.
+        FAILED_PRECONDITION if the organization would be left without an owner.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -152,10 +191,25 @@ def add_OrganizationServiceServicer_to_server(servicer, server):
                     request_deserializer=branchline_dot_gateway_dot_v1_dot_organizations__pb2.UpdateOrganizationRequest.FromString,
                     response_serializer=branchline_dot_gateway_dot_v1_dot_organizations__pb2.UpdateOrganizationResponse.SerializeToString,
             ),
+            'DeleteOrganization': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteOrganization,
+                    request_deserializer=branchline_dot_gateway_dot_v1_dot_organizations__pb2.DeleteOrganizationRequest.FromString,
+                    response_serializer=branchline_dot_gateway_dot_v1_dot_organizations__pb2.DeleteOrganizationResponse.SerializeToString,
+            ),
             'AddMember': grpc.unary_unary_rpc_method_handler(
                     servicer.AddMember,
                     request_deserializer=branchline_dot_gateway_dot_v1_dot_organizations__pb2.AddMemberRequest.FromString,
                     response_serializer=branchline_dot_gateway_dot_v1_dot_organizations__pb2.AddMemberResponse.SerializeToString,
+            ),
+            'UpdateMember': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateMember,
+                    request_deserializer=branchline_dot_gateway_dot_v1_dot_organizations__pb2.UpdateMemberRequest.FromString,
+                    response_serializer=branchline_dot_gateway_dot_v1_dot_organizations__pb2.UpdateMemberResponse.SerializeToString,
+            ),
+            'RemoveMember': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveMember,
+                    request_deserializer=branchline_dot_gateway_dot_v1_dot_organizations__pb2.RemoveMemberRequest.FromString,
+                    response_serializer=branchline_dot_gateway_dot_v1_dot_organizations__pb2.RemoveMemberResponse.SerializeToString,
             ),
             'ListMembers': grpc.unary_unary_rpc_method_handler(
                     servicer.ListMembers,
@@ -288,6 +342,33 @@ class OrganizationService:
             _registered_method=True)
 
     @staticmethod
+    def DeleteOrganization(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.gateway.v1.OrganizationService/DeleteOrganization',
+            branchline_dot_gateway_dot_v1_dot_organizations__pb2.DeleteOrganizationRequest.SerializeToString,
+            branchline_dot_gateway_dot_v1_dot_organizations__pb2.DeleteOrganizationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def AddMember(request,
             target,
             options=(),
@@ -304,6 +385,60 @@ class OrganizationService:
             '/branchline.gateway.v1.OrganizationService/AddMember',
             branchline_dot_gateway_dot_v1_dot_organizations__pb2.AddMemberRequest.SerializeToString,
             branchline_dot_gateway_dot_v1_dot_organizations__pb2.AddMemberResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateMember(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.gateway.v1.OrganizationService/UpdateMember',
+            branchline_dot_gateway_dot_v1_dot_organizations__pb2.UpdateMemberRequest.SerializeToString,
+            branchline_dot_gateway_dot_v1_dot_organizations__pb2.UpdateMemberResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveMember(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.gateway.v1.OrganizationService/RemoveMember',
+            branchline_dot_gateway_dot_v1_dot_organizations__pb2.RemoveMemberRequest.SerializeToString,
+            branchline_dot_gateway_dot_v1_dot_organizations__pb2.RemoveMemberResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -25,9 +25,21 @@ class OrganizationServiceStub:
     """Lists the organizations that the caller is a member of, by slug."""
     UpdateOrganization: _aio.UnaryUnaryMultiCallable[_organizations_pb2.UpdateOrganizationRequest, _organizations_pb2.UpdateOrganizationResponse]
     """Changes the fields named in the mask. Needs the role admin."""
+    DeleteOrganization: _aio.UnaryUnaryMultiCallable[_organizations_pb2.DeleteOrganizationRequest, _organizations_pb2.DeleteOrganizationResponse]
+    """Has the organization deleted with everything in it, sandboxes included. Needs the role owner.
+    Answers when the deletion is recorded; it takes no commands from then on.
+    """
     AddMember: _aio.UnaryUnaryMultiCallable[_organizations_pb2.AddMemberRequest, _organizations_pb2.AddMemberResponse]
     """Adds a person by e-mail address. Needs the role admin.
-    ALREADY_EXISTS if the person is a member.
+    ALREADY_EXISTS if the person is a member. No token is made: an operator issues the first one.
+    """
+    UpdateMember: _aio.UnaryUnaryMultiCallable[_organizations_pb2.UpdateMemberRequest, _organizations_pb2.UpdateMemberResponse]
+    """Changes a member's role. Needs the role admin, and owner to make or unmake an owner.
+    FAILED_PRECONDITION if the organization would be left without an owner.
+    """
+    RemoveMember: _aio.UnaryUnaryMultiCallable[_organizations_pb2.RemoveMemberRequest, _organizations_pb2.RemoveMemberResponse]
+    """Removes a member. Needs the role admin, and owner to remove an owner; everybody may leave.
+    FAILED_PRECONDITION if the organization would be left without an owner.
     """
     ListMembers: _aio.UnaryUnaryMultiCallable[_organizations_pb2.ListMembersRequest, _organizations_pb2.ListMembersResponse]
     """Lists the members, by display name."""
@@ -70,13 +82,40 @@ class OrganizationServiceServicer:
     ) -> _abc.Awaitable[_organizations_pb2.UpdateOrganizationResponse]:
         """Changes the fields named in the mask. Needs the role admin."""
 
+    def DeleteOrganization(
+        self,
+        request: _organizations_pb2.DeleteOrganizationRequest,
+        context: _aio.ServicerContext[_organizations_pb2.DeleteOrganizationRequest, _abc.Awaitable[_organizations_pb2.DeleteOrganizationResponse]],
+    ) -> _abc.Awaitable[_organizations_pb2.DeleteOrganizationResponse]:
+        """Has the organization deleted with everything in it, sandboxes included. Needs the role owner.
+        Answers when the deletion is recorded; it takes no commands from then on.
+        """
+
     def AddMember(
         self,
         request: _organizations_pb2.AddMemberRequest,
         context: _aio.ServicerContext[_organizations_pb2.AddMemberRequest, _abc.Awaitable[_organizations_pb2.AddMemberResponse]],
     ) -> _abc.Awaitable[_organizations_pb2.AddMemberResponse]:
         """Adds a person by e-mail address. Needs the role admin.
-        ALREADY_EXISTS if the person is a member.
+        ALREADY_EXISTS if the person is a member. No token is made: an operator issues the first one.
+        """
+
+    def UpdateMember(
+        self,
+        request: _organizations_pb2.UpdateMemberRequest,
+        context: _aio.ServicerContext[_organizations_pb2.UpdateMemberRequest, _abc.Awaitable[_organizations_pb2.UpdateMemberResponse]],
+    ) -> _abc.Awaitable[_organizations_pb2.UpdateMemberResponse]:
+        """Changes a member's role. Needs the role admin, and owner to make or unmake an owner.
+        FAILED_PRECONDITION if the organization would be left without an owner.
+        """
+
+    def RemoveMember(
+        self,
+        request: _organizations_pb2.RemoveMemberRequest,
+        context: _aio.ServicerContext[_organizations_pb2.RemoveMemberRequest, _abc.Awaitable[_organizations_pb2.RemoveMemberResponse]],
+    ) -> _abc.Awaitable[_organizations_pb2.RemoveMemberResponse]:
+        """Removes a member. Needs the role admin, and owner to remove an owner; everybody may leave.
+        FAILED_PRECONDITION if the organization would be left without an owner.
         """
 
     def ListMembers(

@@ -35,6 +35,11 @@ class RepositoryServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.DeleteRepository = channel.unary_unary(
+                '/branchline.gateway.v1.RepositoryService/DeleteRepository',
+                request_serializer=branchline_dot_gateway_dot_v1_dot_repositories__pb2.DeleteRepositoryRequest.SerializeToString,
+                response_deserializer=branchline_dot_gateway_dot_v1_dot_repositories__pb2.DeleteRepositoryResponse.FromString,
+                _registered_method=True)
         self.AddRepository = channel.unary_unary(
                 '/branchline.gateway.v1.RepositoryService/AddRepository',
                 request_serializer=branchline_dot_gateway_dot_v1_dot_repositories__pb2.AddRepositoryRequest.SerializeToString,
@@ -60,6 +65,14 @@ class RepositoryServiceStub:
 class RepositoryServiceServicer:
     """Repositories of an organization.
     """
+
+    def DeleteRepository(self, request, context):
+        """Has the repository deleted with its tasks and their sandboxes; the remote is left alone. Needs the role admin.
+        Answers when the deletion is recorded; it takes no commands from then on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def AddRepository(self, request, context):
         """Adds a repository by git URL. Needs the role admin. The URL is not tried here: a task that
@@ -96,6 +109,11 @@ class RepositoryServiceServicer:
 
 def add_RepositoryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'DeleteRepository': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteRepository,
+                    request_deserializer=branchline_dot_gateway_dot_v1_dot_repositories__pb2.DeleteRepositoryRequest.FromString,
+                    response_serializer=branchline_dot_gateway_dot_v1_dot_repositories__pb2.DeleteRepositoryResponse.SerializeToString,
+            ),
             'AddRepository': grpc.unary_unary_rpc_method_handler(
                     servicer.AddRepository,
                     request_deserializer=branchline_dot_gateway_dot_v1_dot_repositories__pb2.AddRepositoryRequest.FromString,
@@ -127,6 +145,33 @@ def add_RepositoryServiceServicer_to_server(servicer, server):
 class RepositoryService:
     """Repositories of an organization.
     """
+
+    @staticmethod
+    def DeleteRepository(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.gateway.v1.RepositoryService/DeleteRepository',
+            branchline_dot_gateway_dot_v1_dot_repositories__pb2.DeleteRepositoryRequest.SerializeToString,
+            branchline_dot_gateway_dot_v1_dot_repositories__pb2.DeleteRepositoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def AddRepository(request,

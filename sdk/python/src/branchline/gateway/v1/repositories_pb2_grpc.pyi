@@ -15,6 +15,10 @@ class RepositoryServiceStub:
     """Repositories of an organization."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
+    DeleteRepository: _aio.UnaryUnaryMultiCallable[_repositories_pb2.DeleteRepositoryRequest, _repositories_pb2.DeleteRepositoryResponse]
+    """Has the repository deleted with its tasks and their sandboxes; the remote is left alone. Needs the role admin.
+    Answers when the deletion is recorded; it takes no commands from then on.
+    """
     AddRepository: _aio.UnaryUnaryMultiCallable[_repositories_pb2.AddRepositoryRequest, _repositories_pb2.AddRepositoryResponse]
     """Adds a repository by git URL. Needs the role admin. The URL is not tried here: a task that
     cannot clone it ends in the status error with git's words.
@@ -33,6 +37,15 @@ class RepositoryServiceStub:
 
 class RepositoryServiceServicer:
     """Repositories of an organization."""
+
+    def DeleteRepository(
+        self,
+        request: _repositories_pb2.DeleteRepositoryRequest,
+        context: _aio.ServicerContext[_repositories_pb2.DeleteRepositoryRequest, _abc.Awaitable[_repositories_pb2.DeleteRepositoryResponse]],
+    ) -> _abc.Awaitable[_repositories_pb2.DeleteRepositoryResponse]:
+        """Has the repository deleted with its tasks and their sandboxes; the remote is left alone. Needs the role admin.
+        Answers when the deletion is recorded; it takes no commands from then on.
+        """
 
     def AddRepository(
         self,

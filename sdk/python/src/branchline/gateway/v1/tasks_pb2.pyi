@@ -264,13 +264,13 @@ class ListTasksResponse(_message.Message):
     next_page_token: _builtins.str
     """Token of the next page; empty on the last."""
     @_builtins.property
-    def tasks(self) -> _containers.RepeatedCompositeFieldContainer[_task_pb2.Task]:
+    def tasks(self) -> _containers.RepeatedCompositeFieldContainer[_task_pb2.TaskSummary]:
         """The tasks."""
 
     def __init__(
         self,
         *,
-        tasks: _abc.Iterable[_task_pb2.Task] | None = ...,
+        tasks: _abc.Iterable[_task_pb2.TaskSummary] | None = ...,
         next_page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015

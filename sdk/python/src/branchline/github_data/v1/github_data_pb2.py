@@ -26,7 +26,7 @@ from branchline.resource.v1 import repository_pb2 as branchline_dot_resource_dot
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+branchline/github_data/v1/github_data.proto\x12\x19\x62ranchline.github_data.v1\x1a\'branchline/resource/v1/repository.proto\x1a\x1b\x62uf/validate/validate.proto\"w\n\x17SyncOrganizationRequest\x12\x30\n\x0forganization_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0eorganizationId\x12*\n\x0cgithub_login\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0bgithubLogin\"\x1a\n\x18SyncOrganizationResponse\"\xdb\x02\n\x10GithubRepository\x12\'\n\x0forganization_id\x18\x01 \x01(\tR\x0eorganizationId\x12\x1b\n\tgithub_id\x18\x02 \x01(\x03R\x08githubId\x12\x1b\n\tfull_name\x18\x03 \x01(\tR\x08\x66ullName\x12\x1b\n\tclone_url\x18\x04 \x01(\tR\x08\x63loneUrl\x12%\n\x0e\x64\x65\x66\x61ult_branch\x18\x05 \x01(\tR\rdefaultBranch\x12:\n\x08\x62ranches\x18\x06 \x03(\x0b\x32\x1e.branchline.resource.v1.BranchR\x08\x62ranches\x12H\n\rpull_requests\x18\x07 \x03(\x0b\x32#.branchline.resource.v1.PullRequestR\x0cpullRequests\x12\x1a\n\x08revision\x18\x08 \x01(\x03R\x08revision2\x90\x01\n\x11GithubDataService\x12{\n\x10SyncOrganization\x12\x32.branchline.github_data.v1.SyncOrganizationRequest\x1a\x33.branchline.github_data.v1.SyncOrganizationResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+branchline/github_data/v1/github_data.proto\x12\x19\x62ranchline.github_data.v1\x1a\'branchline/resource/v1/repository.proto\x1a\x1b\x62uf/validate/validate.proto\"w\n\x17SyncOrganizationRequest\x12\x30\n\x0forganization_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0eorganizationId\x12*\n\x0cgithub_login\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0bgithubLogin\"\x1a\n\x18SyncOrganizationResponse\"\xdb\x02\n\x10GithubRepository\x12\'\n\x0forganization_id\x18\x01 \x01(\tR\x0eorganizationId\x12\x1b\n\tgithub_id\x18\x02 \x01(\x03R\x08githubId\x12\x1b\n\tfull_name\x18\x03 \x01(\tR\x08\x66ullName\x12\x1b\n\tclone_url\x18\x04 \x01(\tR\x08\x63loneUrl\x12%\n\x0e\x64\x65\x66\x61ult_branch\x18\x05 \x01(\tR\rdefaultBranch\x12:\n\x08\x62ranches\x18\x06 \x03(\x0b\x32\x1e.branchline.resource.v1.BranchR\x08\x62ranches\x12H\n\rpull_requests\x18\x07 \x03(\x0b\x32#.branchline.resource.v1.PullRequestR\x0cpullRequests\x12\x1a\n\x08revision\x18\x08 \x01(\x03R\x08revision\"M\n\x19\x44\x65leteOrganizationRequest\x12\x30\n\x0forganization_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0eorganizationId\"\x1c\n\x1a\x44\x65leteOrganizationResponse2\x94\x02\n\x11GithubDataService\x12{\n\x10SyncOrganization\x12\x32.branchline.github_data.v1.SyncOrganizationRequest\x1a\x33.branchline.github_data.v1.SyncOrganizationResponse\x12\x81\x01\n\x12\x44\x65leteOrganization\x12\x34.branchline.github_data.v1.DeleteOrganizationRequest\x1a\x35.branchline.github_data.v1.DeleteOrganizationResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,12 +37,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SYNCORGANIZATIONREQUEST'].fields_by_name['organization_id']._serialized_options = b'\272H\004r\002\020\001'
   _globals['_SYNCORGANIZATIONREQUEST'].fields_by_name['github_login']._loaded_options = None
   _globals['_SYNCORGANIZATIONREQUEST'].fields_by_name['github_login']._serialized_options = b'\272H\004r\002\020\001'
+  _globals['_DELETEORGANIZATIONREQUEST'].fields_by_name['organization_id']._loaded_options = None
+  _globals['_DELETEORGANIZATIONREQUEST'].fields_by_name['organization_id']._serialized_options = b'\272H\004r\002\020\001'
   _globals['_SYNCORGANIZATIONREQUEST']._serialized_start=144
   _globals['_SYNCORGANIZATIONREQUEST']._serialized_end=263
   _globals['_SYNCORGANIZATIONRESPONSE']._serialized_start=265
   _globals['_SYNCORGANIZATIONRESPONSE']._serialized_end=291
   _globals['_GITHUBREPOSITORY']._serialized_start=294
   _globals['_GITHUBREPOSITORY']._serialized_end=641
-  _globals['_GITHUBDATASERVICE']._serialized_start=644
-  _globals['_GITHUBDATASERVICE']._serialized_end=788
+  _globals['_DELETEORGANIZATIONREQUEST']._serialized_start=643
+  _globals['_DELETEORGANIZATIONREQUEST']._serialized_end=720
+  _globals['_DELETEORGANIZATIONRESPONSE']._serialized_start=722
+  _globals['_DELETEORGANIZATIONRESPONSE']._serialized_end=750
+  _globals['_GITHUBDATASERVICE']._serialized_start=753
+  _globals['_GITHUBDATASERVICE']._serialized_end=1029
 # @@protoc_insertion_point(module_scope)

@@ -40,6 +40,11 @@ class GithubDataServiceStub:
                 request_serializer=branchline_dot_github__data_dot_v1_dot_github__data__pb2.SyncOrganizationRequest.SerializeToString,
                 response_deserializer=branchline_dot_github__data_dot_v1_dot_github__data__pb2.SyncOrganizationResponse.FromString,
                 _registered_method=True)
+        self.DeleteOrganization = channel.unary_unary(
+                '/branchline.github_data.v1.GithubDataService/DeleteOrganization',
+                request_serializer=branchline_dot_github__data_dot_v1_dot_github__data__pb2.DeleteOrganizationRequest.SerializeToString,
+                response_deserializer=branchline_dot_github__data_dot_v1_dot_github__data__pb2.DeleteOrganizationResponse.FromString,
+                _registered_method=True)
 
 
 class GithubDataServiceServicer:
@@ -54,6 +59,13 @@ class GithubDataServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeleteOrganization(self, request, context):
+        """Forgets what is cached for an organization. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GithubDataServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -61,6 +73,11 @@ def add_GithubDataServiceServicer_to_server(servicer, server):
                     servicer.SyncOrganization,
                     request_deserializer=branchline_dot_github__data_dot_v1_dot_github__data__pb2.SyncOrganizationRequest.FromString,
                     response_serializer=branchline_dot_github__data_dot_v1_dot_github__data__pb2.SyncOrganizationResponse.SerializeToString,
+            ),
+            'DeleteOrganization': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteOrganization,
+                    request_deserializer=branchline_dot_github__data_dot_v1_dot_github__data__pb2.DeleteOrganizationRequest.FromString,
+                    response_serializer=branchline_dot_github__data_dot_v1_dot_github__data__pb2.DeleteOrganizationResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -91,6 +108,33 @@ class GithubDataService:
             '/branchline.github_data.v1.GithubDataService/SyncOrganization',
             branchline_dot_github__data_dot_v1_dot_github__data__pb2.SyncOrganizationRequest.SerializeToString,
             branchline_dot_github__data_dot_v1_dot_github__data__pb2.SyncOrganizationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteOrganization(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.github_data.v1.GithubDataService/DeleteOrganization',
+            branchline_dot_github__data_dot_v1_dot_github__data__pb2.DeleteOrganizationRequest.SerializeToString,
+            branchline_dot_github__data_dot_v1_dot_github__data__pb2.DeleteOrganizationResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -19,6 +19,8 @@ class GithubDataServiceStub:
     """Reads an account's repositories, branches and open pull requests from GitHub and pushes them up.
     Answers when the work is recorded; the GitHub status tells how it went.
     """
+    DeleteOrganization: _aio.UnaryUnaryMultiCallable[_github_data_pb2.DeleteOrganizationRequest, _github_data_pb2.DeleteOrganizationResponse]
+    """Forgets what is cached for an organization. Idempotent."""
 
 class GithubDataServiceServicer:
     """The cache of GitHub, a child of organization."""
@@ -31,5 +33,12 @@ class GithubDataServiceServicer:
         """Reads an account's repositories, branches and open pull requests from GitHub and pushes them up.
         Answers when the work is recorded; the GitHub status tells how it went.
         """
+
+    def DeleteOrganization(
+        self,
+        request: _github_data_pb2.DeleteOrganizationRequest,
+        context: _aio.ServicerContext[_github_data_pb2.DeleteOrganizationRequest, _abc.Awaitable[_github_data_pb2.DeleteOrganizationResponse]],
+    ) -> _abc.Awaitable[_github_data_pb2.DeleteOrganizationResponse]:
+        """Forgets what is cached for an organization. Idempotent."""
 
 def add_GithubDataServiceServicer_to_server(servicer: GithubDataServiceServicer, server: _aio.Server) -> None: ...

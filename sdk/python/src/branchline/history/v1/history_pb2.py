@@ -26,7 +26,7 @@ from branchline.resource.v1 import history_pb2 as branchline_dot_resource_dot_v1
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#branchline/history/v1/history.proto\x12\x15\x62ranchline.history.v1\x1a$branchline/resource/v1/history.proto\x1a\x1b\x62uf/validate/validate.proto\"]\n\x13\x41ppendEventsRequest\x12\x46\n\x06\x65vents\x18\x01 \x03(\x0b\x32$.branchline.resource.v1.HistoryEventB\x08\xbaH\x05\x92\x01\x02\x08\x01R\x06\x65vents\"\x16\n\x14\x41ppendEventsResponse\"w\n\x13\x45xportEventsRequest\x12\x30\n\x0forganization_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0eorganizationId\x12.\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00R\rafterSequence\"T\n\x14\x45xportEventsResponse\x12<\n\x06\x65vents\x18\x01 \x03(\x0b\x32$.branchline.resource.v1.HistoryEventR\x06\x65vents2\xe4\x01\n\x0eHistoryService\x12g\n\x0c\x41ppendEvents\x12*.branchline.history.v1.AppendEventsRequest\x1a+.branchline.history.v1.AppendEventsResponse\x12i\n\x0c\x45xportEvents\x12*.branchline.history.v1.ExportEventsRequest\x1a+.branchline.history.v1.ExportEventsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#branchline/history/v1/history.proto\x12\x15\x62ranchline.history.v1\x1a$branchline/resource/v1/history.proto\x1a\x1b\x62uf/validate/validate.proto\"]\n\x13\x41ppendEventsRequest\x12\x46\n\x06\x65vents\x18\x01 \x03(\x0b\x32$.branchline.resource.v1.HistoryEventB\x08\xbaH\x05\x92\x01\x02\x08\x01R\x06\x65vents\"\x16\n\x14\x41ppendEventsResponse\"w\n\x13\x45xportEventsRequest\x12\x30\n\x0forganization_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0eorganizationId\x12.\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00R\rafterSequence\"T\n\x14\x45xportEventsResponse\x12<\n\x06\x65vents\x18\x01 \x03(\x0b\x32$.branchline.resource.v1.HistoryEventR\x06\x65vents\"E\n\x11\x44\x65leteFeedRequest\x12\x30\n\x0forganization_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0eorganizationId\"\x14\n\x12\x44\x65leteFeedResponse2\xc7\x02\n\x0eHistoryService\x12g\n\x0c\x41ppendEvents\x12*.branchline.history.v1.AppendEventsRequest\x1a+.branchline.history.v1.AppendEventsResponse\x12\x61\n\nDeleteFeed\x12(.branchline.history.v1.DeleteFeedRequest\x1a).branchline.history.v1.DeleteFeedResponse\x12i\n\x0c\x45xportEvents\x12*.branchline.history.v1.ExportEventsRequest\x1a+.branchline.history.v1.ExportEventsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,6 +39,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EXPORTEVENTSREQUEST'].fields_by_name['organization_id']._serialized_options = b'\272H\004r\002\020\001'
   _globals['_EXPORTEVENTSREQUEST'].fields_by_name['after_sequence']._loaded_options = None
   _globals['_EXPORTEVENTSREQUEST'].fields_by_name['after_sequence']._serialized_options = b'\272H\004\"\002(\000'
+  _globals['_DELETEFEEDREQUEST'].fields_by_name['organization_id']._loaded_options = None
+  _globals['_DELETEFEEDREQUEST'].fields_by_name['organization_id']._serialized_options = b'\272H\004r\002\020\001'
   _globals['_APPENDEVENTSREQUEST']._serialized_start=129
   _globals['_APPENDEVENTSREQUEST']._serialized_end=222
   _globals['_APPENDEVENTSRESPONSE']._serialized_start=224
@@ -47,6 +49,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EXPORTEVENTSREQUEST']._serialized_end=367
   _globals['_EXPORTEVENTSRESPONSE']._serialized_start=369
   _globals['_EXPORTEVENTSRESPONSE']._serialized_end=453
-  _globals['_HISTORYSERVICE']._serialized_start=456
-  _globals['_HISTORYSERVICE']._serialized_end=684
+  _globals['_DELETEFEEDREQUEST']._serialized_start=455
+  _globals['_DELETEFEEDREQUEST']._serialized_end=524
+  _globals['_DELETEFEEDRESPONSE']._serialized_start=526
+  _globals['_DELETEFEEDRESPONSE']._serialized_end=546
+  _globals['_HISTORYSERVICE']._serialized_start=549
+  _globals['_HISTORYSERVICE']._serialized_end=876
 # @@protoc_insertion_point(module_scope)

@@ -40,6 +40,11 @@ class HistoryServiceStub:
                 request_serializer=branchline_dot_history_dot_v1_dot_history__pb2.AppendEventsRequest.SerializeToString,
                 response_deserializer=branchline_dot_history_dot_v1_dot_history__pb2.AppendEventsResponse.FromString,
                 _registered_method=True)
+        self.DeleteFeed = channel.unary_unary(
+                '/branchline.history.v1.HistoryService/DeleteFeed',
+                request_serializer=branchline_dot_history_dot_v1_dot_history__pb2.DeleteFeedRequest.SerializeToString,
+                response_deserializer=branchline_dot_history_dot_v1_dot_history__pb2.DeleteFeedResponse.FromString,
+                _registered_method=True)
         self.ExportEvents = channel.unary_stream(
                 '/branchline.history.v1.HistoryService/ExportEvents',
                 request_serializer=branchline_dot_history_dot_v1_dot_history__pb2.ExportEventsRequest.SerializeToString,
@@ -53,6 +58,13 @@ class HistoryServiceServicer:
 
     def AppendEvents(self, request, context):
         """Numbers and stores events. Idempotent by the events' ids.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteFeed(self, request, context):
+        """Forgets an organization's feed. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -73,6 +85,11 @@ def add_HistoryServiceServicer_to_server(servicer, server):
                     servicer.AppendEvents,
                     request_deserializer=branchline_dot_history_dot_v1_dot_history__pb2.AppendEventsRequest.FromString,
                     response_serializer=branchline_dot_history_dot_v1_dot_history__pb2.AppendEventsResponse.SerializeToString,
+            ),
+            'DeleteFeed': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteFeed,
+                    request_deserializer=branchline_dot_history_dot_v1_dot_history__pb2.DeleteFeedRequest.FromString,
+                    response_serializer=branchline_dot_history_dot_v1_dot_history__pb2.DeleteFeedResponse.SerializeToString,
             ),
             'ExportEvents': grpc.unary_stream_rpc_method_handler(
                     servicer.ExportEvents,
@@ -108,6 +125,33 @@ class HistoryService:
             '/branchline.history.v1.HistoryService/AppendEvents',
             branchline_dot_history_dot_v1_dot_history__pb2.AppendEventsRequest.SerializeToString,
             branchline_dot_history_dot_v1_dot_history__pb2.AppendEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteFeed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.history.v1.HistoryService/DeleteFeed',
+            branchline_dot_history_dot_v1_dot_history__pb2.DeleteFeedRequest.SerializeToString,
+            branchline_dot_history_dot_v1_dot_history__pb2.DeleteFeedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -17,6 +17,8 @@ class HistoryServiceStub:
     def __init__(self, channel: _aio.Channel) -> None: ...
     AppendEvents: _aio.UnaryUnaryMultiCallable[_history_pb2.AppendEventsRequest, _history_pb2.AppendEventsResponse]
     """Numbers and stores events. Idempotent by the events' ids."""
+    DeleteFeed: _aio.UnaryUnaryMultiCallable[_history_pb2.DeleteFeedRequest, _history_pb2.DeleteFeedResponse]
+    """Forgets an organization's feed. Idempotent."""
     ExportEvents: _aio.UnaryStreamMultiCallable[_history_pb2.ExportEventsRequest, _history_pb2.ExportEventsResponse]
     """Streams an organization's whole feed, oldest first, what the organization's index no longer
     holds included. For operators.
@@ -31,6 +33,13 @@ class HistoryServiceServicer:
         context: _aio.ServicerContext[_history_pb2.AppendEventsRequest, _abc.Awaitable[_history_pb2.AppendEventsResponse]],
     ) -> _abc.Awaitable[_history_pb2.AppendEventsResponse]:
         """Numbers and stores events. Idempotent by the events' ids."""
+
+    def DeleteFeed(
+        self,
+        request: _history_pb2.DeleteFeedRequest,
+        context: _aio.ServicerContext[_history_pb2.DeleteFeedRequest, _abc.Awaitable[_history_pb2.DeleteFeedResponse]],
+    ) -> _abc.Awaitable[_history_pb2.DeleteFeedResponse]:
+        """Forgets an organization's feed. Idempotent."""
 
     def ExportEvents(
         self,

@@ -25,10 +25,11 @@ _sym_db = _symbol_database.Default()
 from branchline.resource.v1 import organization_pb2 as branchline_dot_resource_dot_v1_dot_organization__pb2
 from branchline.resource.v1 import user_pb2 as branchline_dot_resource_dot_v1_dot_user__pb2
 from branchline.resource.v1 import watch_pb2 as branchline_dot_resource_dot_v1_dot_watch__pb2
+from branchline.spine.v1 import push_pb2 as branchline_dot_spine_dot_v1_dot_push__pb2
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-branchline/organization/v1/organization.proto\x12\x1a\x62ranchline.organization.v1\x1a)branchline/resource/v1/organization.proto\x1a!branchline/resource/v1/user.proto\x1a\"branchline/resource/v1/watch.proto\x1a\x1b\x62uf/validate/validate.proto\"\xd8\x01\n\x10\x42ootstrapRequest\x12\x1b\n\x04slug\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04slug\x12\x34\n\x11organization_name\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x10organizationName\x12$\n\tuser_name\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x08userName\x12&\n\nuser_email\x18\x04 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\tuserEmail\x12#\n\rdefault_agent\x18\x05 \x01(\tR\x0c\x64\x65\x66\x61ultAgent\"z\n\x11\x42ootstrapResponse\x12H\n\x0corganization\x18\x01 \x01(\x0b\x32$.branchline.resource.v1.OrganizationR\x0corganization\x12\x1b\n\tapi_token\x18\x02 \x01(\tR\x08\x61piToken\">\n\x13\x41uthenticateRequest\x12\'\n\ntoken_hash\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x98\x01@R\ttokenHash\"\xc7\x01\n\x14\x41uthenticateResponse\x12\x30\n\x04user\x18\x01 \x01(\x0b\x32\x1c.branchline.resource.v1.UserR\x04user\x12@\n\x0bmemberships\x18\x02 \x03(\x0b\x32\x1e.branchline.resource.v1.MemberR\x0bmemberships\x12;\n\nrole_limit\x18\x03 \x01(\x0e\x32\x1c.branchline.resource.v1.RoleR\troleLimit\"\xb5\x01\n\x13ResolveRouteRequest\x12 \n\x07user_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06userId\x12)\n\x0forganization_id\x18\x02 \x01(\tH\x00R\x0eorganizationId\x12%\n\rrepository_id\x18\x03 \x01(\tH\x00R\x0crepositoryId\x12\x19\n\x07task_id\x18\x04 \x01(\tH\x00R\x06taskIdB\x0f\n\x06target\x12\x05\xbaH\x02\x08\x01\"\xe0\x01\n\x14ResolveRouteResponse\x12\'\n\x0forganization_id\x18\x01 \x01(\tR\x0eorganizationId\x12#\n\rrepository_id\x18\x02 \x01(\tR\x0crepositoryId\x12\x30\n\x04role\x18\x03 \x01(\x0e\x32\x1c.branchline.resource.v1.RoleR\x04role\x12H\n\x08settings\x18\x04 \x01(\x0b\x32,.branchline.resource.v1.OrganizationSettingsR\x08settings\"\x82\x01\n\x11WatchIndexRequest\x12\x30\n\x0forganization_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0eorganizationId\x12!\n\x0cresume_token\x18\x02 \x01(\tR\x0bresumeToken\x12\x18\n\x07history\x18\x03 \x01(\x08R\x07history\"o\n\x12WatchIndexResponse\x12\x38\n\x05\x66rame\x18\x01 \x01(\x0b\x32\".branchline.resource.v1.WatchFrameR\x05\x66rame\x12\x1f\n\x0bhorizon_seq\x18\x02 \x01(\x03R\nhorizonSeq\"F\n\x17\x41waitConsistencyRequest\x12+\n\x11\x63onsistency_token\x18\x01 \x01(\tR\x10\x63onsistencyToken\"\x1a\n\x18\x41waitConsistencyResponse\"\x81\x01\n\x17GetGitCredentialRequest\x12\x30\n\x0forganization_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0eorganizationId\x12 \n\x07user_id\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06userId\x12\x12\n\x04host\x18\x03 \x01(\tR\x04host\"N\n\x18GetGitCredentialResponse\x12\x1a\n\x08username\x18\x01 \x01(\tR\x08username\x12\x16\n\x06secret\x18\x02 \x01(\tR\x06secret2\xd2\x05\n\x13OrganizationService\x12h\n\tBootstrap\x12,.branchline.organization.v1.BootstrapRequest\x1a-.branchline.organization.v1.BootstrapResponse\x12q\n\x0c\x41uthenticate\x12/.branchline.organization.v1.AuthenticateRequest\x1a\x30.branchline.organization.v1.AuthenticateResponse\x12q\n\x0cResolveRoute\x12/.branchline.organization.v1.ResolveRouteRequest\x1a\x30.branchline.organization.v1.ResolveRouteResponse\x12m\n\nWatchIndex\x12-.branchline.organization.v1.WatchIndexRequest\x1a..branchline.organization.v1.WatchIndexResponse0\x01\x12}\n\x10\x41waitConsistency\x12\x33.branchline.organization.v1.AwaitConsistencyRequest\x1a\x34.branchline.organization.v1.AwaitConsistencyResponse\x12}\n\x10GetGitCredential\x12\x33.branchline.organization.v1.GetGitCredentialRequest\x1a\x34.branchline.organization.v1.GetGitCredentialResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-branchline/organization/v1/organization.proto\x12\x1a\x62ranchline.organization.v1\x1a)branchline/resource/v1/organization.proto\x1a!branchline/resource/v1/user.proto\x1a\"branchline/resource/v1/watch.proto\x1a\x1e\x62ranchline/spine/v1/push.proto\x1a\x1b\x62uf/validate/validate.proto\"\xd8\x01\n\x10\x42ootstrapRequest\x12\x1b\n\x04slug\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04slug\x12\x34\n\x11organization_name\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x10organizationName\x12$\n\tuser_name\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x08userName\x12&\n\nuser_email\x18\x04 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\tuserEmail\x12#\n\rdefault_agent\x18\x05 \x01(\tR\x0c\x64\x65\x66\x61ultAgent\"z\n\x11\x42ootstrapResponse\x12H\n\x0corganization\x18\x01 \x01(\x0b\x32$.branchline.resource.v1.OrganizationR\x0corganization\x12\x1b\n\tapi_token\x18\x02 \x01(\tR\x08\x61piToken\">\n\x13\x41uthenticateRequest\x12\'\n\ntoken_hash\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x98\x01@R\ttokenHash\"\xc7\x01\n\x14\x41uthenticateResponse\x12\x30\n\x04user\x18\x01 \x01(\x0b\x32\x1c.branchline.resource.v1.UserR\x04user\x12@\n\x0bmemberships\x18\x02 \x03(\x0b\x32\x1e.branchline.resource.v1.MemberR\x0bmemberships\x12;\n\nrole_limit\x18\x03 \x01(\x0e\x32\x1c.branchline.resource.v1.RoleR\troleLimit\"\xb5\x01\n\x13ResolveRouteRequest\x12 \n\x07user_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06userId\x12)\n\x0forganization_id\x18\x02 \x01(\tH\x00R\x0eorganizationId\x12%\n\rrepository_id\x18\x03 \x01(\tH\x00R\x0crepositoryId\x12\x19\n\x07task_id\x18\x04 \x01(\tH\x00R\x06taskIdB\x0f\n\x06target\x12\x05\xbaH\x02\x08\x01\"\xe0\x01\n\x14ResolveRouteResponse\x12\'\n\x0forganization_id\x18\x01 \x01(\tR\x0eorganizationId\x12#\n\rrepository_id\x18\x02 \x01(\tR\x0crepositoryId\x12\x30\n\x04role\x18\x03 \x01(\x0e\x32\x1c.branchline.resource.v1.RoleR\x04role\x12H\n\x08settings\x18\x04 \x01(\x0b\x32,.branchline.resource.v1.OrganizationSettingsR\x08settings\"\xa2\x01\n\x11WatchIndexRequest\x12\x30\n\x0forganization_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0eorganizationId\x12\x41\n\tselection\x18\x02 \x01(\x0b\x32#.branchline.spine.v1.WatchSelectionR\tselection\x12\x18\n\x07history\x18\x03 \x01(\x08R\x07history\"N\n\x12WatchIndexResponse\x12\x38\n\x05\x66rame\x18\x01 \x01(\x0b\x32\".branchline.resource.v1.WatchFrameR\x05\x66rame\"o\n\x17\x41waitConsistencyRequest\x12+\n\x11\x63onsistency_token\x18\x01 \x01(\tR\x10\x63onsistencyToken\x12\'\n\x0forganization_id\x18\x02 \x01(\tR\x0eorganizationId\"\x1a\n\x18\x41waitConsistencyResponse\"\x81\x01\n\x17GetGitCredentialRequest\x12\x30\n\x0forganization_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0eorganizationId\x12 \n\x07user_id\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06userId\x12\x12\n\x04host\x18\x03 \x01(\tR\x04host\"N\n\x18GetGitCredentialResponse\x12\x1a\n\x08username\x18\x01 \x01(\tR\x08username\x12\x16\n\x06secret\x18\x02 \x01(\tR\x06secret\"\x85\x01\n\x16\x42indGithubLoginRequest\x12\x1b\n\x04slug\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04slug\x12N\n\x0cgithub_login\x18\x02 \x01(\tB+\xbaH(r&2$^$|^[A-Za-z0-9]([A-Za-z0-9-]{0,38})$R\x0bgithubLogin\"c\n\x17\x42indGithubLoginResponse\x12H\n\x0corganization\x18\x01 \x01(\x0b\x32$.branchline.resource.v1.OrganizationR\x0corganization\"O\n\x11IssueTokenRequest\x12\x1d\n\x05\x65mail\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x05\x65mail\x12\x1b\n\x04name\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04name\"1\n\x12IssueTokenResponse\x12\x1b\n\tapi_token\x18\x01 \x01(\tR\x08\x61piToken2\xbb\x07\n\x13OrganizationService\x12h\n\tBootstrap\x12,.branchline.organization.v1.BootstrapRequest\x1a-.branchline.organization.v1.BootstrapResponse\x12q\n\x0c\x41uthenticate\x12/.branchline.organization.v1.AuthenticateRequest\x1a\x30.branchline.organization.v1.AuthenticateResponse\x12q\n\x0cResolveRoute\x12/.branchline.organization.v1.ResolveRouteRequest\x1a\x30.branchline.organization.v1.ResolveRouteResponse\x12m\n\nWatchIndex\x12-.branchline.organization.v1.WatchIndexRequest\x1a..branchline.organization.v1.WatchIndexResponse0\x01\x12}\n\x10\x41waitConsistency\x12\x33.branchline.organization.v1.AwaitConsistencyRequest\x1a\x34.branchline.organization.v1.AwaitConsistencyResponse\x12z\n\x0f\x42indGithubLogin\x12\x32.branchline.organization.v1.BindGithubLoginRequest\x1a\x33.branchline.organization.v1.BindGithubLoginResponse\x12k\n\nIssueToken\x12-.branchline.organization.v1.IssueTokenRequest\x1a..branchline.organization.v1.IssueTokenResponse\x12}\n\x10GetGitCredential\x12\x33.branchline.organization.v1.GetGitCredentialRequest\x1a\x34.branchline.organization.v1.GetGitCredentialResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -55,30 +56,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETGITCREDENTIALREQUEST'].fields_by_name['organization_id']._serialized_options = b'\272H\004r\002\020\001'
   _globals['_GETGITCREDENTIALREQUEST'].fields_by_name['user_id']._loaded_options = None
   _globals['_GETGITCREDENTIALREQUEST'].fields_by_name['user_id']._serialized_options = b'\272H\004r\002\020\001'
-  _globals['_BOOTSTRAPREQUEST']._serialized_start=221
-  _globals['_BOOTSTRAPREQUEST']._serialized_end=437
-  _globals['_BOOTSTRAPRESPONSE']._serialized_start=439
-  _globals['_BOOTSTRAPRESPONSE']._serialized_end=561
-  _globals['_AUTHENTICATEREQUEST']._serialized_start=563
-  _globals['_AUTHENTICATEREQUEST']._serialized_end=625
-  _globals['_AUTHENTICATERESPONSE']._serialized_start=628
-  _globals['_AUTHENTICATERESPONSE']._serialized_end=827
-  _globals['_RESOLVEROUTEREQUEST']._serialized_start=830
-  _globals['_RESOLVEROUTEREQUEST']._serialized_end=1011
-  _globals['_RESOLVEROUTERESPONSE']._serialized_start=1014
-  _globals['_RESOLVEROUTERESPONSE']._serialized_end=1238
-  _globals['_WATCHINDEXREQUEST']._serialized_start=1241
-  _globals['_WATCHINDEXREQUEST']._serialized_end=1371
-  _globals['_WATCHINDEXRESPONSE']._serialized_start=1373
-  _globals['_WATCHINDEXRESPONSE']._serialized_end=1484
-  _globals['_AWAITCONSISTENCYREQUEST']._serialized_start=1486
-  _globals['_AWAITCONSISTENCYREQUEST']._serialized_end=1556
-  _globals['_AWAITCONSISTENCYRESPONSE']._serialized_start=1558
-  _globals['_AWAITCONSISTENCYRESPONSE']._serialized_end=1584
-  _globals['_GETGITCREDENTIALREQUEST']._serialized_start=1587
-  _globals['_GETGITCREDENTIALREQUEST']._serialized_end=1716
-  _globals['_GETGITCREDENTIALRESPONSE']._serialized_start=1718
-  _globals['_GETGITCREDENTIALRESPONSE']._serialized_end=1796
-  _globals['_ORGANIZATIONSERVICE']._serialized_start=1799
-  _globals['_ORGANIZATIONSERVICE']._serialized_end=2521
+  _globals['_BINDGITHUBLOGINREQUEST'].fields_by_name['slug']._loaded_options = None
+  _globals['_BINDGITHUBLOGINREQUEST'].fields_by_name['slug']._serialized_options = b'\272H\004r\002\020\001'
+  _globals['_BINDGITHUBLOGINREQUEST'].fields_by_name['github_login']._loaded_options = None
+  _globals['_BINDGITHUBLOGINREQUEST'].fields_by_name['github_login']._serialized_options = b'\272H(r&2$^$|^[A-Za-z0-9]([A-Za-z0-9-]{0,38})$'
+  _globals['_ISSUETOKENREQUEST'].fields_by_name['email']._loaded_options = None
+  _globals['_ISSUETOKENREQUEST'].fields_by_name['email']._serialized_options = b'\272H\004r\002\020\001'
+  _globals['_ISSUETOKENREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_ISSUETOKENREQUEST'].fields_by_name['name']._serialized_options = b'\272H\004r\002\020\001'
+  _globals['_BOOTSTRAPREQUEST']._serialized_start=253
+  _globals['_BOOTSTRAPREQUEST']._serialized_end=469
+  _globals['_BOOTSTRAPRESPONSE']._serialized_start=471
+  _globals['_BOOTSTRAPRESPONSE']._serialized_end=593
+  _globals['_AUTHENTICATEREQUEST']._serialized_start=595
+  _globals['_AUTHENTICATEREQUEST']._serialized_end=657
+  _globals['_AUTHENTICATERESPONSE']._serialized_start=660
+  _globals['_AUTHENTICATERESPONSE']._serialized_end=859
+  _globals['_RESOLVEROUTEREQUEST']._serialized_start=862
+  _globals['_RESOLVEROUTEREQUEST']._serialized_end=1043
+  _globals['_RESOLVEROUTERESPONSE']._serialized_start=1046
+  _globals['_RESOLVEROUTERESPONSE']._serialized_end=1270
+  _globals['_WATCHINDEXREQUEST']._serialized_start=1273
+  _globals['_WATCHINDEXREQUEST']._serialized_end=1435
+  _globals['_WATCHINDEXRESPONSE']._serialized_start=1437
+  _globals['_WATCHINDEXRESPONSE']._serialized_end=1515
+  _globals['_AWAITCONSISTENCYREQUEST']._serialized_start=1517
+  _globals['_AWAITCONSISTENCYREQUEST']._serialized_end=1628
+  _globals['_AWAITCONSISTENCYRESPONSE']._serialized_start=1630
+  _globals['_AWAITCONSISTENCYRESPONSE']._serialized_end=1656
+  _globals['_GETGITCREDENTIALREQUEST']._serialized_start=1659
+  _globals['_GETGITCREDENTIALREQUEST']._serialized_end=1788
+  _globals['_GETGITCREDENTIALRESPONSE']._serialized_start=1790
+  _globals['_GETGITCREDENTIALRESPONSE']._serialized_end=1868
+  _globals['_BINDGITHUBLOGINREQUEST']._serialized_start=1871
+  _globals['_BINDGITHUBLOGINREQUEST']._serialized_end=2004
+  _globals['_BINDGITHUBLOGINRESPONSE']._serialized_start=2006
+  _globals['_BINDGITHUBLOGINRESPONSE']._serialized_end=2105
+  _globals['_ISSUETOKENREQUEST']._serialized_start=2107
+  _globals['_ISSUETOKENREQUEST']._serialized_end=2186
+  _globals['_ISSUETOKENRESPONSE']._serialized_start=2188
+  _globals['_ISSUETOKENRESPONSE']._serialized_end=2237
+  _globals['_ORGANIZATIONSERVICE']._serialized_start=2240
+  _globals['_ORGANIZATIONSERVICE']._serialized_end=3195
 # @@protoc_insertion_point(module_scope)

@@ -6,6 +6,7 @@ isort:skip_file
 from branchline.resource.v1 import organization_pb2 as _organization_pb2
 from branchline.resource.v1 import user_pb2 as _user_pb2
 from branchline.resource.v1 import watch_pb2 as _watch_pb2
+from branchline.spine.v1 import push_pb2 as _push_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -222,24 +223,26 @@ class WatchIndexRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
-    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    SELECTION_FIELD_NUMBER: _builtins.int
     HISTORY_FIELD_NUMBER: _builtins.int
     organization_id: _builtins.str
     """The organization."""
-    resume_token: _builtins.str
-    """Token of an earlier watch; empty for a snapshot."""
     history: _builtins.bool
     """Whether the history feed is watched instead of everything else."""
+    @_builtins.property
+    def selection(self) -> _push_pb2.WatchSelection:
+        """From where, for whom and how long."""
+
     def __init__(
         self,
         *,
         organization_id: _builtins.str = ...,
-        resume_token: _builtins.str = ...,
+        selection: _push_pb2.WatchSelection | None = ...,
         history: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["selection", b"selection"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["history", b"history", "organization_id", b"organization_id", "resume_token", b"resume_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["history", b"history", "organization_id", b"organization_id", "selection", b"selection"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -252,22 +255,18 @@ class WatchIndexResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     FRAME_FIELD_NUMBER: _builtins.int
-    HORIZON_SEQ_FIELD_NUMBER: _builtins.int
-    horizon_seq: _builtins.int
-    """Oldest position that can be resumed from; set on reset frames."""
     @_builtins.property
     def frame(self) -> _watch_pb2.WatchFrame:
-        """What happened. Snapshots hold the tombstones of the retention window."""
+        """What happened."""
 
     def __init__(
         self,
         *,
         frame: _watch_pb2.WatchFrame | None = ...,
-        horizon_seq: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "horizon_seq", b"horizon_seq"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -280,16 +279,20 @@ class AwaitConsistencyRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CONSISTENCY_TOKEN_FIELD_NUMBER: _builtins.int
+    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
     consistency_token: _builtins.str
     """From a command's answer."""
+    organization_id: _builtins.str
+    """The organization that the caller asks about; only what is in it, or the caller's own, is waited for."""
     def __init__(
         self,
         *,
         consistency_token: _builtins.str = ...,
+        organization_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token", "organization_id", b"organization_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -367,3 +370,101 @@ class GetGitCredentialResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetGitCredentialResponse: _TypeAlias = GetGitCredentialResponse  # noqa: Y015
+
+@_typing.final
+class BindGithubLoginRequest(_message.Message):
+    """See OrganizationService.BindGithubLogin."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLUG_FIELD_NUMBER: _builtins.int
+    GITHUB_LOGIN_FIELD_NUMBER: _builtins.int
+    slug: _builtins.str
+    """Slug of the organization."""
+    github_login: _builtins.str
+    """The login; empty unbinds."""
+    def __init__(
+        self,
+        *,
+        slug: _builtins.str = ...,
+        github_login: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["github_login", b"github_login", "slug", b"slug"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BindGithubLoginRequest: _TypeAlias = BindGithubLoginRequest  # noqa: Y015
+
+@_typing.final
+class BindGithubLoginResponse(_message.Message):
+    """See OrganizationService.BindGithubLogin."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ORGANIZATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def organization(self) -> _organization_pb2.Organization:
+        """The organization after the change."""
+
+    def __init__(
+        self,
+        *,
+        organization: _organization_pb2.Organization | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["organization", b"organization"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["organization", b"organization"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BindGithubLoginResponse: _TypeAlias = BindGithubLoginResponse  # noqa: Y015
+
+@_typing.final
+class IssueTokenRequest(_message.Message):
+    """See OrganizationService.IssueToken."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EMAIL_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    email: _builtins.str
+    """The person's e-mail address."""
+    name: _builtins.str
+    """Name of the token."""
+    def __init__(
+        self,
+        *,
+        email: _builtins.str = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["email", b"email", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IssueTokenRequest: _TypeAlias = IssueTokenRequest  # noqa: Y015
+
+@_typing.final
+class IssueTokenResponse(_message.Message):
+    """See OrganizationService.IssueToken."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    API_TOKEN_FIELD_NUMBER: _builtins.int
+    api_token: _builtins.str
+    """The token, shown this once."""
+    def __init__(
+        self,
+        *,
+        api_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_token", b"api_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IssueTokenResponse: _TypeAlias = IssueTokenResponse  # noqa: Y015

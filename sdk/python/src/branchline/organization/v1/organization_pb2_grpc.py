@@ -61,6 +61,16 @@ class OrganizationServiceStub:
                 request_serializer=branchline_dot_organization_dot_v1_dot_organization__pb2.AwaitConsistencyRequest.SerializeToString,
                 response_deserializer=branchline_dot_organization_dot_v1_dot_organization__pb2.AwaitConsistencyResponse.FromString,
                 _registered_method=True)
+        self.BindGithubLogin = channel.unary_unary(
+                '/branchline.organization.v1.OrganizationService/BindGithubLogin',
+                request_serializer=branchline_dot_organization_dot_v1_dot_organization__pb2.BindGithubLoginRequest.SerializeToString,
+                response_deserializer=branchline_dot_organization_dot_v1_dot_organization__pb2.BindGithubLoginResponse.FromString,
+                _registered_method=True)
+        self.IssueToken = channel.unary_unary(
+                '/branchline.organization.v1.OrganizationService/IssueToken',
+                request_serializer=branchline_dot_organization_dot_v1_dot_organization__pb2.IssueTokenRequest.SerializeToString,
+                response_deserializer=branchline_dot_organization_dot_v1_dot_organization__pb2.IssueTokenResponse.FromString,
+                _registered_method=True)
         self.GetGitCredential = channel.unary_unary(
                 '/branchline.organization.v1.OrganizationService/GetGitCredential',
                 request_serializer=branchline_dot_organization_dot_v1_dot_organization__pb2.GetGitCredentialRequest.SerializeToString,
@@ -110,6 +120,20 @@ class OrganizationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def BindGithubLogin(self, request, context):
+        """Binds a GitHub login to an organization, on the word of an operator. ALREADY_EXISTS if it is another's.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def IssueToken(self, request, context):
+        """Makes an API token for a person, on the word of an operator. NOT_FOUND if nobody has the address.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetGitCredential(self, request, context):
         """Asks the user service for a git credential of a member. Not found is an empty answer.
         """
@@ -144,6 +168,16 @@ def add_OrganizationServiceServicer_to_server(servicer, server):
                     servicer.AwaitConsistency,
                     request_deserializer=branchline_dot_organization_dot_v1_dot_organization__pb2.AwaitConsistencyRequest.FromString,
                     response_serializer=branchline_dot_organization_dot_v1_dot_organization__pb2.AwaitConsistencyResponse.SerializeToString,
+            ),
+            'BindGithubLogin': grpc.unary_unary_rpc_method_handler(
+                    servicer.BindGithubLogin,
+                    request_deserializer=branchline_dot_organization_dot_v1_dot_organization__pb2.BindGithubLoginRequest.FromString,
+                    response_serializer=branchline_dot_organization_dot_v1_dot_organization__pb2.BindGithubLoginResponse.SerializeToString,
+            ),
+            'IssueToken': grpc.unary_unary_rpc_method_handler(
+                    servicer.IssueToken,
+                    request_deserializer=branchline_dot_organization_dot_v1_dot_organization__pb2.IssueTokenRequest.FromString,
+                    response_serializer=branchline_dot_organization_dot_v1_dot_organization__pb2.IssueTokenResponse.SerializeToString,
             ),
             'GetGitCredential': grpc.unary_unary_rpc_method_handler(
                     servicer.GetGitCredential,
@@ -288,6 +322,60 @@ class OrganizationService:
             '/branchline.organization.v1.OrganizationService/AwaitConsistency',
             branchline_dot_organization_dot_v1_dot_organization__pb2.AwaitConsistencyRequest.SerializeToString,
             branchline_dot_organization_dot_v1_dot_organization__pb2.AwaitConsistencyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BindGithubLogin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.organization.v1.OrganizationService/BindGithubLogin',
+            branchline_dot_organization_dot_v1_dot_organization__pb2.BindGithubLoginRequest.SerializeToString,
+            branchline_dot_organization_dot_v1_dot_organization__pb2.BindGithubLoginResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def IssueToken(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.organization.v1.OrganizationService/IssueToken',
+            branchline_dot_organization_dot_v1_dot_organization__pb2.IssueTokenRequest.SerializeToString,
+            branchline_dot_organization_dot_v1_dot_organization__pb2.IssueTokenResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -31,6 +31,10 @@ class OrganizationServiceStub:
     """Watches all index tables of one organization, tombstones included. The gateway's upstream."""
     AwaitConsistency: _aio.UnaryUnaryMultiCallable[_organization_pb2.AwaitConsistencyRequest, _organization_pb2.AwaitConsistencyResponse]
     """Waits until the index is as new as the token. DEADLINE_EXCEEDED with reason INDEX_BEHIND."""
+    BindGithubLogin: _aio.UnaryUnaryMultiCallable[_organization_pb2.BindGithubLoginRequest, _organization_pb2.BindGithubLoginResponse]
+    """Binds a GitHub login to an organization, on the word of an operator. ALREADY_EXISTS if it is another's."""
+    IssueToken: _aio.UnaryUnaryMultiCallable[_organization_pb2.IssueTokenRequest, _organization_pb2.IssueTokenResponse]
+    """Makes an API token for a person, on the word of an operator. NOT_FOUND if nobody has the address."""
     GetGitCredential: _aio.UnaryUnaryMultiCallable[_organization_pb2.GetGitCredentialRequest, _organization_pb2.GetGitCredentialResponse]
     """Asks the user service for a git credential of a member. Not found is an empty answer."""
 
@@ -77,6 +81,20 @@ class OrganizationServiceServicer:
         context: _aio.ServicerContext[_organization_pb2.AwaitConsistencyRequest, _abc.Awaitable[_organization_pb2.AwaitConsistencyResponse]],
     ) -> _abc.Awaitable[_organization_pb2.AwaitConsistencyResponse]:
         """Waits until the index is as new as the token. DEADLINE_EXCEEDED with reason INDEX_BEHIND."""
+
+    def BindGithubLogin(
+        self,
+        request: _organization_pb2.BindGithubLoginRequest,
+        context: _aio.ServicerContext[_organization_pb2.BindGithubLoginRequest, _abc.Awaitable[_organization_pb2.BindGithubLoginResponse]],
+    ) -> _abc.Awaitable[_organization_pb2.BindGithubLoginResponse]:
+        """Binds a GitHub login to an organization, on the word of an operator. ALREADY_EXISTS if it is another's."""
+
+    def IssueToken(
+        self,
+        request: _organization_pb2.IssueTokenRequest,
+        context: _aio.ServicerContext[_organization_pb2.IssueTokenRequest, _abc.Awaitable[_organization_pb2.IssueTokenResponse]],
+    ) -> _abc.Awaitable[_organization_pb2.IssueTokenResponse]:
+        """Makes an API token for a person, on the word of an operator. NOT_FOUND if nobody has the address."""
 
     def GetGitCredential(
         self,

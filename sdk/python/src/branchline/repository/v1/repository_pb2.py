@@ -24,10 +24,11 @@ _sym_db = _symbol_database.Default()
 
 from branchline.resource.v1 import repository_pb2 as branchline_dot_resource_dot_v1_dot_repository__pb2
 from branchline.resource.v1 import watch_pb2 as branchline_dot_resource_dot_v1_dot_watch__pb2
+from branchline.spine.v1 import push_pb2 as branchline_dot_spine_dot_v1_dot_push__pb2
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)branchline/repository/v1/repository.proto\x12\x18\x62ranchline.repository.v1\x1a\'branchline/resource/v1/repository.proto\x1a\"branchline/resource/v1/watch.proto\x1a\x1b\x62uf/validate/validate.proto\"\xac\x02\n\x17\x45nsureRepositoryRequest\x12J\n\nrepository\x18\x01 \x01(\x0b\x32\".branchline.resource.v1.RepositoryB\x06\xbaH\x03\xc8\x01\x01R\nrepository\x12\x16\n\x06github\x18\x02 \x01(\x08R\x06github\x12:\n\x08\x62ranches\x18\x03 \x03(\x0b\x32\x1e.branchline.resource.v1.BranchR\x08\x62ranches\x12H\n\rpull_requests\x18\x04 \x03(\x0b\x32#.branchline.resource.v1.PullRequestR\x0cpullRequests\x12\'\n\x0fgithub_revision\x18\x05 \x01(\x03R\x0egithubRevision\"\x1a\n\x18\x45nsureRepositoryResponse\"X\n\x11WatchIndexRequest\x12 \n\x07task_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06taskId\x12!\n\x0cresume_token\x18\x02 \x01(\tR\x0bresumeToken\"o\n\x12WatchIndexResponse\x12\x38\n\x05\x66rame\x18\x01 \x01(\x0b\x32\".branchline.resource.v1.WatchFrameR\x05\x66rame\x12\x1f\n\x0bhorizon_seq\x18\x02 \x01(\x03R\nhorizonSeq\";\n\x17GetGitCredentialRequest\x12 \n\x07task_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06taskId\"N\n\x18GetGitCredentialResponse\x12\x1a\n\x08username\x18\x01 \x01(\tR\x08username\x12\x16\n\x06secret\x18\x02 \x01(\tR\x06secret2\xf4\x02\n\x11RepositoryService\x12y\n\x10\x45nsureRepository\x12\x31.branchline.repository.v1.EnsureRepositoryRequest\x1a\x32.branchline.repository.v1.EnsureRepositoryResponse\x12i\n\nWatchIndex\x12+.branchline.repository.v1.WatchIndexRequest\x1a,.branchline.repository.v1.WatchIndexResponse0\x01\x12y\n\x10GetGitCredential\x12\x31.branchline.repository.v1.GetGitCredentialRequest\x1a\x32.branchline.repository.v1.GetGitCredentialResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)branchline/repository/v1/repository.proto\x12\x18\x62ranchline.repository.v1\x1a\'branchline/resource/v1/repository.proto\x1a\"branchline/resource/v1/watch.proto\x1a\x1e\x62ranchline/spine/v1/push.proto\x1a\x1b\x62uf/validate/validate.proto\"\xac\x02\n\x17\x45nsureRepositoryRequest\x12J\n\nrepository\x18\x01 \x01(\x0b\x32\".branchline.resource.v1.RepositoryB\x06\xbaH\x03\xc8\x01\x01R\nrepository\x12\x16\n\x06github\x18\x02 \x01(\x08R\x06github\x12:\n\x08\x62ranches\x18\x03 \x03(\x0b\x32\x1e.branchline.resource.v1.BranchR\x08\x62ranches\x12H\n\rpull_requests\x18\x04 \x03(\x0b\x32#.branchline.resource.v1.PullRequestR\x0cpullRequests\x12\'\n\x0fgithub_revision\x18\x05 \x01(\x03R\x0egithubRevision\"\x1a\n\x18\x45nsureRepositoryResponse\"x\n\x11WatchIndexRequest\x12 \n\x07task_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06taskId\x12\x41\n\tselection\x18\x02 \x01(\x0b\x32#.branchline.spine.v1.WatchSelectionR\tselection\"N\n\x12WatchIndexResponse\x12\x38\n\x05\x66rame\x18\x01 \x01(\x0b\x32\".branchline.resource.v1.WatchFrameR\x05\x66rame\";\n\x17GetGitCredentialRequest\x12 \n\x07task_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06taskId\"N\n\x18GetGitCredentialResponse\x12\x1a\n\x08username\x18\x01 \x01(\tR\x08username\x12\x16\n\x06secret\x18\x02 \x01(\tR\x06secret\"G\n\x17\x44\x65leteRepositoryRequest\x12,\n\rrepository_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0crepositoryId\"\x1a\n\x18\x44\x65leteRepositoryResponse2\xef\x03\n\x11RepositoryService\x12y\n\x10\x45nsureRepository\x12\x31.branchline.repository.v1.EnsureRepositoryRequest\x1a\x32.branchline.repository.v1.EnsureRepositoryResponse\x12y\n\x10\x44\x65leteRepository\x12\x31.branchline.repository.v1.DeleteRepositoryRequest\x1a\x32.branchline.repository.v1.DeleteRepositoryResponse\x12i\n\nWatchIndex\x12+.branchline.repository.v1.WatchIndexRequest\x1a,.branchline.repository.v1.WatchIndexResponse0\x01\x12y\n\x10GetGitCredential\x12\x31.branchline.repository.v1.GetGitCredentialRequest\x1a\x32.branchline.repository.v1.GetGitCredentialResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,18 +41,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHINDEXREQUEST'].fields_by_name['task_id']._serialized_options = b'\272H\004r\002\020\001'
   _globals['_GETGITCREDENTIALREQUEST'].fields_by_name['task_id']._loaded_options = None
   _globals['_GETGITCREDENTIALREQUEST'].fields_by_name['task_id']._serialized_options = b'\272H\004r\002\020\001'
-  _globals['_ENSUREREPOSITORYREQUEST']._serialized_start=178
-  _globals['_ENSUREREPOSITORYREQUEST']._serialized_end=478
-  _globals['_ENSUREREPOSITORYRESPONSE']._serialized_start=480
-  _globals['_ENSUREREPOSITORYRESPONSE']._serialized_end=506
-  _globals['_WATCHINDEXREQUEST']._serialized_start=508
-  _globals['_WATCHINDEXREQUEST']._serialized_end=596
-  _globals['_WATCHINDEXRESPONSE']._serialized_start=598
-  _globals['_WATCHINDEXRESPONSE']._serialized_end=709
-  _globals['_GETGITCREDENTIALREQUEST']._serialized_start=711
-  _globals['_GETGITCREDENTIALREQUEST']._serialized_end=770
-  _globals['_GETGITCREDENTIALRESPONSE']._serialized_start=772
-  _globals['_GETGITCREDENTIALRESPONSE']._serialized_end=850
-  _globals['_REPOSITORYSERVICE']._serialized_start=853
-  _globals['_REPOSITORYSERVICE']._serialized_end=1225
+  _globals['_DELETEREPOSITORYREQUEST'].fields_by_name['repository_id']._loaded_options = None
+  _globals['_DELETEREPOSITORYREQUEST'].fields_by_name['repository_id']._serialized_options = b'\272H\004r\002\020\001'
+  _globals['_ENSUREREPOSITORYREQUEST']._serialized_start=210
+  _globals['_ENSUREREPOSITORYREQUEST']._serialized_end=510
+  _globals['_ENSUREREPOSITORYRESPONSE']._serialized_start=512
+  _globals['_ENSUREREPOSITORYRESPONSE']._serialized_end=538
+  _globals['_WATCHINDEXREQUEST']._serialized_start=540
+  _globals['_WATCHINDEXREQUEST']._serialized_end=660
+  _globals['_WATCHINDEXRESPONSE']._serialized_start=662
+  _globals['_WATCHINDEXRESPONSE']._serialized_end=740
+  _globals['_GETGITCREDENTIALREQUEST']._serialized_start=742
+  _globals['_GETGITCREDENTIALREQUEST']._serialized_end=801
+  _globals['_GETGITCREDENTIALRESPONSE']._serialized_start=803
+  _globals['_GETGITCREDENTIALRESPONSE']._serialized_end=881
+  _globals['_DELETEREPOSITORYREQUEST']._serialized_start=883
+  _globals['_DELETEREPOSITORYREQUEST']._serialized_end=954
+  _globals['_DELETEREPOSITORYRESPONSE']._serialized_start=956
+  _globals['_DELETEREPOSITORYRESPONSE']._serialized_end=982
+  _globals['_REPOSITORYSERVICE']._serialized_start=985
+  _globals['_REPOSITORYSERVICE']._serialized_end=1480
 # @@protoc_insertion_point(module_scope)

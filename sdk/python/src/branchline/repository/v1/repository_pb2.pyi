@@ -5,6 +5,7 @@ isort:skip_file
 
 from branchline.resource.v1 import repository_pb2 as _repository_pb2
 from branchline.resource.v1 import watch_pb2 as _watch_pb2
+from branchline.spine.v1 import push_pb2 as _push_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -88,20 +89,22 @@ class WatchIndexRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TASK_ID_FIELD_NUMBER: _builtins.int
-    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    SELECTION_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     """The task."""
-    resume_token: _builtins.str
-    """Token of an earlier watch; empty for a snapshot."""
+    @_builtins.property
+    def selection(self) -> _push_pb2.WatchSelection:
+        """From where, for whom and how long."""
+
     def __init__(
         self,
         *,
         task_id: _builtins.str = ...,
-        resume_token: _builtins.str = ...,
+        selection: _push_pb2.WatchSelection | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["selection", b"selection"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["resume_token", b"resume_token", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["selection", b"selection", "task_id", b"task_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -114,22 +117,18 @@ class WatchIndexResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     FRAME_FIELD_NUMBER: _builtins.int
-    HORIZON_SEQ_FIELD_NUMBER: _builtins.int
-    horizon_seq: _builtins.int
-    """Oldest position that can be resumed from; set on reset frames."""
     @_builtins.property
     def frame(self) -> _watch_pb2.WatchFrame:
-        """What happened. Snapshots hold the tombstones of the retention window."""
+        """What happened."""
 
     def __init__(
         self,
         *,
         frame: _watch_pb2.WatchFrame | None = ...,
-        horizon_seq: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "horizon_seq", b"horizon_seq"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -182,3 +181,42 @@ class GetGitCredentialResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetGitCredentialResponse: _TypeAlias = GetGitCredentialResponse  # noqa: Y015
+
+@_typing.final
+class DeleteRepositoryRequest(_message.Message):
+    """See RepositoryService.DeleteRepository."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPOSITORY_ID_FIELD_NUMBER: _builtins.int
+    repository_id: _builtins.str
+    """The repository."""
+    def __init__(
+        self,
+        *,
+        repository_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["repository_id", b"repository_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteRepositoryRequest: _TypeAlias = DeleteRepositoryRequest  # noqa: Y015
+
+@_typing.final
+class DeleteRepositoryResponse(_message.Message):
+    """See RepositoryService.DeleteRepository."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteRepositoryResponse: _TypeAlias = DeleteRepositoryResponse  # noqa: Y015

@@ -41,6 +41,11 @@ class RepositoryServiceStub:
                 request_serializer=branchline_dot_repository_dot_v1_dot_repository__pb2.EnsureRepositoryRequest.SerializeToString,
                 response_deserializer=branchline_dot_repository_dot_v1_dot_repository__pb2.EnsureRepositoryResponse.FromString,
                 _registered_method=True)
+        self.DeleteRepository = channel.unary_unary(
+                '/branchline.repository.v1.RepositoryService/DeleteRepository',
+                request_serializer=branchline_dot_repository_dot_v1_dot_repository__pb2.DeleteRepositoryRequest.SerializeToString,
+                response_deserializer=branchline_dot_repository_dot_v1_dot_repository__pb2.DeleteRepositoryResponse.FromString,
+                _registered_method=True)
         self.WatchIndex = channel.unary_stream(
                 '/branchline.repository.v1.RepositoryService/WatchIndex',
                 request_serializer=branchline_dot_repository_dot_v1_dot_repository__pb2.WatchIndexRequest.SerializeToString,
@@ -61,6 +66,14 @@ class RepositoryServiceServicer:
     def EnsureRepository(self, request, context):
         """Creates the repository or brings its name, default branch, branches and pull requests up to
         date. Idempotent; called by organization alone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteRepository(self, request, context):
+        """Has the repository deleted with its tasks. Idempotent; called by organization alone. The repository is pushed up
+        as deleted once its last task is gone.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -87,6 +100,11 @@ def add_RepositoryServiceServicer_to_server(servicer, server):
                     servicer.EnsureRepository,
                     request_deserializer=branchline_dot_repository_dot_v1_dot_repository__pb2.EnsureRepositoryRequest.FromString,
                     response_serializer=branchline_dot_repository_dot_v1_dot_repository__pb2.EnsureRepositoryResponse.SerializeToString,
+            ),
+            'DeleteRepository': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteRepository,
+                    request_deserializer=branchline_dot_repository_dot_v1_dot_repository__pb2.DeleteRepositoryRequest.FromString,
+                    response_serializer=branchline_dot_repository_dot_v1_dot_repository__pb2.DeleteRepositoryResponse.SerializeToString,
             ),
             'WatchIndex': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchIndex,
@@ -128,6 +146,33 @@ class RepositoryService:
             '/branchline.repository.v1.RepositoryService/EnsureRepository',
             branchline_dot_repository_dot_v1_dot_repository__pb2.EnsureRepositoryRequest.SerializeToString,
             branchline_dot_repository_dot_v1_dot_repository__pb2.EnsureRepositoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteRepository(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.repository.v1.RepositoryService/DeleteRepository',
+            branchline_dot_repository_dot_v1_dot_repository__pb2.DeleteRepositoryRequest.SerializeToString,
+            branchline_dot_repository_dot_v1_dot_repository__pb2.DeleteRepositoryResponse.FromString,
             options,
             channel_credentials,
             insecure,

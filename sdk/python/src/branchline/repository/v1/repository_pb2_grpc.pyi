@@ -21,6 +21,10 @@ class RepositoryServiceStub:
     """Creates the repository or brings its name, default branch, branches and pull requests up to
     date. Idempotent; called by organization alone.
     """
+    DeleteRepository: _aio.UnaryUnaryMultiCallable[_repository_pb2.DeleteRepositoryRequest, _repository_pb2.DeleteRepositoryResponse]
+    """Has the repository deleted with its tasks. Idempotent; called by organization alone. The repository is pushed up
+    as deleted once its last task is gone.
+    """
     WatchIndex: _aio.UnaryStreamMultiCallable[_repository_pb2.WatchIndexRequest, _repository_pb2.WatchIndexResponse]
     """Watches the index tables of one task, tombstones included. The gateway's upstream."""
     GetGitCredential: _aio.UnaryUnaryMultiCallable[_repository_pb2.GetGitCredentialRequest, _repository_pb2.GetGitCredentialResponse]
@@ -38,6 +42,15 @@ class RepositoryServiceServicer:
     ) -> _abc.Awaitable[_repository_pb2.EnsureRepositoryResponse]:
         """Creates the repository or brings its name, default branch, branches and pull requests up to
         date. Idempotent; called by organization alone.
+        """
+
+    def DeleteRepository(
+        self,
+        request: _repository_pb2.DeleteRepositoryRequest,
+        context: _aio.ServicerContext[_repository_pb2.DeleteRepositoryRequest, _abc.Awaitable[_repository_pb2.DeleteRepositoryResponse]],
+    ) -> _abc.Awaitable[_repository_pb2.DeleteRepositoryResponse]:
+        """Has the repository deleted with its tasks. Idempotent; called by organization alone. The repository is pushed up
+        as deleted once its last task is gone.
         """
 
     def WatchIndex(

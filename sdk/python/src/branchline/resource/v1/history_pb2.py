@@ -22,10 +22,11 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from branchline.resource.v1 import vocabulary_pb2 as branchline_dot_resource_dot_v1_dot_vocabulary__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$branchline/resource/v1/history.proto\x12\x16\x62ranchline.resource.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb0\x04\n\x0cHistoryEvent\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\'\n\x0forganization_id\x18\x02 \x01(\tR\x0eorganizationId\x12\x1a\n\x08sequence\x18\x03 \x01(\x03R\x08sequence\x12\x39\n\nevent_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\teventTime\x12@\n\nactor_kind\x18\x05 \x01(\x0e\x32!.branchline.resource.v1.ActorKindR\tactorKind\x12\"\n\ractor_user_id\x18\x06 \x01(\tR\x0b\x61\x63torUserId\x12\x12\n\x04kind\x18\x07 \x01(\tR\x04kind\x12#\n\rrepository_id\x18\x08 \x01(\tR\x0crepositoryId\x12\x17\n\x07task_id\x18\t \x01(\tR\x06taskId\x12\x16\n\x06\x62ranch\x18\n \x01(\tR\x06\x62ranch\x12\x1d\n\nsession_id\x18\x0b \x01(\tR\tsessionId\x12\x18\n\x07summary\x18\x0c \x01(\tR\x07summary\x12K\n\x07\x64\x65tails\x18\r \x03(\x0b\x32\x31.branchline.resource.v1.HistoryEvent.DetailsEntryR\x07\x64\x65tails\x1a:\n\x0c\x44\x65tailsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01*i\n\tActorKind\x12\x1a\n\x16\x41\x43TOR_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x41\x43TOR_KIND_USER\x10\x01\x12\x15\n\x11\x41\x43TOR_KIND_SYSTEM\x10\x02\x12\x14\n\x10\x41\x43TOR_KIND_AGENT\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$branchline/resource/v1/history.proto\x12\x16\x62ranchline.resource.v1\x1a\'branchline/resource/v1/vocabulary.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd3\x04\n\x0cHistoryEvent\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\'\n\x0forganization_id\x18\x02 \x01(\tR\x0eorganizationId\x12\x1a\n\x08sequence\x18\x03 \x01(\x03R\x08sequence\x12\x39\n\nevent_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\teventTime\x12@\n\nactor_kind\x18\x05 \x01(\x0e\x32!.branchline.resource.v1.ActorKindR\tactorKind\x12\"\n\ractor_user_id\x18\x06 \x01(\tR\x0b\x61\x63torUserId\x12\x35\n\x04kind\x18\x07 \x01(\x0e\x32!.branchline.resource.v1.EventKindR\x04kind\x12#\n\rrepository_id\x18\x08 \x01(\tR\x0crepositoryId\x12\x17\n\x07task_id\x18\t \x01(\tR\x06taskId\x12\x16\n\x06\x62ranch\x18\n \x01(\tR\x06\x62ranch\x12\x1d\n\nsession_id\x18\x0b \x01(\tR\tsessionId\x12\x18\n\x07summary\x18\x0c \x01(\tR\x07summary\x12K\n\x07\x64\x65tails\x18\r \x03(\x0b\x32\x31.branchline.resource.v1.HistoryEvent.DetailsEntryR\x07\x64\x65tails\x1a:\n\x0c\x44\x65tailsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01*i\n\tActorKind\x12\x1a\n\x16\x41\x43TOR_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x41\x43TOR_KIND_USER\x10\x01\x12\x15\n\x11\x41\x43TOR_KIND_SYSTEM\x10\x02\x12\x14\n\x10\x41\x43TOR_KIND_AGENT\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,10 +35,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_HISTORYEVENT_DETAILSENTRY']._loaded_options = None
   _globals['_HISTORYEVENT_DETAILSENTRY']._serialized_options = b'8\001'
-  _globals['_ACTORKIND']._serialized_start=660
-  _globals['_ACTORKIND']._serialized_end=765
-  _globals['_HISTORYEVENT']._serialized_start=98
-  _globals['_HISTORYEVENT']._serialized_end=658
-  _globals['_HISTORYEVENT_DETAILSENTRY']._serialized_start=600
-  _globals['_HISTORYEVENT_DETAILSENTRY']._serialized_end=658
+  _globals['_ACTORKIND']._serialized_start=736
+  _globals['_ACTORKIND']._serialized_end=841
+  _globals['_HISTORYEVENT']._serialized_start=139
+  _globals['_HISTORYEVENT']._serialized_end=734
+  _globals['_HISTORYEVENT_DETAILSENTRY']._serialized_start=676
+  _globals['_HISTORYEVENT_DETAILSENTRY']._serialized_end=734
 # @@protoc_insertion_point(module_scope)

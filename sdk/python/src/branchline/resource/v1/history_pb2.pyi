@@ -3,6 +3,7 @@
 isort:skip_file
 """
 
+from branchline.resource.v1 import vocabulary_pb2 as _vocabulary_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -97,8 +98,8 @@ class HistoryEvent(_message.Message):
     """Who did it."""
     actor_user_id: _builtins.str
     """The user, where a user did it."""
-    kind: _builtins.str
-    """What happened, such as "task.created" or "task.status_changed"."""
+    kind: _vocabulary_pb2.EventKind.ValueType
+    """What happened."""
     repository_id: _builtins.str
     """The repository; may be empty."""
     task_id: _builtins.str
@@ -126,7 +127,7 @@ class HistoryEvent(_message.Message):
         event_time: _timestamp_pb2.Timestamp | None = ...,
         actor_kind: Global___ActorKind.ValueType = ...,
         actor_user_id: _builtins.str = ...,
-        kind: _builtins.str = ...,
+        kind: _vocabulary_pb2.EventKind.ValueType = ...,
         repository_id: _builtins.str = ...,
         task_id: _builtins.str = ...,
         branch: _builtins.str = ...,

@@ -163,6 +163,7 @@ class Organization(_message.Message):
     SETTINGS_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
+    DELETE_TIME_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Id with the prefix "org_"."""
     slug: _builtins.str
@@ -172,7 +173,7 @@ class Organization(_message.Message):
     kind: Global___OrganizationKind.ValueType
     """What it stands for."""
     github_login: _builtins.str
-    """GitHub login of the account behind it; empty without GitHub."""
+    """GitHub login of the account behind it, bound by an operator; empty without GitHub."""
     github_account_id: _builtins.int
     """Numeric GitHub account id; 0 without GitHub."""
     revision: _builtins.int
@@ -184,6 +185,10 @@ class Organization(_message.Message):
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was created."""
+
+    @_builtins.property
+    def delete_time(self) -> _timestamp_pb2.Timestamp:
+        """When its deletion began; unset while it lives. What is being deleted takes no commands."""
 
     def __init__(
         self,
@@ -197,10 +202,11 @@ class Organization(_message.Message):
         settings: Global___OrganizationSettings | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         revision: _builtins.int = ...,
+        delete_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "settings", b"settings"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "delete_time", b"delete_time", "settings", b"settings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "display_name", b"display_name", "github_account_id", b"github_account_id", "github_login", b"github_login", "id", b"id", "kind", b"kind", "revision", b"revision", "settings", b"settings", "slug", b"slug"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "delete_time", b"delete_time", "display_name", b"display_name", "github_account_id", b"github_account_id", "github_login", b"github_login", "id", b"id", "kind", b"kind", "revision", b"revision", "settings", b"settings", "slug", b"slug"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,21 +25,21 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'branchline/resource/v1/repository.proto\x12\x16\x62ranchline.resource.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xac\x03\n\nRepository\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\'\n\x0forganization_id\x18\x02 \x01(\tR\x0eorganizationId\x12\x1b\n\tfull_name\x18\x03 \x01(\tR\x08\x66ullName\x12\x1d\n\nremote_url\x18\x04 \x01(\tR\tremoteUrl\x12%\n\x0e\x64\x65\x66\x61ult_branch\x18\x05 \x01(\tR\rdefaultBranch\x12@\n\x06source\x18\x06 \x01(\x0e\x32(.branchline.resource.v1.RepositorySourceR\x06source\x12&\n\x0flive_task_count\x18\x07 \x01(\x05R\rliveTaskCount\x12?\n\ractivity_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x0c\x61\x63tivityTime\x12;\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12\x1a\n\x08revision\x18\n \x01(\x03R\x08revision\"\x80\x01\n\x06\x42ranch\x12#\n\rrepository_id\x18\x01 \x01(\tR\x0crepositoryId\x12\x12\n\x04name\x18\x02 \x01(\tR\x04name\x12\x1f\n\x0bhead_commit\x18\x03 \x01(\tR\nheadCommit\x12\x1c\n\tprotected\x18\x04 \x01(\x08R\tprotected\"\xaa\x02\n\x0bPullRequest\x12#\n\rrepository_id\x18\x01 \x01(\tR\x0crepositoryId\x12\x16\n\x06number\x18\x02 \x01(\x05R\x06number\x12\x14\n\x05title\x18\x03 \x01(\tR\x05title\x12\x1f\n\x0bhead_branch\x18\x04 \x01(\tR\nheadBranch\x12\x1f\n\x0b\x62\x61se_branch\x18\x05 \x01(\tR\nbaseBranch\x12!\n\x0c\x61uthor_login\x18\x06 \x01(\tR\x0b\x61uthorLogin\x12\x14\n\x05\x64raft\x18\x07 \x01(\x08R\x05\x64raft\x12\x10\n\x03url\x18\x08 \x01(\tR\x03url\x12;\n\x0bupdate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nupdateTime\"\xc8\x01\n\x0e\x42ranchOverview\x12\x36\n\x06\x62ranch\x18\x01 \x01(\x0b\x32\x1e.branchline.resource.v1.BranchR\x06\x62ranch\x12\x1d\n\nis_default\x18\x02 \x01(\x08R\tisDefault\x12\x17\n\x07task_id\x18\x03 \x01(\tR\x06taskId\x12\x46\n\x0cpull_request\x18\x04 \x01(\x0b\x32#.branchline.resource.v1.PullRequestR\x0bpullRequest*n\n\x10RepositorySource\x12!\n\x1dREPOSITORY_SOURCE_UNSPECIFIED\x10\x00\x12\x19\n\x15REPOSITORY_SOURCE_URL\x10\x01\x12\x1c\n\x18REPOSITORY_SOURCE_GITHUB\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'branchline/resource/v1/repository.proto\x12\x16\x62ranchline.resource.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe9\x03\n\nRepository\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\'\n\x0forganization_id\x18\x02 \x01(\tR\x0eorganizationId\x12\x1b\n\tfull_name\x18\x03 \x01(\tR\x08\x66ullName\x12\x1d\n\nremote_url\x18\x04 \x01(\tR\tremoteUrl\x12%\n\x0e\x64\x65\x66\x61ult_branch\x18\x05 \x01(\tR\rdefaultBranch\x12@\n\x06source\x18\x06 \x01(\x0e\x32(.branchline.resource.v1.RepositorySourceR\x06source\x12&\n\x0flive_task_count\x18\x07 \x01(\x05R\rliveTaskCount\x12?\n\ractivity_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x0c\x61\x63tivityTime\x12;\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12\x1a\n\x08revision\x18\n \x01(\x03R\x08revision\x12;\n\x0b\x64\x65lete_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ndeleteTime\"\x80\x01\n\x06\x42ranch\x12#\n\rrepository_id\x18\x01 \x01(\tR\x0crepositoryId\x12\x12\n\x04name\x18\x02 \x01(\tR\x04name\x12\x1f\n\x0bhead_commit\x18\x03 \x01(\tR\nheadCommit\x12\x1c\n\tprotected\x18\x04 \x01(\x08R\tprotected\"\xaa\x02\n\x0bPullRequest\x12#\n\rrepository_id\x18\x01 \x01(\tR\x0crepositoryId\x12\x16\n\x06number\x18\x02 \x01(\x05R\x06number\x12\x14\n\x05title\x18\x03 \x01(\tR\x05title\x12\x1f\n\x0bhead_branch\x18\x04 \x01(\tR\nheadBranch\x12\x1f\n\x0b\x62\x61se_branch\x18\x05 \x01(\tR\nbaseBranch\x12!\n\x0c\x61uthor_login\x18\x06 \x01(\tR\x0b\x61uthorLogin\x12\x14\n\x05\x64raft\x18\x07 \x01(\x08R\x05\x64raft\x12\x10\n\x03url\x18\x08 \x01(\tR\x03url\x12;\n\x0bupdate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nupdateTime\"\xc8\x01\n\x0e\x42ranchOverview\x12\x36\n\x06\x62ranch\x18\x01 \x01(\x0b\x32\x1e.branchline.resource.v1.BranchR\x06\x62ranch\x12\x1d\n\nis_default\x18\x02 \x01(\x08R\tisDefault\x12\x17\n\x07task_id\x18\x03 \x01(\tR\x06taskId\x12\x46\n\x0cpull_request\x18\x04 \x01(\x0b\x32#.branchline.resource.v1.PullRequestR\x0bpullRequest*n\n\x10RepositorySource\x12!\n\x1dREPOSITORY_SOURCE_UNSPECIFIED\x10\x00\x12\x19\n\x15REPOSITORY_SOURCE_URL\x10\x01\x12\x1c\n\x18REPOSITORY_SOURCE_GITHUB\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'branchline.resource.v1.repository_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REPOSITORYSOURCE']._serialized_start=1166
-  _globals['_REPOSITORYSOURCE']._serialized_end=1276
+  _globals['_REPOSITORYSOURCE']._serialized_start=1227
+  _globals['_REPOSITORYSOURCE']._serialized_end=1337
   _globals['_REPOSITORY']._serialized_start=101
-  _globals['_REPOSITORY']._serialized_end=529
-  _globals['_BRANCH']._serialized_start=532
-  _globals['_BRANCH']._serialized_end=660
-  _globals['_PULLREQUEST']._serialized_start=663
-  _globals['_PULLREQUEST']._serialized_end=961
-  _globals['_BRANCHOVERVIEW']._serialized_start=964
-  _globals['_BRANCHOVERVIEW']._serialized_end=1164
+  _globals['_REPOSITORY']._serialized_end=590
+  _globals['_BRANCH']._serialized_start=593
+  _globals['_BRANCH']._serialized_end=721
+  _globals['_PULLREQUEST']._serialized_start=724
+  _globals['_PULLREQUEST']._serialized_end=1022
+  _globals['_BRANCHOVERVIEW']._serialized_start=1025
+  _globals['_BRANCHOVERVIEW']._serialized_end=1225
 # @@protoc_insertion_point(module_scope)

@@ -58,6 +58,7 @@ class Repository(_message.Message):
     ACTIVITY_TIME_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
+    DELETE_TIME_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Id with the prefix "repo_"."""
     organization_id: _builtins.str
@@ -82,6 +83,10 @@ class Repository(_message.Message):
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was created."""
 
+    @_builtins.property
+    def delete_time(self) -> _timestamp_pb2.Timestamp:
+        """When its deletion began; unset while it lives. What is being deleted takes no commands."""
+
     def __init__(
         self,
         *,
@@ -95,10 +100,11 @@ class Repository(_message.Message):
         activity_time: _timestamp_pb2.Timestamp | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         revision: _builtins.int = ...,
+        delete_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activity_time", b"activity_time", "create_time", b"create_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activity_time", b"activity_time", "create_time", b"create_time", "delete_time", b"delete_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity_time", b"activity_time", "create_time", b"create_time", "default_branch", b"default_branch", "full_name", b"full_name", "id", b"id", "live_task_count", b"live_task_count", "organization_id", b"organization_id", "remote_url", b"remote_url", "revision", b"revision", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity_time", b"activity_time", "create_time", b"create_time", "default_branch", b"default_branch", "delete_time", b"delete_time", "full_name", b"full_name", "id", b"id", "live_task_count", b"live_task_count", "organization_id", b"organization_id", "remote_url", b"remote_url", "revision", b"revision", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -209,3 +209,99 @@ class Task(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Task: _TypeAlias = Task  # noqa: Y015
+
+@_typing.final
+class TaskSummary(_message.Message):
+    """A task as the sidebar shows it: what `Task` holds, without its text and its long words."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
+    REPOSITORY_ID_FIELD_NUMBER: _builtins.int
+    TITLE_FIELD_NUMBER: _builtins.int
+    BRANCH_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    STATUS_REASON_FIELD_NUMBER: _builtins.int
+    STATUS_TIME_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
+    OWNER_USER_ID_FIELD_NUMBER: _builtins.int
+    SESSIONS_FIELD_NUMBER: _builtins.int
+    ACTIVE_SANDBOX_ID_FIELD_NUMBER: _builtins.int
+    HEAD_COMMIT_FIELD_NUMBER: _builtins.int
+    PULL_REQUEST_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Id with the prefix "task_"."""
+    organization_id: _builtins.str
+    """The organization that owns it."""
+    repository_id: _builtins.str
+    """The repository it works on."""
+    title: _builtins.str
+    """Title shown to people, at most 62 characters."""
+    branch: _builtins.str
+    """The branch it owns."""
+    status: Global___TaskStatus.ValueType
+    """Where it stands."""
+    status_reason: _builtins.str
+    """Why it stands there: the beginning of the words, at most 200 characters."""
+    stage: Global___ProvisioningStage.ValueType
+    """How far provisioning has come, while it goes on."""
+    owner_user_id: _builtins.str
+    """User whose git credentials the sandbox uses."""
+    active_sandbox_id: _builtins.str
+    """The active sandbox; empty when there is none."""
+    head_commit: _builtins.str
+    """Commit at the tip of its branch in the sandbox after the last agent turn, 40 hex digits."""
+    revision: _builtins.int
+    """Number of its state; grows with every change."""
+    @_builtins.property
+    def status_time(self) -> _timestamp_pb2.Timestamp:
+        """Since when it stands there."""
+
+    @_builtins.property
+    def sessions(self) -> _containers.RepeatedCompositeFieldContainer[_session_pb2.SessionSummary]:
+        """Its first eight sessions in brief, oldest first."""
+
+    @_builtins.property
+    def pull_request(self) -> _repository_pb2.PullRequest:
+        """The open pull request from its branch; unset when there is none."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was created."""
+
+    @_builtins.property
+    def update_time(self) -> _timestamp_pb2.Timestamp:
+        """When anything of it last changed."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        organization_id: _builtins.str = ...,
+        repository_id: _builtins.str = ...,
+        title: _builtins.str = ...,
+        branch: _builtins.str = ...,
+        status: Global___TaskStatus.ValueType = ...,
+        status_reason: _builtins.str = ...,
+        status_time: _timestamp_pb2.Timestamp | None = ...,
+        stage: Global___ProvisioningStage.ValueType = ...,
+        owner_user_id: _builtins.str = ...,
+        sessions: _abc.Iterable[_session_pb2.SessionSummary] | None = ...,
+        active_sandbox_id: _builtins.str = ...,
+        head_commit: _builtins.str = ...,
+        pull_request: _repository_pb2.PullRequest | None = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        update_time: _timestamp_pb2.Timestamp | None = ...,
+        revision: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "pull_request", b"pull_request", "status_time", b"status_time", "update_time", b"update_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_sandbox_id", b"active_sandbox_id", "branch", b"branch", "create_time", b"create_time", "head_commit", b"head_commit", "id", b"id", "organization_id", b"organization_id", "owner_user_id", b"owner_user_id", "pull_request", b"pull_request", "repository_id", b"repository_id", "revision", b"revision", "sessions", b"sessions", "stage", b"stage", "status", b"status", "status_reason", b"status_reason", "status_time", b"status_time", "title", b"title", "update_time", b"update_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TaskSummary: _TypeAlias = TaskSummary  # noqa: Y015

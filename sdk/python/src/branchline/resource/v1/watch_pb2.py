@@ -22,20 +22,21 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from branchline.resource.v1 import vocabulary_pb2 as branchline_dot_resource_dot_v1_dot_vocabulary__pb2
 from google.protobuf import any_pb2 as google_dot_protobuf_dot_any__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"branchline/resource/v1/watch.proto\x12\x16\x62ranchline.resource.v1\x1a\x19google/protobuf/any.proto\"\xee\x01\n\x0bWatchChange\x12\x12\n\x04kind\x18\x01 \x01(\tR\x04kind\x12\x0e\n\x02id\x18\x02 \x01(\tR\x02id\x12\x1a\n\x08revision\x18\x03 \x01(\x03R\x08revision\x12\x1d\n\nchange_seq\x18\x04 \x01(\x03R\tchangeSeq\x12\x18\n\x07\x64\x65leted\x18\x05 \x01(\x08R\x07\x64\x65leted\x12\x30\n\x08resource\x18\x06 \x01(\x0b\x32\x14.google.protobuf.AnyR\x08resource\x12\x1b\n\tviewer_id\x18\x07 \x01(\tR\x08viewerId\x12\x17\n\x07task_id\x18\x08 \x01(\tR\x06taskId\"\xc9\x01\n\nWatchFrame\x12:\n\x04kind\x18\x01 \x01(\x0e\x32&.branchline.resource.v1.WatchFrameKindR\x04kind\x12=\n\x07\x63hanges\x18\x02 \x03(\x0b\x32#.branchline.resource.v1.WatchChangeR\x07\x63hanges\x12\x1d\n\nchange_seq\x18\x03 \x01(\x03R\tchangeSeq\x12!\n\x0cresume_token\x18\x04 \x01(\tR\x0bresumeToken*\xc8\x01\n\x0eWatchFrameKind\x12 \n\x1cWATCH_FRAME_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16WATCH_FRAME_KIND_RESET\x10\x01\x12\x1d\n\x19WATCH_FRAME_KIND_SNAPSHOT\x10\x02\x12\x1b\n\x17WATCH_FRAME_KIND_SYNCED\x10\x03\x12\x1c\n\x18WATCH_FRAME_KIND_CHANGES\x10\x04\x12\x1e\n\x1aWATCH_FRAME_KIND_HEARTBEAT\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"branchline/resource/v1/watch.proto\x12\x16\x62ranchline.resource.v1\x1a\'branchline/resource/v1/vocabulary.proto\x1a\x19google/protobuf/any.proto\"\x92\x02\n\x0bWatchChange\x12\x36\n\x04kind\x18\x01 \x01(\x0e\x32\".branchline.resource.v1.EntityKindR\x04kind\x12\x0e\n\x02id\x18\x02 \x01(\tR\x02id\x12\x1a\n\x08revision\x18\x03 \x01(\x03R\x08revision\x12\x1d\n\nchange_seq\x18\x04 \x01(\x03R\tchangeSeq\x12\x18\n\x07\x64\x65leted\x18\x05 \x01(\x08R\x07\x64\x65leted\x12\x30\n\x08resource\x18\x06 \x01(\x0b\x32\x14.google.protobuf.AnyR\x08resource\x12\x1b\n\tviewer_id\x18\x07 \x01(\tR\x08viewerId\x12\x17\n\x07task_id\x18\x08 \x01(\tR\x06taskId\"\xc9\x01\n\nWatchFrame\x12:\n\x04kind\x18\x01 \x01(\x0e\x32&.branchline.resource.v1.WatchFrameKindR\x04kind\x12=\n\x07\x63hanges\x18\x02 \x03(\x0b\x32#.branchline.resource.v1.WatchChangeR\x07\x63hanges\x12\x1d\n\nchange_seq\x18\x03 \x01(\x03R\tchangeSeq\x12!\n\x0cresume_token\x18\x04 \x01(\tR\x0bresumeToken*\xc8\x01\n\x0eWatchFrameKind\x12 \n\x1cWATCH_FRAME_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16WATCH_FRAME_KIND_RESET\x10\x01\x12\x1d\n\x19WATCH_FRAME_KIND_SNAPSHOT\x10\x02\x12\x1b\n\x17WATCH_FRAME_KIND_SYNCED\x10\x03\x12\x1c\n\x18WATCH_FRAME_KIND_CHANGES\x10\x04\x12\x1e\n\x1aWATCH_FRAME_KIND_HEARTBEAT\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'branchline.resource.v1.watch_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WATCHFRAMEKIND']._serialized_start=535
-  _globals['_WATCHFRAMEKIND']._serialized_end=735
-  _globals['_WATCHCHANGE']._serialized_start=90
-  _globals['_WATCHCHANGE']._serialized_end=328
-  _globals['_WATCHFRAME']._serialized_start=331
-  _globals['_WATCHFRAME']._serialized_end=532
+  _globals['_WATCHFRAMEKIND']._serialized_start=612
+  _globals['_WATCHFRAMEKIND']._serialized_end=812
+  _globals['_WATCHCHANGE']._serialized_start=131
+  _globals['_WATCHCHANGE']._serialized_end=405
+  _globals['_WATCHFRAME']._serialized_start=408
+  _globals['_WATCHFRAME']._serialized_end=609
 # @@protoc_insertion_point(module_scope)

@@ -3,6 +3,7 @@
 isort:skip_file
 """
 
+from branchline.resource.v1 import vocabulary_pb2 as _vocabulary_pb2
 from collections import abc as _abc
 from google.protobuf import any_pb2 as _any_pb2
 from google.protobuf import descriptor as _descriptor
@@ -70,8 +71,8 @@ class WatchChange(_message.Message):
     RESOURCE_FIELD_NUMBER: _builtins.int
     VIEWER_ID_FIELD_NUMBER: _builtins.int
     TASK_ID_FIELD_NUMBER: _builtins.int
-    kind: _builtins.str
-    """What it is, such as "task" or "transcript_entry"."""
+    kind: _vocabulary_pb2.EntityKind.ValueType
+    """What it is."""
     id: _builtins.str
     """Its id, unique within the kind."""
     revision: _builtins.int
@@ -91,7 +92,7 @@ class WatchChange(_message.Message):
     def __init__(
         self,
         *,
-        kind: _builtins.str = ...,
+        kind: _vocabulary_pb2.EntityKind.ValueType = ...,
         id: _builtins.str = ...,
         revision: _builtins.int = ...,
         change_seq: _builtins.int = ...,

@@ -368,16 +368,20 @@ class CancelTurnRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
+    TURN_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The session."""
+    turn: _builtins.int
+    """The turn; another one is left alone."""
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
+        turn: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id", "turn", b"turn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -409,22 +413,26 @@ class AnswerPermissionRequest(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     ENTRY_ID_FIELD_NUMBER: _builtins.int
     OPTION_ID_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The session."""
     entry_id: _builtins.str
     """The transcript entry that asks."""
     option_id: _builtins.str
     """The option chosen."""
+    user_id: _builtins.str
+    """Who chose it."""
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
         entry_id: _builtins.str = ...,
         option_id: _builtins.str = ...,
+        user_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry_id", b"entry_id", "option_id", b"option_id", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry_id", b"entry_id", "option_id", b"option_id", "session_id", b"session_id", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -497,6 +505,7 @@ class AgentSession(_message.Message):
     STATUS_FIELD_NUMBER: _builtins.int
     STATUS_REASON_FIELD_NUMBER: _builtins.int
     TURN_FIELD_NUMBER: _builtins.int
+    HEAD_COMMIT_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The session."""
@@ -508,6 +517,8 @@ class AgentSession(_message.Message):
     """Why, in words."""
     turn: _builtins.int
     """Turn that the status speaks of."""
+    head_commit: _builtins.str
+    """Commit at the tip of the branch when the turn ended, 40 hex digits; empty if it is not known."""
     revision: _builtins.int
     """Number of its state; grows with every change."""
     def __init__(
@@ -518,11 +529,12 @@ class AgentSession(_message.Message):
         status: _session_pb2.SessionStatus.ValueType = ...,
         status_reason: _builtins.str = ...,
         turn: _builtins.int = ...,
+        head_commit: _builtins.str = ...,
         revision: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision", "session_id", b"session_id", "status", b"status", "status_reason", b"status_reason", "task_id", b"task_id", "turn", b"turn"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["head_commit", b"head_commit", "revision", b"revision", "session_id", b"session_id", "status", b"status", "status_reason", b"status_reason", "task_id", b"task_id", "turn", b"turn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -141,14 +141,15 @@ class SandboxServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def AnswerPermission(self, request, context):
-        """Answers a permission request of the agent. Idempotent.
+        """Records the answer to a permission request of the agent; the task has made sure that it is the first. Idempotent.
+        An answer that nobody waits for any more is dropped.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CloseSession(self, request, context):
-        """Stops the agent of a session. Idempotent.
+        """Records that the agent of a session shall be stopped; it is, until it is confirmed gone. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,9 +38,11 @@ class SandboxServiceStub:
     CancelTurn: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.CancelTurnRequest, _sandbox_pb2.CancelTurnResponse]
     """Asks the agent to stop its turn. Idempotent."""
     AnswerPermission: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.AnswerPermissionRequest, _sandbox_pb2.AnswerPermissionResponse]
-    """Answers a permission request of the agent. Idempotent."""
+    """Records the answer to a permission request of the agent; the task has made sure that it is the first. Idempotent.
+    An answer that nobody waits for any more is dropped.
+    """
     CloseSession: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.CloseSessionRequest, _sandbox_pb2.CloseSessionResponse]
-    """Stops the agent of a session. Idempotent."""
+    """Records that the agent of a session shall be stopped; it is, until it is confirmed gone. Idempotent."""
 
 class SandboxServiceServicer:
     """What the task coordinator asks of its sandboxes and of the agents in them.
@@ -107,13 +109,15 @@ class SandboxServiceServicer:
         request: _sandbox_pb2.AnswerPermissionRequest,
         context: _aio.ServicerContext[_sandbox_pb2.AnswerPermissionRequest, _abc.Awaitable[_sandbox_pb2.AnswerPermissionResponse]],
     ) -> _abc.Awaitable[_sandbox_pb2.AnswerPermissionResponse]:
-        """Answers a permission request of the agent. Idempotent."""
+        """Records the answer to a permission request of the agent; the task has made sure that it is the first. Idempotent.
+        An answer that nobody waits for any more is dropped.
+        """
 
     def CloseSession(
         self,
         request: _sandbox_pb2.CloseSessionRequest,
         context: _aio.ServicerContext[_sandbox_pb2.CloseSessionRequest, _abc.Awaitable[_sandbox_pb2.CloseSessionResponse]],
     ) -> _abc.Awaitable[_sandbox_pb2.CloseSessionResponse]:
-        """Stops the agent of a session. Idempotent."""
+        """Records that the agent of a session shall be stopped; it is, until it is confirmed gone. Idempotent."""
 
 def add_SandboxServiceServicer_to_server(servicer: SandboxServiceServicer, server: _aio.Server) -> None: ...

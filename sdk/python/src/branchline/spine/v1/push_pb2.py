@@ -22,30 +22,37 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from branchline.resource.v1 import vocabulary_pb2 as branchline_dot_resource_dot_v1_dot_vocabulary__pb2
 from google.protobuf import any_pb2 as google_dot_protobuf_dot_any__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x62ranchline/spine/v1/push.proto\x12\x13\x62ranchline.spine.v1\x1a\x19google/protobuf/any.proto\"\x9c\x01\n\tPushEntry\x12\x1d\n\noutbox_seq\x18\x01 \x01(\x03R\toutboxSeq\x12\x0e\n\x02id\x18\x02 \x01(\tR\x02id\x12\x1a\n\x08revision\x18\x03 \x01(\x03R\x08revision\x12\x18\n\x07\x64\x65leted\x18\x04 \x01(\x08R\x07\x64\x65leted\x12*\n\x05state\x18\x05 \x01(\x0b\x32\x14.google.protobuf.AnyR\x05state\"s\n\x0bPushRequest\x12\x14\n\x05\x63hild\x18\x01 \x01(\tR\x05\x63hild\x12\x14\n\x05\x62\x61tch\x18\x02 \x01(\x03R\x05\x62\x61tch\x12\x38\n\x07\x65ntries\x18\x03 \x03(\x0b\x32\x1e.branchline.spine.v1.PushEntryR\x07\x65ntries\"F\n\rRejectedEntry\x12\x1d\n\noutbox_seq\x18\x01 \x01(\x03R\toutboxSeq\x12\x16\n\x06reason\x18\x02 \x01(\tR\x06reason\"d\n\x0cPushResponse\x12\x14\n\x05\x62\x61tch\x18\x01 \x01(\x03R\x05\x62\x61tch\x12>\n\x08rejected\x18\x02 \x03(\x0b\x32\".branchline.spine.v1.RejectedEntryR\x08rejected\"S\n\x10\x43onsistencyPoint\x12?\n\x08\x65ntities\x18\x01 \x03(\x0b\x32#.branchline.spine.v1.EntityRevisionR\x08\x65ntities\"P\n\x0e\x45ntityRevision\x12\x12\n\x04kind\x18\x01 \x01(\tR\x04kind\x12\x0e\n\x02id\x18\x02 \x01(\tR\x02id\x12\x1a\n\x08revision\x18\x03 \x01(\x03R\x08revision\"X\n\x0bResumePoint\x12\x14\n\x05topic\x18\x01 \x01(\tR\x05topic\x12\x14\n\x05\x65poch\x18\x02 \x01(\tR\x05\x65poch\x12\x1d\n\nchange_seq\x18\x03 \x01(\x03R\tchangeSeq2^\n\x0bPushService\x12O\n\x04Push\x12 .branchline.spine.v1.PushRequest\x1a!.branchline.spine.v1.PushResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x62ranchline/spine/v1/push.proto\x12\x13\x62ranchline.spine.v1\x1a\'branchline/resource/v1/vocabulary.proto\x1a\x19google/protobuf/any.proto\"\x9c\x01\n\tPushEntry\x12\x1d\n\noutbox_seq\x18\x01 \x01(\x03R\toutboxSeq\x12\x0e\n\x02id\x18\x02 \x01(\tR\x02id\x12\x1a\n\x08revision\x18\x03 \x01(\x03R\x08revision\x12\x18\n\x07\x64\x65leted\x18\x04 \x01(\x08R\x07\x64\x65leted\x12*\n\x05state\x18\x05 \x01(\x0b\x32\x14.google.protobuf.AnyR\x05state\"s\n\x0bPushRequest\x12\x14\n\x05\x63hild\x18\x01 \x01(\tR\x05\x63hild\x12\x14\n\x05\x62\x61tch\x18\x02 \x01(\x03R\x05\x62\x61tch\x12\x38\n\x07\x65ntries\x18\x03 \x03(\x0b\x32\x1e.branchline.spine.v1.PushEntryR\x07\x65ntries\"F\n\rRejectedEntry\x12\x1d\n\noutbox_seq\x18\x01 \x01(\x03R\toutboxSeq\x12\x16\n\x06reason\x18\x02 \x01(\tR\x06reason\"d\n\x0cPushResponse\x12\x14\n\x05\x62\x61tch\x18\x01 \x01(\x03R\x05\x62\x61tch\x12>\n\x08rejected\x18\x02 \x03(\x0b\x32\".branchline.spine.v1.RejectedEntryR\x08rejected\"S\n\x10\x43onsistencyPoint\x12?\n\x08\x65ntities\x18\x01 \x03(\x0b\x32#.branchline.spine.v1.EntityRevisionR\x08\x65ntities\"t\n\x0e\x45ntityRevision\x12\x36\n\x04kind\x18\x01 \x01(\x0e\x32\".branchline.resource.v1.EntityKindR\x04kind\x12\x0e\n\x02id\x18\x02 \x01(\tR\x02id\x12\x1a\n\x08revision\x18\x03 \x01(\x03R\x08revision\"X\n\x0bResumePoint\x12\x14\n\x05topic\x18\x01 \x01(\tR\x05topic\x12\x14\n\x05\x65poch\x18\x02 \x01(\tR\x05\x65poch\x12\x1d\n\nchange_seq\x18\x03 \x01(\x03R\tchangeSeq\"`\n\nPageCursor\x12\x18\n\x07\x62inding\x18\x01 \x01(\x0cR\x07\x62inding\x12\x38\n\x06values\x18\x02 \x03(\x0b\x32 .branchline.spine.v1.CursorValueR\x06values\"b\n\x0b\x43ursorValue\x12\x14\n\x04text\x18\x01 \x01(\tH\x00R\x04text\x12\x18\n\x06number\x18\x02 \x01(\x03H\x00R\x06number\x12\x1a\n\x07seconds\x18\x03 \x01(\x01H\x00R\x07secondsB\x07\n\x05value\"\xb4\x01\n\x0eWatchSelection\x12!\n\x0cresume_token\x18\x01 \x01(\tR\x0bresumeToken\x12\x12\n\x04tail\x18\x02 \x01(\x08R\x04tail\x12!\n\x0cuntil_synced\x18\x03 \x01(\x08R\x0buntilSynced\x12+\n\x11\x63onsistency_token\x18\x04 \x01(\tR\x10\x63onsistencyToken\x12\x1b\n\tviewer_id\x18\x05 \x01(\tR\x08viewerId2^\n\x0bPushService\x12O\n\x04Push\x12 .branchline.spine.v1.PushRequest\x1a!.branchline.spine.v1.PushResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'branchline.spine.v1.push_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PUSHENTRY']._serialized_start=83
-  _globals['_PUSHENTRY']._serialized_end=239
-  _globals['_PUSHREQUEST']._serialized_start=241
-  _globals['_PUSHREQUEST']._serialized_end=356
-  _globals['_REJECTEDENTRY']._serialized_start=358
-  _globals['_REJECTEDENTRY']._serialized_end=428
-  _globals['_PUSHRESPONSE']._serialized_start=430
-  _globals['_PUSHRESPONSE']._serialized_end=530
-  _globals['_CONSISTENCYPOINT']._serialized_start=532
-  _globals['_CONSISTENCYPOINT']._serialized_end=615
-  _globals['_ENTITYREVISION']._serialized_start=617
-  _globals['_ENTITYREVISION']._serialized_end=697
-  _globals['_RESUMEPOINT']._serialized_start=699
-  _globals['_RESUMEPOINT']._serialized_end=787
-  _globals['_PUSHSERVICE']._serialized_start=789
-  _globals['_PUSHSERVICE']._serialized_end=883
+  _globals['_PUSHENTRY']._serialized_start=124
+  _globals['_PUSHENTRY']._serialized_end=280
+  _globals['_PUSHREQUEST']._serialized_start=282
+  _globals['_PUSHREQUEST']._serialized_end=397
+  _globals['_REJECTEDENTRY']._serialized_start=399
+  _globals['_REJECTEDENTRY']._serialized_end=469
+  _globals['_PUSHRESPONSE']._serialized_start=471
+  _globals['_PUSHRESPONSE']._serialized_end=571
+  _globals['_CONSISTENCYPOINT']._serialized_start=573
+  _globals['_CONSISTENCYPOINT']._serialized_end=656
+  _globals['_ENTITYREVISION']._serialized_start=658
+  _globals['_ENTITYREVISION']._serialized_end=774
+  _globals['_RESUMEPOINT']._serialized_start=776
+  _globals['_RESUMEPOINT']._serialized_end=864
+  _globals['_PAGECURSOR']._serialized_start=866
+  _globals['_PAGECURSOR']._serialized_end=962
+  _globals['_CURSORVALUE']._serialized_start=964
+  _globals['_CURSORVALUE']._serialized_end=1062
+  _globals['_WATCHSELECTION']._serialized_start=1065
+  _globals['_WATCHSELECTION']._serialized_end=1245
+  _globals['_PUSHSERVICE']._serialized_start=1247
+  _globals['_PUSHSERVICE']._serialized_end=1341
 # @@protoc_insertion_point(module_scope)

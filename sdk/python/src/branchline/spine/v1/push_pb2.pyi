@@ -3,6 +3,7 @@
 isort:skip_file
 """
 
+from branchline.resource.v1 import vocabulary_pb2 as _vocabulary_pb2
 from collections import abc as _abc
 from google.protobuf import any_pb2 as _any_pb2
 from google.protobuf import descriptor as _descriptor
@@ -178,8 +179,8 @@ class EntityRevision(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     ID_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
-    kind: _builtins.str
-    """What it is, such as "task"."""
+    kind: _vocabulary_pb2.EntityKind.ValueType
+    """What it is."""
     id: _builtins.str
     """Its id."""
     revision: _builtins.int
@@ -187,7 +188,7 @@ class EntityRevision(_message.Message):
     def __init__(
         self,
         *,
-        kind: _builtins.str = ...,
+        kind: _vocabulary_pb2.EntityKind.ValueType = ...,
         id: _builtins.str = ...,
         revision: _builtins.int = ...,
     ) -> None: ...
@@ -228,3 +229,101 @@ class ResumePoint(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ResumePoint: _TypeAlias = ResumePoint  # noqa: Y015
+
+@_typing.final
+class PageCursor(_message.Message):
+    """A place in a list. Encoded it is the page token of the public API."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BINDING_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    binding: _builtins.bytes
+    """What the token is good for: a hash of the method and of everything in the request but page and freshness."""
+    @_builtins.property
+    def values(self) -> _containers.RepeatedCompositeFieldContainer[Global___CursorValue]:
+        """Sort values of the last row that was listed."""
+
+    def __init__(
+        self,
+        *,
+        binding: _builtins.bytes = ...,
+        values: _abc.Iterable[Global___CursorValue] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["binding", b"binding", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PageCursor: _TypeAlias = PageCursor  # noqa: Y015
+
+@_typing.final
+class CursorValue(_message.Message):
+    """One sort value of a cursor."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """A word."""
+    number: _builtins.int
+    """A whole number."""
+    seconds: _builtins.float
+    """Seconds since 1970."""
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        number: _builtins.int = ...,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "seconds", b"seconds", "text", b"text", "value", b"value"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "seconds", b"seconds", "text", b"text", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_value: _TypeAlias = _typing.Literal["text", "number", "seconds"]  # noqa: Y015
+    _WhichOneofArgType_value: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_value) -> _WhichOneofReturnType_value | None: ...
+
+Global___CursorValue: _TypeAlias = CursorValue  # noqa: Y015
+
+@_typing.final
+class WatchSelection(_message.Message):
+    """What a coordinator's index is watched from and for; the part that all its levels share."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    TAIL_FIELD_NUMBER: _builtins.int
+    UNTIL_SYNCED_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_TOKEN_FIELD_NUMBER: _builtins.int
+    VIEWER_ID_FIELD_NUMBER: _builtins.int
+    resume_token: _builtins.str
+    """Token of an earlier watch; empty for a snapshot."""
+    tail: _builtins.bool
+    """Whether a watch without a usable token begins at the present instead of with a snapshot."""
+    until_synced: _builtins.bool
+    """Whether the watch ends once it is synced."""
+    consistency_token: _builtins.str
+    """From a command's answer: begin only once its change is visible."""
+    viewer_id: _builtins.str
+    """Whose own entities are shown beside those that are for everybody; "*" shows everybody's."""
+    def __init__(
+        self,
+        *,
+        resume_token: _builtins.str = ...,
+        tail: _builtins.bool = ...,
+        until_synced: _builtins.bool = ...,
+        consistency_token: _builtins.str = ...,
+        viewer_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token", "resume_token", b"resume_token", "tail", b"tail", "until_synced", b"until_synced", "viewer_id", b"viewer_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchSelection: _TypeAlias = WatchSelection  # noqa: Y015

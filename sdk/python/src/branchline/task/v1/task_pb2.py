@@ -28,7 +28,7 @@ from branchline.resource.v1 import task_pb2 as branchline_dot_resource_dot_v1_do
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x62ranchline/task/v1/task.proto\x12\x12\x62ranchline.task.v1\x1a\'branchline/resource/v1/repository.proto\x1a$branchline/resource/v1/session.proto\x1a!branchline/resource/v1/task.proto\x1a\x1b\x62uf/validate/validate.proto\"7\n\x0bGitIdentity\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n\x05\x65mail\x18\x02 \x01(\tR\x05\x65mail\"\xba\x02\n\x11\x43reateTaskRequest\x12\x38\n\x04task\x18\x01 \x01(\x0b\x32\x1c.branchline.resource.v1.TaskB\x06\xbaH\x03\xc8\x01\x01R\x04task\x12\x41\n\x07session\x18\x02 \x01(\x0b\x32\x1f.branchline.resource.v1.SessionB\x06\xbaH\x03\xc8\x01\x01R\x07session\x12J\n\nrepository\x18\x03 \x01(\x0b\x32\".branchline.resource.v1.RepositoryB\x06\xbaH\x03\xc8\x01\x01R\nrepository\x12;\n\x08identity\x18\x04 \x01(\x0b\x32\x1f.branchline.task.v1.GitIdentityR\x08identity\x12\x1f\n\x0bhold_prompt\x18\x05 \x01(\x08R\nholdPrompt\"\x14\n\x12\x43reateTaskResponse\"\x83\x01\n\x15SetPullRequestRequest\x12\"\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x06taskId\x12\x46\n\x0cpull_request\x18\x02 \x01(\x0b\x32#.branchline.resource.v1.PullRequestR\x0bpullRequest\"\x18\n\x16SetPullRequestResponse\",\n\x11RefreshHeadCommit\x12\x17\n\x07task_id\x18\x01 \x01(\tR\x06taskId\"^\n\rStartWorkflow\x12\x1a\n\x08workflow\x18\x01 \x01(\tR\x08workflow\x12\x17\n\x07task_id\x18\x02 \x01(\tR\x06taskId\x12\x18\n\x07\x61ttempt\x18\x03 \x01(\x05R\x07\x61ttempt2\xd3\x01\n\x0bTaskService\x12[\n\nCreateTask\x12%.branchline.task.v1.CreateTaskRequest\x1a&.branchline.task.v1.CreateTaskResponse\x12g\n\x0eSetPullRequest\x12).branchline.task.v1.SetPullRequestRequest\x1a*.branchline.task.v1.SetPullRequestResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x62ranchline/task/v1/task.proto\x12\x12\x62ranchline.task.v1\x1a\'branchline/resource/v1/repository.proto\x1a$branchline/resource/v1/session.proto\x1a!branchline/resource/v1/task.proto\x1a\x1b\x62uf/validate/validate.proto\"7\n\x0bGitIdentity\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n\x05\x65mail\x18\x02 \x01(\tR\x05\x65mail\"\xe1\x02\n\x11\x43reateTaskRequest\x12\x38\n\x04task\x18\x01 \x01(\x0b\x32\x1c.branchline.resource.v1.TaskB\x06\xbaH\x03\xc8\x01\x01R\x04task\x12\x41\n\x07session\x18\x02 \x01(\x0b\x32\x1f.branchline.resource.v1.SessionB\x06\xbaH\x03\xc8\x01\x01R\x07session\x12J\n\nrepository\x18\x03 \x01(\x0b\x32\".branchline.resource.v1.RepositoryB\x06\xbaH\x03\xc8\x01\x01R\nrepository\x12;\n\x08identity\x18\x04 \x01(\x0b\x32\x1f.branchline.task.v1.GitIdentityR\x08identity\x12\x1f\n\x0bhold_prompt\x18\x05 \x01(\x08R\nholdPrompt\x12%\n\x0e\x64\x65rived_branch\x18\x06 \x01(\x08R\rderivedBranch\"\x14\n\x12\x43reateTaskResponse\"\x83\x01\n\x15SetPullRequestRequest\x12\"\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x06taskId\x12\x46\n\x0cpull_request\x18\x02 \x01(\x0b\x32#.branchline.resource.v1.PullRequestR\x0bpullRequest\"\x18\n\x16SetPullRequestResponse\"^\n\rStartWorkflow\x12\x1a\n\x08workflow\x18\x01 \x01(\tR\x08workflow\x12\x17\n\x07task_id\x18\x02 \x01(\tR\x06taskId\x12\x18\n\x07\x61ttempt\x18\x03 \x01(\x05R\x07\x61ttempt\"7\n\x11\x44\x65leteTaskRequest\x12\"\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x06taskId\"\x14\n\x12\x44\x65leteTaskResponse2\xb0\x02\n\x0bTaskService\x12[\n\nCreateTask\x12%.branchline.task.v1.CreateTaskRequest\x1a&.branchline.task.v1.CreateTaskResponse\x12g\n\x0eSetPullRequest\x12).branchline.task.v1.SetPullRequestRequest\x1a*.branchline.task.v1.SetPullRequestResponse\x12[\n\nDeleteTask\x12%.branchline.task.v1.DeleteTaskRequest\x1a&.branchline.task.v1.DeleteTaskResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,20 +43,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATETASKREQUEST'].fields_by_name['repository']._serialized_options = b'\272H\003\310\001\001'
   _globals['_SETPULLREQUESTREQUEST'].fields_by_name['task_id']._loaded_options = None
   _globals['_SETPULLREQUESTREQUEST'].fields_by_name['task_id']._serialized_options = b'\272H\006r\004\020\001\030@'
+  _globals['_DELETETASKREQUEST'].fields_by_name['task_id']._loaded_options = None
+  _globals['_DELETETASKREQUEST'].fields_by_name['task_id']._serialized_options = b'\272H\006r\004\020\001\030@'
   _globals['_GITIDENTITY']._serialized_start=196
   _globals['_GITIDENTITY']._serialized_end=251
   _globals['_CREATETASKREQUEST']._serialized_start=254
-  _globals['_CREATETASKREQUEST']._serialized_end=568
-  _globals['_CREATETASKRESPONSE']._serialized_start=570
-  _globals['_CREATETASKRESPONSE']._serialized_end=590
-  _globals['_SETPULLREQUESTREQUEST']._serialized_start=593
-  _globals['_SETPULLREQUESTREQUEST']._serialized_end=724
-  _globals['_SETPULLREQUESTRESPONSE']._serialized_start=726
-  _globals['_SETPULLREQUESTRESPONSE']._serialized_end=750
-  _globals['_REFRESHHEADCOMMIT']._serialized_start=752
-  _globals['_REFRESHHEADCOMMIT']._serialized_end=796
-  _globals['_STARTWORKFLOW']._serialized_start=798
-  _globals['_STARTWORKFLOW']._serialized_end=892
-  _globals['_TASKSERVICE']._serialized_start=895
-  _globals['_TASKSERVICE']._serialized_end=1106
+  _globals['_CREATETASKREQUEST']._serialized_end=607
+  _globals['_CREATETASKRESPONSE']._serialized_start=609
+  _globals['_CREATETASKRESPONSE']._serialized_end=629
+  _globals['_SETPULLREQUESTREQUEST']._serialized_start=632
+  _globals['_SETPULLREQUESTREQUEST']._serialized_end=763
+  _globals['_SETPULLREQUESTRESPONSE']._serialized_start=765
+  _globals['_SETPULLREQUESTRESPONSE']._serialized_end=789
+  _globals['_STARTWORKFLOW']._serialized_start=791
+  _globals['_STARTWORKFLOW']._serialized_end=885
+  _globals['_DELETETASKREQUEST']._serialized_start=887
+  _globals['_DELETETASKREQUEST']._serialized_end=942
+  _globals['_DELETETASKRESPONSE']._serialized_start=944
+  _globals['_DELETETASKRESPONSE']._serialized_end=964
+  _globals['_TASKSERVICE']._serialized_start=967
+  _globals['_TASKSERVICE']._serialized_end=1271
 # @@protoc_insertion_point(module_scope)

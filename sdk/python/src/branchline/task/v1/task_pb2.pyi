@@ -56,8 +56,11 @@ class CreateTaskRequest(_message.Message):
     REPOSITORY_FIELD_NUMBER: _builtins.int
     IDENTITY_FIELD_NUMBER: _builtins.int
     HOLD_PROMPT_FIELD_NUMBER: _builtins.int
+    DERIVED_BRANCH_FIELD_NUMBER: _builtins.int
     hold_prompt: _builtins.bool
     """Whether the task's text waits instead of being the first prompt."""
+    derived_branch: _builtins.bool
+    """Whether the branch's name was derived: one that the remote has is then not continued but gets a number."""
     @_builtins.property
     def task(self) -> _task_pb2.Task:
         """The task at revision 1."""
@@ -82,10 +85,11 @@ class CreateTaskRequest(_message.Message):
         repository: _repository_pb2.Repository | None = ...,
         identity: Global___GitIdentity | None = ...,
         hold_prompt: _builtins.bool = ...,
+        derived_branch: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "repository", b"repository", "session", b"session", "task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hold_prompt", b"hold_prompt", "identity", b"identity", "repository", b"repository", "session", b"session", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["derived_branch", b"derived_branch", "hold_prompt", b"hold_prompt", "identity", b"identity", "repository", b"repository", "session", b"session", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -154,28 +158,6 @@ class SetPullRequestResponse(_message.Message):
 Global___SetPullRequestResponse: _TypeAlias = SetPullRequestResponse  # noqa: Y015
 
 @_typing.final
-class RefreshHeadCommit(_message.Message):
-    """What the task service asks of itself after an agent's turn: read the tip of the branch in the sandbox."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TASK_ID_FIELD_NUMBER: _builtins.int
-    task_id: _builtins.str
-    """The task."""
-    def __init__(
-        self,
-        *,
-        task_id: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["task_id", b"task_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___RefreshHeadCommit: _TypeAlias = RefreshHeadCommit  # noqa: Y015
-
-@_typing.final
 class StartWorkflow(_message.Message):
     """What the task service asks of itself: run a durable workflow for a task."""
 
@@ -185,7 +167,7 @@ class StartWorkflow(_message.Message):
     TASK_ID_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
     workflow: _builtins.str
-    """Name of the workflow: "provision" or "end"."""
+    """Name of the workflow: "provision", "end" or "delete"."""
     task_id: _builtins.str
     """The task."""
     attempt: _builtins.int
@@ -204,3 +186,42 @@ class StartWorkflow(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StartWorkflow: _TypeAlias = StartWorkflow  # noqa: Y015
+
+@_typing.final
+class DeleteTaskRequest(_message.Message):
+    """See TaskService.DeleteTask."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    """The task."""
+    def __init__(
+        self,
+        *,
+        task_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["task_id", b"task_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteTaskRequest: _TypeAlias = DeleteTaskRequest  # noqa: Y015
+
+@_typing.final
+class DeleteTaskResponse(_message.Message):
+    """See TaskService.DeleteTask."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteTaskResponse: _TypeAlias = DeleteTaskResponse  # noqa: Y015

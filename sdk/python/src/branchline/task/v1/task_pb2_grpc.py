@@ -46,6 +46,11 @@ class TaskServiceStub:
                 request_serializer=branchline_dot_task_dot_v1_dot_task__pb2.SetPullRequestRequest.SerializeToString,
                 response_deserializer=branchline_dot_task_dot_v1_dot_task__pb2.SetPullRequestResponse.FromString,
                 _registered_method=True)
+        self.DeleteTask = channel.unary_unary(
+                '/branchline.task.v1.TaskService/DeleteTask',
+                request_serializer=branchline_dot_task_dot_v1_dot_task__pb2.DeleteTaskRequest.SerializeToString,
+                response_deserializer=branchline_dot_task_dot_v1_dot_task__pb2.DeleteTaskResponse.FromString,
+                _registered_method=True)
 
 
 class TaskServiceServicer:
@@ -68,6 +73,13 @@ class TaskServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeleteTask(self, request, context):
+        """Has the task deleted: its sandbox is destroyed, then it is pushed up as deleted. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TaskServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -80,6 +92,11 @@ def add_TaskServiceServicer_to_server(servicer, server):
                     servicer.SetPullRequest,
                     request_deserializer=branchline_dot_task_dot_v1_dot_task__pb2.SetPullRequestRequest.FromString,
                     response_serializer=branchline_dot_task_dot_v1_dot_task__pb2.SetPullRequestResponse.SerializeToString,
+            ),
+            'DeleteTask': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteTask,
+                    request_deserializer=branchline_dot_task_dot_v1_dot_task__pb2.DeleteTaskRequest.FromString,
+                    response_serializer=branchline_dot_task_dot_v1_dot_task__pb2.DeleteTaskResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -138,6 +155,33 @@ class TaskService:
             '/branchline.task.v1.TaskService/SetPullRequest',
             branchline_dot_task_dot_v1_dot_task__pb2.SetPullRequestRequest.SerializeToString,
             branchline_dot_task_dot_v1_dot_task__pb2.SetPullRequestResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteTask(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.task.v1.TaskService/DeleteTask',
+            branchline_dot_task_dot_v1_dot_task__pb2.DeleteTaskRequest.SerializeToString,
+            branchline_dot_task_dot_v1_dot_task__pb2.DeleteTaskResponse.FromString,
             options,
             channel_credentials,
             insecure,

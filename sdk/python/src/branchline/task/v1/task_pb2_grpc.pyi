@@ -23,6 +23,8 @@ class TaskServiceStub:
     """
     SetPullRequest: _aio.UnaryUnaryMultiCallable[_task_pb2.SetPullRequestRequest, _task_pb2.SetPullRequestResponse]
     """Says which open pull request the task's branch has now. Idempotent."""
+    DeleteTask: _aio.UnaryUnaryMultiCallable[_task_pb2.DeleteTaskRequest, _task_pb2.DeleteTaskResponse]
+    """Has the task deleted: its sandbox is destroyed, then it is pushed up as deleted. Idempotent."""
 
 class TaskServiceServicer:
     """What the repository coordinator asks of the task service.
@@ -44,5 +46,12 @@ class TaskServiceServicer:
         context: _aio.ServicerContext[_task_pb2.SetPullRequestRequest, _abc.Awaitable[_task_pb2.SetPullRequestResponse]],
     ) -> _abc.Awaitable[_task_pb2.SetPullRequestResponse]:
         """Says which open pull request the task's branch has now. Idempotent."""
+
+    def DeleteTask(
+        self,
+        request: _task_pb2.DeleteTaskRequest,
+        context: _aio.ServicerContext[_task_pb2.DeleteTaskRequest, _abc.Awaitable[_task_pb2.DeleteTaskResponse]],
+    ) -> _abc.Awaitable[_task_pb2.DeleteTaskResponse]:
+        """Has the task deleted: its sandbox is destroyed, then it is pushed up as deleted. Idempotent."""
 
 def add_TaskServiceServicer_to_server(servicer: TaskServiceServicer, server: _aio.Server) -> None: ...

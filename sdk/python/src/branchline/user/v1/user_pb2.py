@@ -27,7 +27,7 @@ from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x62ranchline/user/v1/user.proto\x12\x12\x62ranchline.user.v1\x1a!branchline/resource/v1/user.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x96\x01\n\x11\x43reateUserRequest\x12 \n\x07user_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06userId\x12*\n\x0c\x64isplay_name\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0b\x64isplayName\x12\x14\n\x05\x65mail\x18\x03 \x01(\tR\x05\x65mail\x12\x1d\n\ntoken_name\x18\x04 \x01(\tR\ttokenName\"\x90\x01\n\x12\x43reateUserResponse\x12\x30\n\x04user\x18\x01 \x01(\x0b\x32\x1c.branchline.resource.v1.UserR\x04user\x12\x1b\n\tapi_token\x18\x02 \x01(\tR\x08\x61piToken\x12+\n\x11\x63onsistency_token\x18\x03 \x01(\tR\x10\x63onsistencyToken\"O\n\x17GetGitCredentialRequest\x12 \n\x07user_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06userId\x12\x12\n\x04host\x18\x02 \x01(\tR\x04host\"N\n\x18GetGitCredentialResponse\x12\x1a\n\x08username\x18\x01 \x01(\tR\x08username\x12\x16\n\x06secret\x18\x02 \x01(\tR\x06secret\"\xc5\x01\n\x11MarkUnreadRequest\x12\x30\n\x0forganization_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0eorganizationId\x12\x19\n\x08user_ids\x18\x02 \x03(\tR\x07userIds\x12 \n\x07task_id\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06taskId\x12\x1d\n\nsession_id\x18\x04 \x01(\tR\tsessionId\x12\"\n\x08\x65vent_id\x18\x05 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x07\x65ventId\"\x14\n\x12MarkUnreadResponse\"\xaa\x01\n\rApiTokenState\x12=\n\tapi_token\x18\x01 \x01(\x0b\x32 .branchline.resource.v1.ApiTokenR\x08\x61piToken\x12\x1d\n\ntoken_hash\x18\x02 \x01(\tR\ttokenHash\x12;\n\x0brevoke_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nrevokeTime2\xb6\x02\n\x0bUserService\x12[\n\nCreateUser\x12%.branchline.user.v1.CreateUserRequest\x1a&.branchline.user.v1.CreateUserResponse\x12m\n\x10GetGitCredential\x12+.branchline.user.v1.GetGitCredentialRequest\x1a,.branchline.user.v1.GetGitCredentialResponse\x12[\n\nMarkUnread\x12%.branchline.user.v1.MarkUnreadRequest\x1a&.branchline.user.v1.MarkUnreadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x62ranchline/user/v1/user.proto\x12\x12\x62ranchline.user.v1\x1a!branchline/resource/v1/user.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x96\x01\n\x11\x43reateUserRequest\x12 \n\x07user_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06userId\x12*\n\x0c\x64isplay_name\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0b\x64isplayName\x12\x14\n\x05\x65mail\x18\x03 \x01(\tR\x05\x65mail\x12\x1d\n\ntoken_name\x18\x04 \x01(\tR\ttokenName\"\x90\x01\n\x12\x43reateUserResponse\x12\x30\n\x04user\x18\x01 \x01(\x0b\x32\x1c.branchline.resource.v1.UserR\x04user\x12\x1b\n\tapi_token\x18\x02 \x01(\tR\x08\x61piToken\x12+\n\x11\x63onsistency_token\x18\x03 \x01(\tR\x10\x63onsistencyToken\"O\n\x17GetGitCredentialRequest\x12 \n\x07user_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06userId\x12\x12\n\x04host\x18\x02 \x01(\tR\x04host\"N\n\x18GetGitCredentialResponse\x12\x1a\n\x08username\x18\x01 \x01(\tR\x08username\x12\x16\n\x06secret\x18\x02 \x01(\tR\x06secret\"\xc5\x01\n\x11MarkUnreadRequest\x12\x30\n\x0forganization_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0eorganizationId\x12\x19\n\x08user_ids\x18\x02 \x03(\tR\x07userIds\x12 \n\x07task_id\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06taskId\x12\x1d\n\nsession_id\x18\x04 \x01(\tR\tsessionId\x12\"\n\x08\x65vent_id\x18\x05 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x07\x65ventId\"\x14\n\x12MarkUnreadResponse\"\xaa\x01\n\rApiTokenState\x12=\n\tapi_token\x18\x01 \x01(\x0b\x32 .branchline.resource.v1.ApiTokenR\x08\x61piToken\x12\x1d\n\ntoken_hash\x18\x02 \x01(\tR\ttokenHash\x12;\n\x0brevoke_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nrevokeTime\"R\n\x11IssueTokenRequest\x12 \n\x07user_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06userId\x12\x1b\n\x04name\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04name\"^\n\x12IssueTokenResponse\x12\x1b\n\tapi_token\x18\x01 \x01(\tR\x08\x61piToken\x12+\n\x11\x63onsistency_token\x18\x02 \x01(\tR\x10\x63onsistencyToken\"}\n\x17\x46orgetTaskStatesRequest\x12\x30\n\x0forganization_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0eorganizationId\x12\x17\n\x07user_id\x18\x02 \x01(\tR\x06userId\x12\x17\n\x07task_id\x18\x03 \x01(\tR\x06taskId\"\x1a\n\x18\x46orgetTaskStatesResponse2\x82\x04\n\x0bUserService\x12[\n\nCreateUser\x12%.branchline.user.v1.CreateUserRequest\x1a&.branchline.user.v1.CreateUserResponse\x12[\n\nIssueToken\x12%.branchline.user.v1.IssueTokenRequest\x1a&.branchline.user.v1.IssueTokenResponse\x12m\n\x10\x46orgetTaskStates\x12+.branchline.user.v1.ForgetTaskStatesRequest\x1a,.branchline.user.v1.ForgetTaskStatesResponse\x12m\n\x10GetGitCredential\x12+.branchline.user.v1.GetGitCredentialRequest\x1a,.branchline.user.v1.GetGitCredentialResponse\x12[\n\nMarkUnread\x12%.branchline.user.v1.MarkUnreadRequest\x1a&.branchline.user.v1.MarkUnreadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,6 +46,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MARKUNREADREQUEST'].fields_by_name['task_id']._serialized_options = b'\272H\004r\002\020\001'
   _globals['_MARKUNREADREQUEST'].fields_by_name['event_id']._loaded_options = None
   _globals['_MARKUNREADREQUEST'].fields_by_name['event_id']._serialized_options = b'\272H\004r\002\020\001'
+  _globals['_ISSUETOKENREQUEST'].fields_by_name['user_id']._loaded_options = None
+  _globals['_ISSUETOKENREQUEST'].fields_by_name['user_id']._serialized_options = b'\272H\004r\002\020\001'
+  _globals['_ISSUETOKENREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_ISSUETOKENREQUEST'].fields_by_name['name']._serialized_options = b'\272H\004r\002\020\001'
+  _globals['_FORGETTASKSTATESREQUEST'].fields_by_name['organization_id']._loaded_options = None
+  _globals['_FORGETTASKSTATESREQUEST'].fields_by_name['organization_id']._serialized_options = b'\272H\004r\002\020\001'
   _globals['_CREATEUSERREQUEST']._serialized_start=151
   _globals['_CREATEUSERREQUEST']._serialized_end=301
   _globals['_CREATEUSERRESPONSE']._serialized_start=304
@@ -60,6 +66,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MARKUNREADRESPONSE']._serialized_end=831
   _globals['_APITOKENSTATE']._serialized_start=834
   _globals['_APITOKENSTATE']._serialized_end=1004
-  _globals['_USERSERVICE']._serialized_start=1007
-  _globals['_USERSERVICE']._serialized_end=1317
+  _globals['_ISSUETOKENREQUEST']._serialized_start=1006
+  _globals['_ISSUETOKENREQUEST']._serialized_end=1088
+  _globals['_ISSUETOKENRESPONSE']._serialized_start=1090
+  _globals['_ISSUETOKENRESPONSE']._serialized_end=1184
+  _globals['_FORGETTASKSTATESREQUEST']._serialized_start=1186
+  _globals['_FORGETTASKSTATESREQUEST']._serialized_end=1311
+  _globals['_FORGETTASKSTATESRESPONSE']._serialized_start=1313
+  _globals['_FORGETTASKSTATESRESPONSE']._serialized_end=1339
+  _globals['_USERSERVICE']._serialized_start=1342
+  _globals['_USERSERVICE']._serialized_end=1856
 # @@protoc_insertion_point(module_scope)

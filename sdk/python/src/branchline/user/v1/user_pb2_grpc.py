@@ -41,6 +41,16 @@ class UserServiceStub:
                 request_serializer=branchline_dot_user_dot_v1_dot_user__pb2.CreateUserRequest.SerializeToString,
                 response_deserializer=branchline_dot_user_dot_v1_dot_user__pb2.CreateUserResponse.FromString,
                 _registered_method=True)
+        self.IssueToken = channel.unary_unary(
+                '/branchline.user.v1.UserService/IssueToken',
+                request_serializer=branchline_dot_user_dot_v1_dot_user__pb2.IssueTokenRequest.SerializeToString,
+                response_deserializer=branchline_dot_user_dot_v1_dot_user__pb2.IssueTokenResponse.FromString,
+                _registered_method=True)
+        self.ForgetTaskStates = channel.unary_unary(
+                '/branchline.user.v1.UserService/ForgetTaskStates',
+                request_serializer=branchline_dot_user_dot_v1_dot_user__pb2.ForgetTaskStatesRequest.SerializeToString,
+                response_deserializer=branchline_dot_user_dot_v1_dot_user__pb2.ForgetTaskStatesResponse.FromString,
+                _registered_method=True)
         self.GetGitCredential = channel.unary_unary(
                 '/branchline.user.v1.UserService/GetGitCredential',
                 request_serializer=branchline_dot_user_dot_v1_dot_user__pb2.GetGitCredentialRequest.SerializeToString,
@@ -59,7 +69,21 @@ class UserServiceServicer:
     """
 
     def CreateUser(self, request, context):
-        """Creates a user with a first API token. Repeating the id gives the user without a token.
+        """Creates a user, with a first API token if it is given a name. Repeating the id gives the user without a token.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def IssueToken(self, request, context):
+        """Makes a further API token for a user. NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ForgetTaskStates(self, request, context):
+        """Forgets what users have open, unread and half written in an organization. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -86,6 +110,16 @@ def add_UserServiceServicer_to_server(servicer, server):
                     servicer.CreateUser,
                     request_deserializer=branchline_dot_user_dot_v1_dot_user__pb2.CreateUserRequest.FromString,
                     response_serializer=branchline_dot_user_dot_v1_dot_user__pb2.CreateUserResponse.SerializeToString,
+            ),
+            'IssueToken': grpc.unary_unary_rpc_method_handler(
+                    servicer.IssueToken,
+                    request_deserializer=branchline_dot_user_dot_v1_dot_user__pb2.IssueTokenRequest.FromString,
+                    response_serializer=branchline_dot_user_dot_v1_dot_user__pb2.IssueTokenResponse.SerializeToString,
+            ),
+            'ForgetTaskStates': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForgetTaskStates,
+                    request_deserializer=branchline_dot_user_dot_v1_dot_user__pb2.ForgetTaskStatesRequest.FromString,
+                    response_serializer=branchline_dot_user_dot_v1_dot_user__pb2.ForgetTaskStatesResponse.SerializeToString,
             ),
             'GetGitCredential': grpc.unary_unary_rpc_method_handler(
                     servicer.GetGitCredential,
@@ -127,6 +161,60 @@ class UserService:
             '/branchline.user.v1.UserService/CreateUser',
             branchline_dot_user_dot_v1_dot_user__pb2.CreateUserRequest.SerializeToString,
             branchline_dot_user_dot_v1_dot_user__pb2.CreateUserResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def IssueToken(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.user.v1.UserService/IssueToken',
+            branchline_dot_user_dot_v1_dot_user__pb2.IssueTokenRequest.SerializeToString,
+            branchline_dot_user_dot_v1_dot_user__pb2.IssueTokenResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForgetTaskStates(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.user.v1.UserService/ForgetTaskStates',
+            branchline_dot_user_dot_v1_dot_user__pb2.ForgetTaskStatesRequest.SerializeToString,
+            branchline_dot_user_dot_v1_dot_user__pb2.ForgetTaskStatesResponse.FromString,
             options,
             channel_credentials,
             insecure,

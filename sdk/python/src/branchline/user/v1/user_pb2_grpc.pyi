@@ -18,7 +18,11 @@ class UserServiceStub:
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateUser: _aio.UnaryUnaryMultiCallable[_user_pb2.CreateUserRequest, _user_pb2.CreateUserResponse]
-    """Creates a user with a first API token. Repeating the id gives the user without a token."""
+    """Creates a user, with a first API token if it is given a name. Repeating the id gives the user without a token."""
+    IssueToken: _aio.UnaryUnaryMultiCallable[_user_pb2.IssueTokenRequest, _user_pb2.IssueTokenResponse]
+    """Makes a further API token for a user. NOT_FOUND."""
+    ForgetTaskStates: _aio.UnaryUnaryMultiCallable[_user_pb2.ForgetTaskStatesRequest, _user_pb2.ForgetTaskStatesResponse]
+    """Forgets what users have open, unread and half written in an organization. Idempotent."""
     GetGitCredential: _aio.UnaryUnaryMultiCallable[_user_pb2.GetGitCredentialRequest, _user_pb2.GetGitCredentialResponse]
     """Gives a git credential. Not found is an empty answer."""
     MarkUnread: _aio.UnaryUnaryMultiCallable[_user_pb2.MarkUnreadRequest, _user_pb2.MarkUnreadResponse]
@@ -34,7 +38,21 @@ class UserServiceServicer:
         request: _user_pb2.CreateUserRequest,
         context: _aio.ServicerContext[_user_pb2.CreateUserRequest, _abc.Awaitable[_user_pb2.CreateUserResponse]],
     ) -> _abc.Awaitable[_user_pb2.CreateUserResponse]:
-        """Creates a user with a first API token. Repeating the id gives the user without a token."""
+        """Creates a user, with a first API token if it is given a name. Repeating the id gives the user without a token."""
+
+    def IssueToken(
+        self,
+        request: _user_pb2.IssueTokenRequest,
+        context: _aio.ServicerContext[_user_pb2.IssueTokenRequest, _abc.Awaitable[_user_pb2.IssueTokenResponse]],
+    ) -> _abc.Awaitable[_user_pb2.IssueTokenResponse]:
+        """Makes a further API token for a user. NOT_FOUND."""
+
+    def ForgetTaskStates(
+        self,
+        request: _user_pb2.ForgetTaskStatesRequest,
+        context: _aio.ServicerContext[_user_pb2.ForgetTaskStatesRequest, _abc.Awaitable[_user_pb2.ForgetTaskStatesResponse]],
+    ) -> _abc.Awaitable[_user_pb2.ForgetTaskStatesResponse]:
+        """Forgets what users have open, unread and half written in an organization. Idempotent."""
 
     def GetGitCredential(
         self,

@@ -1,0 +1,152 @@
+"""The database of a service as its code knows it, and the work that waits for it."""
+
+import asyncio
+import contextvars
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import structlog
+
+from services.runtime.database.transaction import Driver, Reader, Tx
+
+log = structlog.get_logger()
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+RIDE_SECONDS = 5.0
+"""Longest time that `ride` waits for a transaction to ride on."""
+
+
+class Job:
+    """A function that waits for its transaction, then its outcome."""
+
+    __slots__ = ("args", "context", "error", "fn", "future", "kwargs", "result", "told")
+
+    def __init__(
+        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], future: asyncio.Future[Any] | None
+    ) -> None:
+        self.fn, self.args, self.kwargs, self.future = fn, args, kwargs, future
+        self.context = contextvars.copy_context()
+        self.clear()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody waits for it still."""
+        return self.future is None or not self.future.cancelled()
+
+    def clear(self) -> None:
+        """Forget an outcome, so that it can be run again."""
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.told: list[Callable[[], None]] = []
+
+    def call(self, driver: Driver) -> None:
+        """Run the function, in the database's thread."""
+        tx = Tx(driver)
+        try:
+            self.result = self.context.run(self.fn, tx, *self.args, **self.kwargs)
+            self.told = tx.told
+        except BaseException as error:  # noqa: BLE001 - it is the caller's
+            self.error = error
+
+    def deliver(self) -> None:
+        """Tell what is committed, then the caller; in the event loop."""
+        if self.error is None:
+            for tell in self.told:
+                try:
+                    tell()
+                except Exception:
+                    log.exception("an announcement failed", of=self.fn.__qualname__)
+        if self.future is None:
+            if self.error is not None:
+                log.warning("a ride failed", of=self.fn.__qualname__, error=str(self.error))
+        elif not self.future.done():
+            if self.error is None:
+                self.future.set_result(self.result)
+            else:
+                self.future.set_exception(self.error)
+
+
+class Database(ABC):
+    """The database of one service. Nobody else opens it."""
+
+    dialect: str
+    """"sqlite" or "postgresql"."""
+
+    def __init__(self) -> None:
+        self._riding: list[Job] = []
+        self._ride_timer: asyncio.TimerHandle | None = None
+        self.commits = 0
+        """Transactions committed so far; a group counts once."""
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Connect."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Run what waits, then close all connections."""
+
+    @abstractmethod
+    def _submit(self, job: Job) -> None:
+        """Have a job run."""
+
+    @abstractmethod
+    def _flush(self) -> None:
+        """Run what rides although nothing else happens."""
+
+    @property
+    @abstractmethod
+    def statements(self) -> int:
+        """Statements run so far by transactions that write; a batch counts once."""
+
+    @abstractmethod
+    async def read(self, fn: Callable[Concatenate[Reader, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a function that only reads, on one consistent state."""
+
+    async def write(self, fn: Callable[Concatenate[Tx, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a function as a transaction; return what it returns once that is durable.
+
+        Raise what it raises, with nothing done, or a DatabaseError.
+        """
+        job = Job(fn, args, kwargs, asyncio.get_running_loop().create_future())
+        assert job.future is not None
+        self._submit(job)
+        return await job.future
+
+    def ride(self, fn: Callable[Concatenate[Tx, P], object], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Have a function run with the next transaction that happens anyway, in a few seconds at the latest.
+
+        For what may also be lost: nobody hears of its end.
+        """
+        self._riding.append(Job(fn, args, kwargs, None))
+        if self._ride_timer is None:
+            self._ride_timer = asyncio.get_running_loop().call_later(RIDE_SECONDS, self._ride_now)
+
+    def _ride_now(self) -> None:
+        self._ride_timer = None
+        if self._riding:
+            self._flush()
+
+    def _take_riding(self) -> list[Job]:
+        riding, self._riding = self._riding, []
+        if self._ride_timer is not None:
+            self._ride_timer.cancel()
+            self._ride_timer = None
+        return riding
+
+
+def open_database(url: str) -> Database:
+    """Return the database that a URL names, not yet connected: `sqlite:///PATH` or `postgresql://...`."""
+    if url.startswith("sqlite:///"):
+        from services.runtime.database.sqlite import SqliteDatabase  # noqa: PLC0415 - only the driver that is used
+
+        return SqliteDatabase(Path(url.removeprefix("sqlite:///")))
+    if url.startswith("postgresql://"):
+        from services.runtime.database.postgres import PostgresDatabase  # noqa: PLC0415
+
+        return PostgresDatabase(url)
+    raise ValueError(f'a database is "sqlite:///PATH" or "postgresql://...", not {url.partition(":")[0]!r}')

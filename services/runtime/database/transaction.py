@@ -1,0 +1,131 @@
+"""What a transaction's function is given, and how a database refuses."""
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_DATABASE_BUSY, ERROR_REASON_DATABASE_UNAVAILABLE
+
+from services.runtime.database.statement import Compiled, Parameters, Statement
+from services.runtime.errors import Unavailable
+
+
+class DatabaseError(Unavailable):
+    """The database could not do it, whatever the function; nothing was done."""
+
+
+class DatabaseBusy(DatabaseError):
+    """Another process kept the database too long."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(ERROR_REASON_DATABASE_BUSY, f"the database is busy: {message}")
+
+
+class DatabaseUnavailable(DatabaseError):
+    """The database cannot be reached, is full or broken."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(ERROR_REASON_DATABASE_UNAVAILABLE, f"the database is not available: {message}")
+
+
+class Driver(Protocol):
+    """A driver's connection, as both databases have it."""
+
+    statements: int
+    """Statements run so far; a batch counts once."""
+
+    def execute(self, text: str, parameters: Parameters | None = None) -> Any:
+        """Run a statement and return its cursor."""
+        ...
+
+    def execute_many(self, text: str, parameters: Sequence[Parameters]) -> int:
+        """Run a statement for each of the parameters; return the number of rows that changed."""
+        ...
+
+    def compiled(self, statement: Statement) -> Compiled:
+        """Return the statement as it is for this database."""
+        ...
+
+    def is_outage(self, error: BaseException) -> bool:
+        """Say whether an error is the database's own, such as a full disk, and not the function's."""
+        ...
+
+
+class Reader:
+    """An open transaction that sees one consistent state."""
+
+    __slots__ = ("_driver",)
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+
+    def each(self, statement: Statement, parameters: Parameters = {}) -> Iterator[Any]:
+        """Yield rows as named tuples, one after the other; stop when you have enough."""
+        compiled = self._driver.compiled(statement)
+        self._driver.statements += 1
+        convert = compiled.convert
+        for row in self._driver.execute(compiled.text, compiled.values(parameters)):
+            yield convert(row)
+
+    def rows(self, statement: Statement, parameters: Parameters = {}) -> list[Any]:
+        """Return rows as named tuples."""
+        compiled = self._driver.compiled(statement)
+        self._driver.statements += 1
+        found = self._driver.execute(compiled.text, compiled.values(parameters)).fetchall()
+        return [compiled.convert(row) for row in found]
+
+    def row(self, statement: Statement, parameters: Parameters = {}) -> Any | None:
+        """Return the first row, or None."""
+        found = self.rows(statement, parameters)
+        return found[0] if found else None
+
+    def is_outage(self, error: BaseException) -> bool:
+        """Say whether an error is the database's own, such as a full disk, and not the function's."""
+        return self._driver.is_outage(error)
+
+    def value(self, statement: Statement, parameters: Parameters = {}) -> Any:
+        """Return the first column of the first row, or None."""
+        found = self.rows(statement, parameters)
+        return found[0][0] if found else None
+
+
+class Tx(Reader):
+    """An open transaction that may write."""
+
+    __slots__ = ("told",)
+
+    def __init__(self, driver: Driver) -> None:
+        super().__init__(driver)
+        self.told: list[Callable[[], None]] = []
+
+    def change(self, statement: Statement, parameters: Parameters = {}) -> int:
+        """Return the number of rows that changed."""
+        compiled = self._driver.compiled(statement)
+        self._driver.statements += 1
+        return self._driver.execute(compiled.text, compiled.values(parameters)).rowcount
+
+    def change_many(self, statement: Statement, parameters: Sequence[Parameters]) -> int:
+        """Change rows, all with one statement; return their number."""
+        if not parameters:
+            return 0
+        compiled = self._driver.compiled(statement)
+        self._driver.statements += 1
+        return self._driver.execute_many(compiled.text, [compiled.values(given) for given in parameters])
+
+    @contextmanager
+    def savepoint(self) -> Generator[None, None, None]:
+        """Undo what the block did, and only that, if it raises."""
+        told = len(self.told)
+        self._driver.execute("SAVEPOINT part")
+        try:
+            yield
+        except BaseException:
+            del self.told[told:]
+            self._driver.execute("ROLLBACK TO SAVEPOINT part")
+            self._driver.execute("RELEASE SAVEPOINT part")
+            raise
+        self._driver.execute("RELEASE SAVEPOINT part")
+
+    def after_commit(self, tell: Callable[[], None]) -> None:
+        """Have something called in the event loop once this is committed."""
+        self.told.append(tell)

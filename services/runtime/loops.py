@@ -1,0 +1,44 @@
+"""Loops that run as long as their service: they live through errors, and end only when they are told to."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import structlog
+
+from services.runtime.errors import reason_of
+from services.runtime.retry import Backoff
+
+log = structlog.get_logger()
+
+Work = Callable[[], Awaitable[object]]
+
+
+def cancelled_from_outside(error: BaseException) -> bool:
+    """Say whether the running task is being cancelled. gRPC raises CancelledError for broken calls, too."""
+    task = asyncio.current_task()
+    return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Every:
+    """Does something at once and then every so often, whatever becomes of it."""
+
+    seconds: float
+    name: str
+    work: Work
+
+    async def run(self) -> None:
+        """Do it for ever."""
+        backoff = Backoff(first_seconds=min(1.0, self.seconds), most_seconds=self.seconds)
+        while True:
+            try:
+                await self.work()
+                backoff.reset()
+                pause = self.seconds
+            except (Exception, asyncio.CancelledError) as error:
+                if cancelled_from_outside(error):
+                    raise
+                log.warning("periodic work failed", work=self.name, reason=reason_of(error), exc_info=error)
+                pause = backoff.next_seconds()
+            await asyncio.sleep(pause)

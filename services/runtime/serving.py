@@ -1,0 +1,192 @@
+"""What happens around every call of every server, as one wrapper made at registration.
+
+Decode, let in, validate, serve; whatever is raised becomes one status with details.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import grpc
+import structlog
+from branchline.resource.v1.vocabulary_pb2 import (
+    ERROR_REASON_DRAINING,
+    ERROR_REASON_INTERNAL,
+    ERROR_REASON_MALFORMED_REQUEST,
+)
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
+from google.rpc import status_pb2
+from grpc_status import rpc_status
+
+from services.runtime.errors import DomainError, InvalidArgument, Unavailable
+from services.runtime.validation import validate
+
+log = structlog.get_logger()
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call being served."""
+
+    method: str
+    """Full name, such as "/branchline.gateway.v1.TaskService/GetTask"."""
+
+    context: Context
+
+    def metadata(self, key: str) -> str:
+        """Return a metadata value, or an empty string."""
+        for name, value in self.context.invocation_metadata() or ():
+            if name == key:
+                return value if isinstance(value, str) else value.decode(errors="replace")
+        return ""
+
+
+Admit = Callable[[Call], Awaitable[None]]
+"""Lets a call in, binding who makes it to the running task; raises to refuse it."""
+
+
+def _no_observers() -> list[Callable[[str], None]]:
+    return []
+
+
+@dataclass(slots=True)
+class Serving:
+    """Makes a server's handlers, and ends its streams when it stops."""
+
+    service: str
+    admit: Admit
+    observers: list[Callable[[str], None]] = field(default_factory=_no_observers)
+    """Told the full name of every method that is called."""
+
+    _streams: set["asyncio.Task[Any]"] = field(default_factory=set["asyncio.Task[Any]"])
+    _draining: bool = False
+
+    def handler(self, method: MethodDescriptor, serve: Callable[..., Any], *, validated: bool = True) -> Handler:
+        """Return the handler of a method; `serve` takes its request (or requests) and the context.
+
+        `serve` may return a message or, from a forwarder, its bytes.
+        """
+        full_name = f"/{method.containing_service.full_name}/{method.name}"
+        decode = _decoder(method, validated=validated)
+        if method.server_streaming:
+            wrapped = self._streaming(full_name, serve, decode, many=method.client_streaming)
+            if method.client_streaming:
+                return grpc.stream_stream_rpc_method_handler(wrapped, None, _bytes)
+            return grpc.unary_stream_rpc_method_handler(wrapped, None, _bytes)
+        return grpc.unary_unary_rpc_method_handler(self._unary(full_name, serve, decode), None, _bytes)
+
+    def drain(self) -> None:
+        """End all streams, so that their clients go elsewhere at once."""
+        self._draining = True
+        for task in self._streams:
+            task.cancel()
+
+    def _unary(self, name: str, serve: Callable[..., Any], decode: Callable[[bytes], Message]) -> Callable[..., Any]:
+        async def wrapped(data: bytes, context: Context) -> Any:
+            call, started = Call(name, context), time.monotonic()
+            try:
+                for observe in self.observers:
+                    observe(name)
+                await self.admit(call)
+                answer = await serve(decode(data), context)
+            except BaseException as error:
+                await self._fail(call, error, started)
+                raise
+            log.debug("call", service=self.service, method=name, outcome="OK", elapsed_ms=_elapsed_ms(started))
+            return answer
+
+        return wrapped
+
+    def _streaming(
+        self, name: str, serve: Callable[..., Any], decode: Callable[[bytes], Message], *, many: bool
+    ) -> Callable[..., Any]:
+        async def wrapped(given: Any, context: Context) -> AsyncIterator[Any]:
+            call, started = Call(name, context), time.monotonic()
+            task = asyncio.current_task()
+            assert task is not None
+            self._streams.add(task)
+            try:
+                for observe in self.observers:
+                    observe(name)
+                await self.admit(call)
+                requests = _decoded(given, decode) if many else decode(given)
+                async for answer in serve(requests, context):
+                    yield answer
+            except asyncio.CancelledError as error:
+                if not self._draining:
+                    raise
+                stopping = Unavailable(ERROR_REASON_DRAINING, "the service stops; connect again")
+                await self._fail(call, stopping, started)
+                raise stopping from error
+            except GeneratorExit:
+                raise
+            except BaseException as error:
+                await self._fail(call, error, started)
+                raise
+            finally:
+                self._streams.discard(task)
+
+        return wrapped
+
+    async def _fail(self, call: Call, error: BaseException, started: float) -> None:
+        """Abort the call with the status of an error, unless it is no error of the call."""
+        if isinstance(error, asyncio.CancelledError | grpc.aio.AbortError | grpc.aio.UsageError):
+            return
+        outcome = f"{error.code.name} {error.reason}" if isinstance(error, DomainError) else type(error).__name__
+        elapsed = _elapsed_ms(started)
+        log.debug("call", service=self.service, method=call.method, outcome=outcome, elapsed_ms=elapsed)
+        await call.context.abort_with_status(rpc_status.to_status(status_of(error, call.method)))
+
+
+def status_of(error: BaseException, method: str) -> status_pb2.Status:
+    """Return an error as clients see it. What nobody foresaw is logged and shown without its words."""
+    if isinstance(error, DomainError):
+        return error.to_status()
+    if isinstance(error, grpc.aio.AioRpcError):
+        passed_on = rpc_status.from_call(error)  # pyright: ignore[reportArgumentType]
+        return passed_on or status_pb2.Status(code=error.code().value[0], message=error.details() or "")
+    log.error("call failed", method=method, exc_info=error)
+    unknown = DomainError(ERROR_REASON_INTERNAL, "something went wrong inside; the server's log has it")
+    return unknown.to_status()
+
+
+def implemented(servicer: object, method: str) -> Callable[..., Any] | None:
+    """Return a servicer's own method, or None where it has only the generated one."""
+    found = getattr(servicer, method, None)
+    return None if found is None or found.__module__.endswith("_pb2_grpc") else found
+
+
+def _decoder(method: MethodDescriptor, *, validated: bool) -> Callable[[bytes], Message]:
+    request = GetMessageClass(method.input_type)
+
+    def decode(data: bytes) -> Message:
+        try:
+            message = request.FromString(data)
+        except (DecodeError, ValueError) as error:
+            words = f"is no {method.input_type.name}: its bytes cannot be decoded"
+            raise InvalidArgument("request", words, ERROR_REASON_MALFORMED_REQUEST) from error
+        if validated:
+            validate(message)
+        return message
+
+    return decode
+
+
+async def _decoded(given: AsyncIterator[bytes], decode: Callable[[bytes], Message]) -> AsyncIterator[Message]:
+    async for data in given:
+        yield decode(data)
+
+
+def _bytes(answer: Message | bytes) -> bytes:
+    return answer if isinstance(answer, bytes) else answer.SerializeToString()
+
+
+def _elapsed_ms(started: float) -> float:
+    return round((time.monotonic() - started) * 1000, 1)
