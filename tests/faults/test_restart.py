@@ -13,6 +13,7 @@ from branchline.gateway.v1 import history_pb2, repositories_pb2, sessions_pb2, t
 from branchline.resource.v1 import task_pb2
 from branchline.resource.v1.session_pb2 import TranscriptEntry
 from branchline.resource.v1.task_pb2 import Task
+from branchline.resource.v1.vocabulary_pb2 import EventKind
 
 from tests.support.process import SERVICES, Processes, one_process, own_processes
 from tests.support.stack import eventually, git, make_remote
@@ -85,7 +86,7 @@ async def history_kinds(client: Client, organization_id: str, task: Task) -> lis
     )
     sequences = [event.sequence for event in answer.events]
     assert sequences == sorted(set(sequences))
-    return [event.kind for event in answer.events]
+    return [EventKind.Name(event.kind) for event in answer.events]
 
 
 async def test_a_kill_in_mid_turn_loses_and_doubles_no_word(tmp_path: Path) -> None:  # OPS-3, SES-7
@@ -104,7 +105,7 @@ async def test_a_kill_in_mid_turn_loses_and_doubles_no_word(tmp_path: Path) -> N
         assert text == "".join(f"word{number}\n" for number in range(1, 16)) + "Done.\n"
 
         async def finished() -> bool:
-            return (await history_kinds(client, organization_id, task)).count("agent.finished") == 1
+            return (await history_kinds(client, organization_id, task)).count("EVENT_KIND_AGENT_FINISHED") == 1
 
         assert await eventually(finished)
 
@@ -191,7 +192,7 @@ async def test_services_that_run_apart_are_killed_one_by_one_under_work(tmp_path
         assert await eventually(told)
 
         async def recorded() -> bool:
-            return (await history_kinds(client, organization_id, task)).count("agent.finished") == 1
+            return (await history_kinds(client, organization_id, task)).count("EVENT_KIND_AGENT_FINISHED") == 1
 
         assert await eventually(recorded)
 
