@@ -24,4 +24,4 @@ WORKING: Statuses = frozenset({TASK_STATUS_RUNNING, TASK_STATUS_WAITING})
 """An agent has a turn."""
 
 HOLDS_BRANCH: Statuses = frozenset(TaskStatus.values()) - ENDED - {TASK_STATUS_UNSPECIFIED}
-"""It keeps its branch from other tasks; but one that gave it up, being archived, does not get it back by being killed."""
+"""It keeps its branch from other tasks. One that gave it up, being archived, does not get it back by being killed."""
