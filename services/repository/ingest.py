@@ -1,62 +1,107 @@
-"""How what tasks push becomes rows, and what of it goes on to the organization."""
+"""How what tasks push becomes rows, and what of it goes on to the organization.
+
+Nothing that a task of ours pushes is refused: what does not fit is noted, and shown in the feed.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from branchline.resource.v1.history_pb2 import HistoryEvent
+import structlog
+from branchline.resource.v1.history_pb2 import ACTOR_KIND_SYSTEM, HistoryEvent
 from branchline.resource.v1.sandbox_pb2 import Sandbox
 from branchline.resource.v1.session_pb2 import Session, TranscriptEntry
 from branchline.resource.v1.task_pb2 import Task
+from branchline.resource.v1.vocabulary_pb2 import EVENT_KIND_BRANCH_MOVED, EVENT_KIND_TASK_DELETED, EventKind
 
+from services.repository.deletion import Deletion
 from services.repository.store import RepositoryStore
-from services.runtime.database import Transaction
-from services.runtime.service import Chassis
-from services.runtime.spine.ingest import Handler, Ingest, Pushed, RejectedEntryError, each, handlers
-from services.runtime.spine.outbox import Mark
+from services.repository.summary import summary_of
+from services.repository.workbench import Conflict, Workbench
+from services.runtime.clock import Clock
+from services.runtime.database import Database, Tx
+from services.runtime.principal import Principal
+from services.runtime.spine.ingest import Handler, Ingest, Pushed, RejectedEntryError
+from services.runtime.spine.outbox import Mark, Outbox
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
 class RepositoryIngest:
     """Handlers for everything that tasks push."""
 
-    chassis: Chassis
+    outbox: Outbox
+    clock: Clock
     store: RepositoryStore
+    workbench: Workbench
+    deletion: Deletion
 
-    def ingest(self) -> Ingest:
+    def ingest(self, database: Database) -> Ingest:
         """Return the ingest with all handlers."""
-        taken = handlers(
+        return Ingest(
+            database,
             Handler(Task, self.tasks),
-            Handler(Session, each(self.session)),
-            Handler(Sandbox, each(self.sandbox)),
-            Handler(TranscriptEntry, each(self.transcript_entry)),
-            Handler(HistoryEvent, each(self.history_event)),
+            Handler(Session, self.workbench.put_sessions),
+            Handler(Sandbox, self.workbench.put_sandboxes),
+            Handler(TranscriptEntry, self.workbench.put_transcript),
+            Handler(HistoryEvent, self.history_events),
         )
-        return Ingest(self.chassis.database, taken)
 
-    async def tasks(self, tx: Transaction, pushed: Sequence[Pushed[Task]]) -> None:
-        """Index tasks and push their summaries on."""
-        held = await self.store.held_tasks(tx, [one.state.id for one in pushed])
-        for one in pushed:
-            if one.state.id not in held:
-                raise RejectedEntryError(f"task {one.state.id} was not created by this coordinator")
-        fresh = await self.store.put_tasks(tx, [one.state for one in pushed])
-        await self.chassis.outbox.mark(tx, [Mark(task.id, task.revision, task) for task in fresh])
-        moved = {task.repository_id for task in fresh if held[task.id].status != task.status}
-        for repository_id in sorted(moved):
-            await self.store.touch(tx, repository_id)
+    def tasks(self, tx: Tx, pushed: Sequence[Pushed[Task]]) -> None:
+        """Index tasks, have the branches follow, and push summaries on."""
+        places = self.workbench.places(tx, (one.id for one in pushed))
+        unknown = [one.id for one in pushed if one.id not in places]
+        strange = set(unknown) - self.workbench.buried(tx, unknown)
+        if strange:
+            raise RejectedEntryError(f"not created by this coordinator: task {min(strange)}")
+        known = [one for one in pushed if one.id in places and not places[one.id].gone]
+        self.store.lock(tx, (places[one.id].repository_id for one in known))
+        changed, gone = self.workbench.put_tasks(tx, known)
+        conflicts = self.workbench.follow(tx, changed, places)
+        self.workbench.leave(tx, gone)
+        if gone:
+            tx.after_commit(self.deletion.wanted.notify)
+        events = [self._deleted(task) for task in gone] + [self._conflict(one) for one in conflicts]
+        marks = [Mark(task.id, task.revision, summary_of(task)) for task in changed]
+        marks += [Mark(task.id, task.revision, summary_of(task), deleted=True) for task in gone]
+        self.outbox.mark(tx, [*marks, *(Mark(event.id, 1, event) for event in events)])
+        moved = [task for task in changed if task.status != places[task.id].status]
+        self.store.touch(tx, (places[task.id].repository_id for task in (*moved, *gone)))
 
-    async def session(self, tx: Transaction, pushed: Pushed[Session]) -> None:
-        """Index a session."""
-        await self.store.put_session(tx, pushed.state)
+    def history_events(self, tx: Tx, pushed: Sequence[Pushed[HistoryEvent]]) -> None:
+        """Pass events on."""
+        self.outbox.mark(tx, [Mark(one.id, one.revision, one.state) for one in pushed])
 
-    async def sandbox(self, tx: Transaction, pushed: Pushed[Sandbox]) -> None:
-        """Index a sandbox."""
-        await self.store.put_sandbox(tx, pushed.state)
+    def lost(self, tx: Tx, task_id: str) -> None:
+        """Take a task as gone that its owner does not know."""
+        place = self.workbench.places(tx, [task_id]).get(task_id)
+        if place is None or place.gone:
+            return
+        task = self.workbench.task(tx, task_id, Principal(service="repository"))
+        task.revision += 1
+        self.tasks(tx, [Pushed(task_id, task.revision, True, task)])
 
-    async def transcript_entry(self, tx: Transaction, pushed: Pushed[TranscriptEntry]) -> None:
-        """Index a transcript entry."""
-        await self.store.put_transcript_entry(tx, pushed.state)
+    def _deleted(self, task: Task) -> HistoryEvent:
+        return self._event(task, EVENT_KIND_TASK_DELETED, task.title)
 
-    async def history_event(self, tx: Transaction, pushed: Pushed[HistoryEvent]) -> None:
-        """Pass an event on."""
-        await self.chassis.outbox.mark(tx, [Mark(pushed.id, 1, pushed.state)])
+    def _conflict(self, one: Conflict) -> HistoryEvent:
+        """Show that a task works on the branch of another one."""
+        log.warning("branch held twice", task=one.task.id, branch=one.task.branch, holder=one.holder_task_id)
+        event = self._event(
+            one.task, EVENT_KIND_BRANCH_MOVED, f'the branch "{one.task.branch}" belongs to task {one.holder_task_id}'
+        )
+        event.details.update({"from": one.kept, "to": one.task.branch, "holder_task_id": one.holder_task_id})
+        return event
+
+    def _event(self, task: Task, kind: EventKind.ValueType, summary: str) -> HistoryEvent:
+        return HistoryEvent(
+            id=self.clock.new_id("evt"),
+            organization_id=task.organization_id,
+            event_time=self.clock.timestamp(),
+            actor_kind=ACTOR_KIND_SYSTEM,
+            kind=kind,
+            repository_id=task.repository_id,
+            task_id=task.id,
+            branch=task.branch,
+            summary=summary,
+        )

@@ -4,10 +4,18 @@ import re
 import unicodedata
 from collections.abc import Set
 
+from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_BRANCH_NAME_INVALID
+
 from services.runtime.errors import InvalidArgument
 
 TITLE_LENGTH = 62
+"""Most characters of a title."""
+
 BRANCH_LENGTH = 50
+"""Most characters of a derived name."""
+
+MOST_BYTES = 200
+"""Most bytes of a name that is given: git keeps it as a file's."""
 
 _PREFIXES = (
     ("fix", ("fix", "bug", "broken", "crash", "error", "repair", "wrong", "fails")),
@@ -40,19 +48,30 @@ def derive_branch(title: str) -> str:
 
 
 def unique_branch(wanted: str, taken: Set[str]) -> str:
-    """Return the wanted name, with the first free number behind it if it is taken."""
-    if wanted not in taken:
-        return wanted
-    number = 2
-    while True:
+    """Return the wanted name, or one much like it that git can have beside those that are taken.
+
+    A name cannot be another's folder: where there is "feat", there is no "feat/x".
+    """
+    folder = wanted.partition("/")[0]
+    wanted = wanted.replace("/", "-", 1) if folder in taken else wanted
+    used = taken | {parent for name in taken for parent in _folders(name)}
+    name, number = wanted, 1
+    while name in used:
+        number += 1
         suffix = f"-{number}"
         name = wanted[: BRANCH_LENGTH - len(suffix)].rstrip("-") + suffix
-        if name not in taken:
-            return name
-        number += 1
+    return name
+
+
+def _folders(name: str) -> list[str]:
+    parts = name.split("/")
+    return ["/".join(parts[:end]) for end in range(1, len(parts))]
 
 
 def check_branch(name: str) -> None:
-    """Raise InvalidArgument for a name that git would refuse (git-check-ref-format)."""
+    """Raise InvalidArgument for a name that git would refuse (git-check-ref-format), or that is too long for a file."""
+    if len(name.encode()) > MOST_BYTES:
+        words = f"a branch name has at most {MOST_BYTES} bytes"
+        raise InvalidArgument("branch", words, ERROR_REASON_BRANCH_NAME_INVALID)
     if _REFUSED.search(name):
-        raise InvalidArgument("branch", f'git refuses the branch name "{name}"', "BRANCH_NAME_INVALID")
+        raise InvalidArgument("branch", f'git refuses the branch name "{name}"', ERROR_REASON_BRANCH_NAME_INVALID)

@@ -8,49 +8,92 @@ import grpc
 from branchline.organization.v1.organization_pb2 import GetGitCredentialRequest as OrganizationGitCredentialRequest
 from branchline.organization.v1.organization_pb2_grpc import OrganizationServiceStub
 from branchline.repository.v1 import repository_pb2, repository_pb2_grpc
+from branchline.resource.v1.repository_pb2 import Repository
+from branchline.resource.v1.task_pb2 import Task
+from branchline.spine.v1.push_pb2 import WatchSelection
 
+from services.repository.deletion import Deletion
 from services.repository.store import RepositoryStore
 from services.repository.tables import WATCHED
+from services.repository.workbench import Workbench
+from services.runtime.database import Database, Reader
 from services.runtime.principal import current_principal
 from services.runtime.remote import host_of
-from services.runtime.service import Chassis
-from services.runtime.spine.watch import watch
+from services.runtime.spine.hub import Hub
+from services.runtime.spine.index import Index
+from services.runtime.spine.tokens import Position, parse_consistency_token, parse_resume_token
+from services.runtime.spine.watch import Page, Watch, watch
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+_KINDS = tuple(table.kind for table in WATCHED)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSource:
+    """The index tables of one task, as what is watched."""
+
+    index: Index
+    scope: str
+    selection: WatchSelection
+    live: bool = True
+
+    @property
+    def hub(self) -> Hub:
+        """Where changes are published."""
+        return self.index.hub
+
+    def catch_up(self, position: Position | None) -> AsyncIterator[Page]:
+        """Yield what brings a watcher to the present."""
+        selection = self.selection
+        return self.index.catch_up(self.scope, _KINDS, position, selection.viewer_id, tail=selection.tail)
 
 
 @dataclass(frozen=True, slots=True)
 class RepositoryServicer(repository_pb2_grpc.RepositoryServiceServicer):
-    """Creation by the organization, the upstream watch, and what tasks ask upward."""
+    """Creation and deletion by the organization, the upstream watch, and what tasks ask upward."""
 
-    chassis: Chassis
+    database: Database
+    index: Index
     store: RepositoryStore
+    workbench: Workbench
+    deletion: Deletion
     organization: OrganizationServiceStub
 
     async def EnsureRepository(
         self, request: repository_pb2.EnsureRepositoryRequest, context: Context
     ) -> repository_pb2.EnsureRepositoryResponse:
         """Create the repository or bring it up to date."""
-        async with self.chassis.database.transaction() as tx:
-            await self.store.ensure(tx, request)
+        await self.database.write(self.store.ensure, request)
         return repository_pb2.EnsureRepositoryResponse()
+
+    async def DeleteRepository(
+        self, request: repository_pb2.DeleteRepositoryRequest, context: Context
+    ) -> repository_pb2.DeleteRepositoryResponse:
+        """Record that the repository shall go; the sweep does the rest."""
+        organization_id = current_principal().organization_id
+        await self.database.write(self.deletion.begin, request.repository_id, organization_id)
+        return repository_pb2.DeleteRepositoryResponse()
 
     async def WatchIndex(
         self, request: repository_pb2.WatchIndexRequest, context: Context
     ) -> AsyncIterator[repository_pb2.WatchIndexResponse]:
         """Watch the index tables of one task."""
-        topic, kinds = f"task/{request.task_id}", [table.kind for table in WATCHED]
-        async for frame in watch(self.store.index, request.task_id, topic, kinds, request.resume_token):
-            yield repository_pb2.WatchIndexResponse(frame=frame.frame, horizon_seq=frame.horizon)
+        selection, principal = request.selection, current_principal()
+        topic = f"task/{request.task_id}"
+        position = parse_resume_token(selection.resume_token, topic)
+        point = parse_consistency_token(selection.consistency_token)
+        task = await self.database.read(self.workbench.task, request.task_id, principal)
+        await self.index.await_point(point, task.organization_id, principal.user_id, context.time_remaining())
+        source = TaskSource(self.index, task.id, selection)
+        async for frame in watch(source, Watch(topic, position, until_synced=selection.until_synced)):
+            yield repository_pb2.WatchIndexResponse(frame=frame)
 
     async def GetGitCredential(
         self, request: repository_pb2.GetGitCredentialRequest, context: Context
     ) -> repository_pb2.GetGitCredentialResponse:
         """Ask upward for the credential of a task's owner at the repository's host."""
-        principal = current_principal()
-        async with self.chassis.database.read() as connection:
-            task = await self.store.task(connection, request.task_id, principal)
-            repository = await self.store.repository(connection, task.repository_id, principal)
+        task, repository = await self.database.read(self._of_task, request.task_id)
         credential = await self.organization.GetGitCredential(
             OrganizationGitCredentialRequest(
                 organization_id=task.organization_id,
@@ -59,3 +102,7 @@ class RepositoryServicer(repository_pb2_grpc.RepositoryServiceServicer):
             )
         )
         return repository_pb2.GetGitCredentialResponse(username=credential.username, secret=credential.secret)
+
+    def _of_task(self, tx: Reader, task_id: str) -> tuple[Task, Repository]:
+        task = self.workbench.task(tx, task_id, current_principal())
+        return task, self.store.visible(tx, task.repository_id, current_principal())

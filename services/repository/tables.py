@@ -3,22 +3,57 @@
 from branchline.resource.v1.sandbox_pb2 import Sandbox
 from branchline.resource.v1.session_pb2 import Session, TranscriptEntry
 from branchline.resource.v1.task_pb2 import Task
-from sqlalchemy import Boolean, Column, Index, Integer, LargeBinary, MetaData, String, Table, text
+from branchline.resource.v1.vocabulary_pb2 import (
+    ENTITY_KIND_SANDBOX,
+    ENTITY_KIND_SESSION,
+    ENTITY_KIND_TASK,
+    ENTITY_KIND_TRANSCRIPT_ENTRY,
+)
+from sqlalchemy import (
+    BigInteger,
+    BindParameter,
+    Boolean,
+    Column,
+    ColumnElement,
+    Float,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    exists,
+    text,
+)
 
 from services.runtime.spine.index import IndexTable
-from services.runtime.spine.tables import index_table, spine_tables
+from services.runtime.spine.tables import add_spine_tables, index_table
+
+SNAPSHOT_ENTRIES = 1000
+"""Transcript entries in a task's snapshot: the newest; what is older is listed page by page."""
 
 metadata = MetaData()
-spine = spine_tables(metadata)
+add_spine_tables(metadata, coordinator=True, commands=True)
 
 repositories = Table(
     "repositories",
     metadata,
     Column("id", String, primary_key=True),
     Column("organization_id", String, nullable=False),
-    Column("github_revision", Integer, nullable=False),
+    Column("deleting", Boolean, nullable=False),
+    Column("github_revision", BigInteger, nullable=False, server_default="0"),
     Column("payload", LargeBinary, nullable=False),
+    Index("repositories_deleting", "id", sqlite_where=text("deleting"), postgresql_where=text("deleting")),
     comment="Repositories, owned here",
+)
+
+deleted_repositories = Table(
+    "deleted_repositories",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("delete_time", Float, nullable=False),
+    Index("deleted_repositories_time", "delete_time"),
+    comment="Repositories that are gone, for a week: what was sent before and comes late does not bear them again",
 )
 
 branches = Table(
@@ -45,9 +80,22 @@ task_index = Table(
     Column("task_id", String, primary_key=True),
     Column("repository_id", String, nullable=False),
     Column("branch", String, nullable=False),
+    Column("status", Integer, nullable=False),
     Column("live", Boolean, nullable=False),
-    Index("task_index_live_branch", "repository_id", "branch", unique=True, sqlite_where=text("live = 1")),
-    comment="Coordinator index of task: task id to branch; at most one live task per branch",
+    Column("gone", Boolean, nullable=False),
+    Column("told_time", Float, nullable=False),
+    Index("task_index_repository", "repository_id"),
+    Index(
+        "task_index_live_branch",
+        "repository_id",
+        "branch",
+        unique=True,
+        sqlite_where=text("live"),
+        postgresql_where=text("live"),
+    ),
+    Index("task_index_gone", "task_id", sqlite_where=text("gone"), postgresql_where=text("gone")),
+    comment="Coordinator index of task: task id to branch; at most one live task per branch. `live`: it holds the "
+    "branch; `gone`: its owner deleted it, its details are being buried; `told_time`: when it was told to go",
 )
 
 task_details = index_table(
@@ -66,14 +114,26 @@ transcript_entries = index_table(
     "transcript_entries",
     metadata,
     Column("session_id", String, nullable=False),
-    Column("position", Integer, nullable=False),
+    Column("position", BigInteger, nullable=False),
     Index("transcript_entries_position", "session_id", "position"),
     comment="Coordinator index of session: its transcript",
 )
 
-WATCHED = (
-    IndexTable("task", task_details, Task),
-    IndexTable("session", session_index, Session),
-    IndexTable("sandbox", sandbox_index, Sandbox),
-    IndexTable("transcript_entry", transcript_entries, TranscriptEntry),
+
+def _of_organizations_task(table: Table, organization_id: BindParameter[str]) -> ColumnElement[bool]:
+    """Say whether a row, whose scope is its task, is an organization's."""
+    tasks = task_details.alias("owner")
+    return exists().where(tasks.c.id == table.c.scope, tasks.c.organization_id == organization_id)
+
+
+TASKS = IndexTable(ENTITY_KIND_TASK, task_details, Task, within=_of_organizations_task)
+SESSIONS = IndexTable(ENTITY_KIND_SESSION, session_index, Session, within=_of_organizations_task)
+SANDBOXES = IndexTable(ENTITY_KIND_SANDBOX, sandbox_index, Sandbox, within=_of_organizations_task)
+TRANSCRIPT = IndexTable(
+    ENTITY_KIND_TRANSCRIPT_ENTRY,
+    transcript_entries,
+    TranscriptEntry,
+    snapshot_limit=SNAPSHOT_ENTRIES,
+    within=_of_organizations_task,
 )
+WATCHED = (TASKS, SESSIONS, SANDBOXES, TRANSCRIPT)

@@ -17,7 +17,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 
 Parameters = Mapping[str, Any]
-Core = Select[Any] | CoreInsert | Update | Delete
+Core = Select[*tuple[Any, ...]] | CoreInsert | Update | Delete
 
 _SQLITE = SQLiteDialect_pysqlite(paramstyle="named")
 _POSTGRES = PGDialect_psycopg()

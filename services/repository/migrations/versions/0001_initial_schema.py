@@ -1,4 +1,4 @@
-"""Initial schema.
+"""initial schema.
 
 Revision ID: 0001
 Revises:
@@ -27,30 +27,45 @@ def upgrade() -> None:
     op.create_table(
         "change_sequences",
         sa.Column("scope", sa.String(), nullable=False),
-        sa.Column("value", sa.Integer(), nullable=False),
-        sa.Column("horizon", sa.Integer(), nullable=False),
-        sa.Column("epoch", sa.String(), nullable=False),
+        sa.Column("value", sa.BigInteger(), nullable=False),
+        sa.Column("horizon", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("scope"),
         comment="Last change number of each scope; taking it first makes the scope's writers take turns",
     )
     op.create_table(
+        "deleted_repositories",
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("delete_time", sa.Float(), nullable=False),
+        sa.PrimaryKeyConstraint("id"),
+        comment="Repositories that are gone, for a week: what was sent before and comes late does not bear them again",
+    )
+    with op.batch_alter_table("deleted_repositories", schema=None) as batch_op:
+        batch_op.create_index("deleted_repositories_time", ["delete_time"], unique=False)
+
+    op.create_table(
+        "incarnations",
+        sa.Column("number", sa.Integer(), nullable=False),
+        sa.Column("epoch", sa.String(), nullable=False),
+        sa.PrimaryKeyConstraint("number"),
+        comment="Identity of this database: a rebuilt one has another, and its change numbers mean something else",
+    )
+    op.create_table(
         "outbox",
-        sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
         sa.Column("destination", sa.String(), nullable=False),
         sa.Column("type_url", sa.String(), nullable=False),
         sa.Column("entity_id", sa.String(), nullable=False),
-        sa.Column("revision", sa.Integer(), nullable=False),
+        sa.Column("seq", sa.BigInteger(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
         sa.Column("deleted", sa.Boolean(), nullable=False),
         sa.Column("payload", sa.LargeBinary(), nullable=False),
         sa.Column("mark_time", sa.Float(), nullable=False),
-        sa.Column("parked_reason", sa.String(), nullable=True),
-        sa.PrimaryKeyConstraint("seq"),
-        sa.UniqueConstraint("destination", "type_url", "entity_id"),
+        sa.Column("attempts", sa.Integer(), nullable=False),
+        sa.Column("parked_reason", sa.String(), nullable=False),
+        sa.PrimaryKeyConstraint("destination", "type_url", "entity_id"),
         comment="What must leave the service: the newest state of each changed entity, once per destination",
-        sqlite_autoincrement=True,
     )
     with op.batch_alter_table("outbox", schema=None) as batch_op:
-        batch_op.create_index("outbox_pending", ["destination", "seq"], unique=False)
+        batch_op.create_index("outbox_pending", ["destination", "parked_reason", "seq"], unique=False)
 
     op.create_table(
         "pull_requests",
@@ -64,11 +79,21 @@ def upgrade() -> None:
         "repositories",
         sa.Column("id", sa.String(), nullable=False),
         sa.Column("organization_id", sa.String(), nullable=False),
-        sa.Column("github_revision", sa.Integer(), nullable=False),
+        sa.Column("deleting", sa.Boolean(), nullable=False),
+        sa.Column("github_revision", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column("payload", sa.LargeBinary(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
         comment="Repositories, owned here",
     )
+    with op.batch_alter_table("repositories", schema=None) as batch_op:
+        batch_op.create_index(
+            "repositories_deleting",
+            ["id"],
+            unique=False,
+            sqlite_where=sa.text("deleting"),
+            postgresql_where=sa.text("deleting"),
+        )
+
     op.create_table(
         "requests",
         sa.Column("caller", sa.String(), nullable=False),
@@ -78,48 +103,53 @@ def upgrade() -> None:
         sa.Column("response", sa.LargeBinary(), nullable=False),
         sa.Column("create_time", sa.Float(), nullable=False),
         sa.PrimaryKeyConstraint("caller", "method", "request_id"),
-        comment="First answers of commands, by the client's request id",
+        comment="First answers of commands, by the client's request id, for a week",
     )
+    with op.batch_alter_table("requests", schema=None) as batch_op:
+        batch_op.create_index("requests_create_time", ["create_time"], unique=False)
+
     op.create_table(
         "sandbox_index",
-        sa.Column("id", sa.String(), nullable=False),
         sa.Column("scope", sa.String(), nullable=False),
-        sa.Column("revision", sa.Integer(), nullable=False),
-        sa.Column("change_seq", sa.Integer(), nullable=False),
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
+        sa.Column("change_seq", sa.BigInteger(), nullable=False),
         sa.Column("change_time", sa.Float(), nullable=False),
         sa.Column("deleted", sa.Boolean(), nullable=False),
         sa.Column("payload", sa.LargeBinary(), nullable=False),
         sa.Column("viewer_id", sa.String(), nullable=False),
         sa.Column("task_id", sa.String(), nullable=False),
-        sa.PrimaryKeyConstraint("id", "scope"),
+        sa.PrimaryKeyConstraint("scope", "id"),
         comment="Coordinator index of task: its sandboxes",
     )
     with op.batch_alter_table("sandbox_index", schema=None) as batch_op:
         batch_op.create_index("sandbox_index_changes", ["scope", "change_seq"], unique=False)
+        batch_op.create_index("sandbox_index_id", ["id"], unique=False)
 
     op.create_table(
         "session_index",
-        sa.Column("id", sa.String(), nullable=False),
         sa.Column("scope", sa.String(), nullable=False),
-        sa.Column("revision", sa.Integer(), nullable=False),
-        sa.Column("change_seq", sa.Integer(), nullable=False),
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
+        sa.Column("change_seq", sa.BigInteger(), nullable=False),
         sa.Column("change_time", sa.Float(), nullable=False),
         sa.Column("deleted", sa.Boolean(), nullable=False),
         sa.Column("payload", sa.LargeBinary(), nullable=False),
         sa.Column("viewer_id", sa.String(), nullable=False),
         sa.Column("task_id", sa.String(), nullable=False),
-        sa.PrimaryKeyConstraint("id", "scope"),
+        sa.PrimaryKeyConstraint("scope", "id"),
         comment="Coordinator index of session: its metadata",
     )
     with op.batch_alter_table("session_index", schema=None) as batch_op:
         batch_op.create_index("session_index_changes", ["scope", "change_seq"], unique=False)
+        batch_op.create_index("session_index_id", ["id"], unique=False)
 
     op.create_table(
         "task_details",
-        sa.Column("id", sa.String(), nullable=False),
         sa.Column("scope", sa.String(), nullable=False),
-        sa.Column("revision", sa.Integer(), nullable=False),
-        sa.Column("change_seq", sa.Integer(), nullable=False),
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
+        sa.Column("change_seq", sa.BigInteger(), nullable=False),
         sa.Column("change_time", sa.Float(), nullable=False),
         sa.Column("deleted", sa.Boolean(), nullable=False),
         sa.Column("payload", sa.LargeBinary(), nullable=False),
@@ -127,44 +157,57 @@ def upgrade() -> None:
         sa.Column("task_id", sa.String(), nullable=False),
         sa.Column("repository_id", sa.String(), nullable=False),
         sa.Column("organization_id", sa.String(), nullable=False),
-        sa.PrimaryKeyConstraint("id", "scope"),
+        sa.PrimaryKeyConstraint("scope", "id"),
         comment="Coordinator index of task: its workbench",
     )
     with op.batch_alter_table("task_details", schema=None) as batch_op:
         batch_op.create_index("task_details_changes", ["scope", "change_seq"], unique=False)
+        batch_op.create_index("task_details_id", ["id"], unique=False)
 
     op.create_table(
         "task_index",
         sa.Column("task_id", sa.String(), nullable=False),
         sa.Column("repository_id", sa.String(), nullable=False),
         sa.Column("branch", sa.String(), nullable=False),
+        sa.Column("status", sa.Integer(), nullable=False),
         sa.Column("live", sa.Boolean(), nullable=False),
+        sa.Column("gone", sa.Boolean(), nullable=False),
+        sa.Column("told_time", sa.Float(), nullable=False),
         sa.PrimaryKeyConstraint("task_id"),
-        comment="Coordinator index of task: task id to branch; at most one live task per branch",
+        comment="Coordinator index of task: task id to branch; at most one live task per branch. `live`: it holds the branch; `gone`: its owner deleted it, its details are being buried; `told_time`: when it was told to go",
     )
     with op.batch_alter_table("task_index", schema=None) as batch_op:
         batch_op.create_index(
-            "task_index_live_branch", ["repository_id", "branch"], unique=True, sqlite_where=sa.text("live = 1")
+            "task_index_gone", ["task_id"], unique=False, sqlite_where=sa.text("gone"), postgresql_where=sa.text("gone")
         )
+        batch_op.create_index(
+            "task_index_live_branch",
+            ["repository_id", "branch"],
+            unique=True,
+            sqlite_where=sa.text("live"),
+            postgresql_where=sa.text("live"),
+        )
+        batch_op.create_index("task_index_repository", ["repository_id"], unique=False)
 
     op.create_table(
         "transcript_entries",
-        sa.Column("id", sa.String(), nullable=False),
         sa.Column("scope", sa.String(), nullable=False),
-        sa.Column("revision", sa.Integer(), nullable=False),
-        sa.Column("change_seq", sa.Integer(), nullable=False),
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
+        sa.Column("change_seq", sa.BigInteger(), nullable=False),
         sa.Column("change_time", sa.Float(), nullable=False),
         sa.Column("deleted", sa.Boolean(), nullable=False),
         sa.Column("payload", sa.LargeBinary(), nullable=False),
         sa.Column("viewer_id", sa.String(), nullable=False),
         sa.Column("task_id", sa.String(), nullable=False),
         sa.Column("session_id", sa.String(), nullable=False),
-        sa.Column("position", sa.Integer(), nullable=False),
-        sa.PrimaryKeyConstraint("id", "scope"),
+        sa.Column("position", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("scope", "id"),
         comment="Coordinator index of session: its transcript",
     )
     with op.batch_alter_table("transcript_entries", schema=None) as batch_op:
         batch_op.create_index("transcript_entries_changes", ["scope", "change_seq"], unique=False)
+        batch_op.create_index("transcript_entries_id", ["id"], unique=False)
         batch_op.create_index("transcript_entries_position", ["session_id", "position"], unique=False)
 
     # ### end Alembic commands ###
@@ -175,32 +218,51 @@ def downgrade() -> None:
     # ### commands auto generated by Alembic - please adjust! ###
     with op.batch_alter_table("transcript_entries", schema=None) as batch_op:
         batch_op.drop_index("transcript_entries_position")
+        batch_op.drop_index("transcript_entries_id")
         batch_op.drop_index("transcript_entries_changes")
 
     op.drop_table("transcript_entries")
     with op.batch_alter_table("task_index", schema=None) as batch_op:
-        batch_op.drop_index("task_index_live_branch", sqlite_where=sa.text("live = 1"))
+        batch_op.drop_index("task_index_repository")
+        batch_op.drop_index("task_index_live_branch", sqlite_where=sa.text("live"), postgresql_where=sa.text("live"))
+        batch_op.drop_index("task_index_gone", sqlite_where=sa.text("gone"), postgresql_where=sa.text("gone"))
 
     op.drop_table("task_index")
     with op.batch_alter_table("task_details", schema=None) as batch_op:
+        batch_op.drop_index("task_details_id")
         batch_op.drop_index("task_details_changes")
 
     op.drop_table("task_details")
     with op.batch_alter_table("session_index", schema=None) as batch_op:
+        batch_op.drop_index("session_index_id")
         batch_op.drop_index("session_index_changes")
 
     op.drop_table("session_index")
     with op.batch_alter_table("sandbox_index", schema=None) as batch_op:
+        batch_op.drop_index("sandbox_index_id")
         batch_op.drop_index("sandbox_index_changes")
 
     op.drop_table("sandbox_index")
+    with op.batch_alter_table("requests", schema=None) as batch_op:
+        batch_op.drop_index("requests_create_time")
+
     op.drop_table("requests")
+    with op.batch_alter_table("repositories", schema=None) as batch_op:
+        batch_op.drop_index(
+            "repositories_deleting", sqlite_where=sa.text("deleting"), postgresql_where=sa.text("deleting")
+        )
+
     op.drop_table("repositories")
     op.drop_table("pull_requests")
     with op.batch_alter_table("outbox", schema=None) as batch_op:
         batch_op.drop_index("outbox_pending")
 
     op.drop_table("outbox")
+    op.drop_table("incarnations")
+    with op.batch_alter_table("deleted_repositories", schema=None) as batch_op:
+        batch_op.drop_index("deleted_repositories_time")
+
+    op.drop_table("deleted_repositories")
     op.drop_table("change_sequences")
     op.drop_table("branches")
     # ### end Alembic commands ###

@@ -1,0 +1,286 @@
+"""The index of tasks: who holds which branch, and the workbench of each task as its owner pushed it."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from branchline.resource.v1.sandbox_pb2 import Sandbox
+from branchline.resource.v1.session_pb2 import Session, TranscriptEntry
+from branchline.resource.v1.task_pb2 import Task
+from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_SANDBOX, ENTITY_KIND_SESSION, ENTITY_KIND_TASK
+from sqlalchemy import Column, bindparam, select, update
+
+from services.repository.tables import (
+    SANDBOXES,
+    SESSIONS,
+    TASKS,
+    TRANSCRIPT,
+    sandbox_index,
+    session_index,
+    task_details,
+    task_index,
+    transcript_entries,
+)
+from services.runtime.database import Reader, Statement, Tx, insert, is_in
+from services.runtime.errors import NotFound
+from services.runtime.principal import Principal
+from services.runtime.spine.chunks import PART_BYTES
+from services.runtime.spine.hub import Kind
+from services.runtime.spine.index import Entry, Index, IndexTable
+from services.runtime.spine.ingest import Pushed
+from services.runtime.spine.resources import Resources
+from services.runtime.statuses import HOLDS_BRANCH
+
+BURIED_AT_ONCE = 500
+_NO_COLUMNS: Mapping[str, Any] = {}
+
+_TASK = Statement(
+    select(task_details.c.payload).where(task_details.c.id == bindparam("of"), task_details.c.deleted.is_(False))
+)
+_BURIED = Statement(select(task_details.c.id).where(is_in(task_details.c.id, "ids"), task_details.c.deleted.is_(True)))
+_sessions_of = Resources(session_index, Session, ENTITY_KIND_SESSION, lambda _: _NO_COLUMNS, key=["scope", "id"]).by(
+    "scope", where=[session_index.c.deleted.is_(False)]
+)
+_sandboxes_of = Resources(sandbox_index, Sandbox, ENTITY_KIND_SANDBOX, lambda _: _NO_COLUMNS, key=["scope", "id"]).by(
+    "scope", where=[sandbox_index.c.deleted.is_(False)]
+)
+_SESSION_THERE = Statement(
+    select(session_index.c.id).where(
+        session_index.c.scope == bindparam("of"),
+        session_index.c.id == bindparam("session"),
+        session_index.c.deleted.is_(False),
+    )
+)
+_TRANSCRIPT = Statement(
+    select(transcript_entries.c.payload)
+    .where(
+        transcript_entries.c.session_id == bindparam("of"),
+        transcript_entries.c.position > bindparam("after"),
+        transcript_entries.c.deleted.is_(False),
+    )
+    .order_by(transcript_entries.c.position)
+    .limit(bindparam("most"))
+)
+_PLACES = Statement(select(task_index).where(is_in(task_index.c.task_id, "ids")))
+_HOLDERS = Statement(
+    select(task_index.c.repository_id, task_index.c.branch, task_index.c.task_id).where(
+        is_in(task_index.c.repository_id, "repositories"),
+        is_in(task_index.c.branch, "branches"),
+        task_index.c.live.is_(True),
+    )
+)
+_ADD_PLACE = Statement(insert(task_index))
+_MOVE_PLACE = Statement(
+    update(task_index)
+    .where(task_index.c.task_id == bindparam("of"))
+    .values(branch=bindparam("to"), status=bindparam("now"), live=bindparam("holds"))
+)
+_LEAVE = Statement(update(task_index).where(is_in(task_index.c.task_id, "ids")).values(live=False, gone=True))
+
+
+def _parts_of(spec: IndexTable, *columns: Column[Any]) -> Statement:
+    c = spec.table.c
+    where = (is_in(c.scope, "ids"), c.deleted.is_(False))
+    return Statement(select(c.scope, c.id, c.revision, *columns).where(*where).limit(bindparam("most")))
+
+
+_PARTS = (
+    (SESSIONS.kind, _parts_of(SESSIONS), Session()),
+    (SANDBOXES.kind, _parts_of(SANDBOXES), Sandbox()),
+    (
+        TRANSCRIPT.kind,
+        _parts_of(TRANSCRIPT, transcript_entries.c.session_id, transcript_entries.c.position),
+        TranscriptEntry(),
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What the index knows of a task's branch."""
+
+    repository_id: str
+    branch: str
+    status: int
+    live: bool
+    gone: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """A task moved to a branch that another live task holds; the index leaves it where it was."""
+
+    task: Task
+    kept: str
+    holder_task_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Workbench:
+    """The index of tasks."""
+
+    index: Index
+
+    def task(self, tx: Reader, task_id: str, principal: Principal) -> Task:
+        """Return a task; raise NotFound if it is not the caller's to see."""
+        payload = tx.value(_TASK, {"of": task_id})
+        task = Task.FromString(payload) if payload is not None else None
+        if task is None or not principal.sees(task.organization_id):
+            raise NotFound(ENTITY_KIND_TASK, task_id)
+        return task
+
+    def sessions(self, tx: Reader, task_id: str) -> list[Session]:
+        """Return a task's sessions, oldest first."""
+        return _sessions_of(tx, scope=task_id)
+
+    def sandboxes(self, tx: Reader, task_id: str) -> list[Sandbox]:
+        """Return a task's sandboxes, oldest first."""
+        return _sandboxes_of(tx, scope=task_id)
+
+    def transcript(
+        self, tx: Reader, task_id: str, session_id: str, after_position: int, most: int
+    ) -> tuple[list[TranscriptEntry], bool]:
+        """Return a page of a transcript, oldest first, and whether there is more; raise NotFound.
+
+        The page has at most 1 MiB, after at least one entry.
+        """
+        if tx.value(_SESSION_THERE, {"of": task_id, "session": session_id}) is None:
+            raise NotFound(ENTITY_KIND_SESSION, session_id)
+        page: list[TranscriptEntry] = []
+        size = 0
+        for row in tx.each(_TRANSCRIPT, {"of": session_id, "after": after_position, "most": most + 1}):
+            size += len(row.payload)
+            if page and (len(page) == most or size > PART_BYTES):
+                return page, True
+            page.append(TranscriptEntry.FromString(row.payload))
+        return page, False
+
+    def places(self, tx: Reader, task_ids: Iterable[str]) -> dict[str, Place]:
+        """Return what the index knows of tasks, by their ids."""
+        rows = tx.rows(_PLACES, {"ids": sorted(set(task_ids))})
+        return {row.task_id: Place(row.repository_id, row.branch, row.status, row.live, row.gone) for row in rows}
+
+    def buried(self, tx: Reader, task_ids: Sequence[str]) -> set[str]:
+        """Return those of the tasks that were here and are gone."""
+        return {row.id for row in tx.rows(_BURIED, {"ids": task_ids})} if task_ids else set()
+
+    def add(self, tx: Tx, task: Task, session: Session) -> None:
+        """Index a new task with its first session. Its branch must be free."""
+        place = {"task_id": task.id, "repository_id": task.repository_id, "branch": task.branch, "status": task.status}
+        tx.change(_ADD_PLACE, {**place, "live": True, "gone": False, "told_time": 0.0})
+        self.index.put(tx, _task_entry(task, deleted=False))
+        self.index.put(tx, Entry(SESSIONS.kind, task.id, session.id, session.revision, session, task_id=task.id))
+
+    def put_tasks(self, tx: Tx, pushed: Sequence[Pushed[Task]]) -> tuple[list[Task], list[Task]]:
+        """Index states of tasks; return those that were newer than what was held, then the tasks newly gone."""
+        fresh = self.index.put_many(tx, [_task_entry(one.state, deleted=one.deleted) for one in pushed])
+        newer = [(cast("Task", entry.state), entry.deleted) for entry in fresh]
+        return [task for task, deleted in newer if not deleted], [task for task, deleted in newer if deleted]
+
+    def follow(self, tx: Tx, tasks: Sequence[Task], places: Mapping[str, Place]) -> list[Conflict]:
+        """Have the index of branches follow new states of tasks.
+
+        A task that gave its branch up never gets it back. A branch belongs to the task that held it first: one that
+        moves to a branch of another is left where it was, and is a conflict.
+        """
+        moving = [task for task in tasks if _stays(task, places[task.id]) and task.branch != places[task.id].branch]
+        holders = self._holders(tx, moving, places)
+        conflicts: list[Conflict] = []
+        rows: list[dict[str, Any]] = []
+        for task in sorted(tasks, key=lambda task: _stays(task, places[task.id])):  # who leaves makes room first
+            place, branch = places[task.id], task.branch
+            live = _stays(task, place)
+            holder = holders.get((place.repository_id, branch), task.id)
+            if live and holder != task.id:
+                conflicts.append(Conflict(task, place.branch, holder))
+                branch = place.branch
+            elif place.live and (not live or branch != place.branch):
+                holders.pop((place.repository_id, place.branch), None)
+                if live:
+                    holders[place.repository_id, branch] = task.id
+            if (branch, task.status, live) != (place.branch, place.status, place.live):
+                rows.append({"of": task.id, "to": branch, "now": task.status, "holds": live})
+        tx.change_many(_MOVE_PLACE, rows)
+        return conflicts
+
+    def _holders(self, tx: Reader, moving: Sequence[Task], places: Mapping[str, Place]) -> dict[tuple[str, str], str]:
+        if not moving:
+            return {}
+        wanted = {
+            "repositories": sorted({places[task.id].repository_id for task in moving}),
+            "branches": sorted({task.branch for task in moving}),
+        }
+        return {(row.repository_id, row.branch): row.task_id for row in tx.rows(_HOLDERS, wanted)}
+
+    def leave(self, tx: Tx, tasks: Sequence[Task]) -> None:
+        """Note that tasks are gone: their branches are free, their details wait to be buried."""
+        if tasks:
+            tx.change(_LEAVE, {"ids": [task.id for task in tasks]})
+
+    def put_sessions(self, tx: Tx, pushed: Sequence[Pushed[Session]]) -> None:
+        """Index states of sessions."""
+        self._put_parts(tx, SESSIONS.kind, pushed, lambda _: _NO_COLUMNS)
+
+    def put_sandboxes(self, tx: Tx, pushed: Sequence[Pushed[Sandbox]]) -> None:
+        """Index states of sandboxes."""
+        self._put_parts(tx, SANDBOXES.kind, pushed, lambda _: _NO_COLUMNS)
+
+    def put_transcript(self, tx: Tx, pushed: Sequence[Pushed[TranscriptEntry]]) -> None:
+        """Index entries of transcripts."""
+        self._put_parts(
+            tx, TRANSCRIPT.kind, pushed, lambda one: {"session_id": one.session_id, "position": one.position}
+        )
+
+    def _put_parts(
+        self, tx: Tx, kind: Kind, pushed: Sequence[Pushed[Any]], columns: Callable[[Any], Mapping[str, Any]]
+    ) -> None:
+        """Index parts of tasks. What comes late, of a task that is gone, is ignored."""
+        places = self.places(tx, (one.state.task_id for one in pushed))
+        entries = [
+            Entry(
+                kind,
+                one.state.task_id,
+                one.id,
+                one.revision,
+                one.state,
+                task_id=one.state.task_id,
+                deleted=one.deleted,
+                columns=columns(one.state),
+            )
+            for one in pushed
+            if one.state.task_id in places and not places[one.state.task_id].gone
+        ]
+        self.index.put_many(tx, entries)
+
+    def bury(self, tx: Tx, task_ids: Sequence[str]) -> int:
+        """Make tombstones of the parts of tasks, at most so many at a time; return how many were made."""
+        made = 0
+        for kind, statement, empty in _PARTS:
+            rows: list[Any] = tx.rows(statement, {"ids": task_ids, "most": BURIED_AT_ONCE})
+            entries = [
+                Entry(
+                    kind,
+                    row.scope,
+                    row.id,
+                    row.revision + 1,
+                    empty,
+                    task_id=row.scope,
+                    deleted=True,
+                    columns={"session_id": row.session_id, "position": row.position} if kind == TRANSCRIPT.kind else {},
+                )
+                for row in rows
+            ]
+            made += len(self.index.put_many(tx, entries))
+        return made
+
+
+def _task_entry(task: Task, *, deleted: bool) -> Entry:
+    if deleted:
+        task.ClearField("text")  # a tombstone needs no words
+    columns = {"repository_id": task.repository_id, "organization_id": task.organization_id}
+    return Entry(TASKS.kind, task.id, task.id, task.revision, task, task_id=task.id, deleted=deleted, columns=columns)
+
+
+def _stays(task: Task, place: Place) -> bool:
+    """Say whether a task that holds its branch goes on holding one."""
+    return place.live and task.status in HOLDS_BRANCH
