@@ -67,6 +67,14 @@ _TAKE = Statement(
     .returning(change_sequences.c.value)
 )
 _BEGIN = Statement(insert_new(change_sequences, ["scope"]))
+_TAKE_MANY = Statement(
+    update(change_sequences)
+    .where(change_sequences.c.scope == bindparam("of"))
+    .values(value=change_sequences.c.value + bindparam("count"))
+)
+_VALUES = Statement(
+    select(change_sequences.c.scope, change_sequences.c.value).where(is_in(change_sequences.c.scope, "scopes"))
+)
 _SEQUENCE = Statement(select(change_sequences).where(change_sequences.c.scope == bindparam("of")))
 _RAISE_HORIZON = Statement(
     update(change_sequences)
@@ -186,7 +194,7 @@ class Index:
     def put_many(self, tx: Tx, entries: Sequence[Entry]) -> list[Entry]:
         """Store the states of one kind that are newer than what is held; return those, one for each entity.
 
-        A number of statements that does not grow with the number of entries, but with that of their scopes.
+        A number of statements that does not grow with the number of entries or of their scopes.
         """
         if not entries:
             return []
@@ -400,18 +408,31 @@ def _take_numbers(tx: Tx, scopes: Sequence[str]) -> list[int]:
     counts: dict[str, int] = {}
     for scope in scopes:
         counts[scope] = counts.get(scope, 0) + 1
-    following: dict[str, int] = {}
-    for scope, count in sorted(counts.items()):
-        value = tx.value(_TAKE, {"of": scope, "count": count})
-        if value is None:
-            tx.change(_BEGIN, {"scope": scope, "value": 0, "horizon": 0})
-            value = tx.value(_TAKE, {"of": scope, "count": count})
-        following[scope] = value - count
+    taken = _take_of_one(tx, counts) if len(counts) == 1 else _take_of_many(tx, counts)
+    following = {scope: taken[scope] - count for scope, count in counts.items()}
     numbers: list[int] = []
     for scope in scopes:
         following[scope] += 1
         numbers.append(following[scope])
     return numbers
+
+
+def _take_of_one(tx: Tx, counts: Mapping[str, int]) -> Mapping[str, int]:
+    """Raise the sequence of one scope; return its new value."""
+    ((scope, count),) = counts.items()
+    value = tx.value(_TAKE, {"of": scope, "count": count})
+    if value is None:
+        tx.change(_BEGIN, {"scope": scope, "value": 0, "horizon": 0})
+        value = tx.value(_TAKE, {"of": scope, "count": count})
+    return {scope: value}
+
+
+def _take_of_many(tx: Tx, counts: Mapping[str, int]) -> Mapping[str, int]:
+    """Raise the sequences of many scopes with three statements; return their new values."""
+    scopes = sorted(counts)
+    tx.change_many(_BEGIN, [{"scope": scope, "value": 0, "horizon": 0} for scope in scopes])
+    tx.change_many(_TAKE_MANY, [{"of": scope, "count": counts[scope]} for scope in scopes])
+    return {row.scope: row.value for row in tx.rows(_VALUES, {"scopes": scopes})}
 
 
 def _row(entry: Entry, seq: int, now: float) -> dict[str, Any]:
