@@ -29,3 +29,11 @@ class Clock:
     def seconds(self) -> float:
         """Return the present in seconds since 1970, for columns."""
         return self.now().timestamp()
+
+
+_EARLIEST_SECONDS, _LATEST_SECONDS = -62_135_596_800, 253_402_300_799
+
+
+def column_seconds(time: Timestamp) -> float:
+    """Return a timestamp as a column holds it: seconds since 1970, within the years that have four digits."""
+    return min(max(time.seconds, _EARLIEST_SECONDS), _LATEST_SECONDS) + time.nanos / 1e9

@@ -1,151 +1,95 @@
-"""The gRPC surface of the user service."""
+"""What the organization coordinator asks of the user service."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from branchline.gateway.v1 import users_pb2, users_pb2_grpc
 from branchline.resource.v1.user_pb2 import User, UserTaskState
+from branchline.resource.v1.vocabulary_pb2 import (
+    ENTITY_KIND_API_TOKEN,
+    ENTITY_KIND_USER,
+    ERROR_REASON_OPERATOR_REQUIRED,
+)
 from branchline.user.v1 import user_pb2, user_pb2_grpc
 
+from services.runtime.database import Database, Tx
+from services.runtime.errors import PermissionDenied
 from services.runtime.principal import current_principal
-from services.runtime.service import Chassis
+from services.runtime.secrets import new_token, token_hash
 from services.runtime.spine.tokens import consistency_token
-from services.user.store import GitCredential, UserStore, task_state_id
+from services.user.accounts import Accounts, NewToken
+from services.user.task_states import TaskStates
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class UserServicer(user_pb2_grpc.UserServiceServicer):
-    """What the organization coordinator asks."""
+    """Creation of people, and what is done to their accounts from above."""
 
-    chassis: Chassis
-    store: UserStore
+    database: Database
+    accounts: Accounts
+    task_states: TaskStates
 
     async def CreateUser(self, request: user_pb2.CreateUserRequest, context: Context) -> user_pb2.CreateUserResponse:
-        """Create a user with a first token, once."""
-        async with self.chassis.database.transaction() as tx:
-            user = await self.store.find(tx, request.user_id)
-            if user is not None:
-                return user_pb2.CreateUserResponse(user=user)
-            user = User(
-                id=request.user_id,
-                display_name=request.display_name,
-                email=request.email.strip().lower(),
-                create_time=self.chassis.clock.timestamp(),
-            )
-            await self.store.save(tx, user)
-            token, secret = await self.store.issue_token(tx, user.id, request.token_name)
-        named = consistency_token([("user", user.id, user.revision), ("api_token", token.id, token.revision)])
-        return user_pb2.CreateUserResponse(user=user, api_token=secret, consistency_token=named)
+        """Create a person, or give the one who has the id or the e-mail address."""
+        user = User(
+            id=request.user_id,
+            display_name=request.display_name,
+            email=request.email.strip().lower(),
+            create_time=self.accounts.clock.timestamp(),
+        )
+        secret = new_token() if request.token_name else ""
+        token = self.accounts.new_token(user.id, request.token_name, token_hash(secret)) if secret else None
+        created, is_new = await self.database.write(self._create, user, token)
+        named = [(ENTITY_KIND_USER, created.id, created.revision)]
+        if token is not None and is_new:
+            named.append((ENTITY_KIND_API_TOKEN, token.token.id, token.token.revision))
+        return user_pb2.CreateUserResponse(
+            user=created, api_token=secret if is_new else "", consistency_token=consistency_token(named)
+        )
+
+    def _create(self, tx: Tx, given: User, token: NewToken | None) -> tuple[User, bool]:
+        user = User()
+        user.CopyFrom(given)  # a function may run twice
+        created = self.accounts.create(tx, user)
+        is_new = created is user
+        if is_new and token is not None:
+            self.accounts.add_token(tx, token)
+        return created, is_new
+
+    async def IssueToken(self, request: user_pb2.IssueTokenRequest, context: Context) -> user_pb2.IssueTokenResponse:
+        """Make a further token."""
+        if not current_principal().service:
+            raise PermissionDenied(ERROR_REASON_OPERATOR_REQUIRED, "people make their own tokens alone")
+        secret = new_token()
+        new = self.accounts.new_token(request.user_id, request.name, token_hash(secret))
+        await self.database.write(self.accounts.add_token, new)
+        named = consistency_token([(ENTITY_KIND_API_TOKEN, new.token.id, new.token.revision)])
+        return user_pb2.IssueTokenResponse(api_token=secret, consistency_token=named)
+
+    async def ForgetTaskStates(
+        self, request: user_pb2.ForgetTaskStatesRequest, context: Context
+    ) -> user_pb2.ForgetTaskStatesResponse:
+        """Forget what people have open, unread and half written, some at a time."""
+        of = (request.organization_id, request.user_id, request.task_id)
+        while await self.database.write(self.task_states.forget_some, *of):
+            pass
+        return user_pb2.ForgetTaskStatesResponse()
 
     async def GetGitCredential(
         self, request: user_pb2.GetGitCredentialRequest, context: Context
     ) -> user_pb2.GetGitCredentialResponse:
         """Give a credential, or nothing."""
-        credential = await self.store.credential(request.user_id, request.host)
+        credential = await self.database.read(self.accounts.credential, request.user_id, request.host)
         if credential is None:
             return user_pb2.GetGitCredentialResponse()
         return user_pb2.GetGitCredentialResponse(username=credential.username, secret=credential.secret)
 
     async def MarkUnread(self, request: user_pb2.MarkUnreadRequest, context: Context) -> user_pb2.MarkUnreadResponse:
-        """Mark a task unread for users, once per event."""
-        async with self.chassis.database.transaction() as tx:
-            if not await self.store.first_time(tx, request.event_id):
-                return user_pb2.MarkUnreadResponse()
-            for user_id in request.user_ids:
-                key = UserTaskState(
-                    user_id=user_id,
-                    organization_id=request.organization_id,
-                    task_id=request.task_id,
-                    session_id=request.session_id,
-                )
-                state = await self.store.task_state(tx, key)
-                if not state.unread:
-                    state.unread = True
-                    await self.store.save_task_state(tx, state)
+        """Mark a task unread for people, once per event."""
+        of = UserTaskState(
+            organization_id=request.organization_id, task_id=request.task_id, session_id=request.session_id
+        )
+        await self.database.write(self.task_states.mark_unread, request.event_id, request.user_ids, of)
         return user_pb2.MarkUnreadResponse()
-
-
-@dataclass(frozen=True, slots=True)
-class PublicUserServicer(users_pb2_grpc.UserServiceServicer):
-    """The public commands on the caller's own account."""
-
-    chassis: Chassis
-    store: UserStore
-
-    async def UpdatePreferences(
-        self, request: users_pb2.UpdatePreferencesRequest, context: Context
-    ) -> users_pb2.UpdatePreferencesResponse:
-        """Replace the caller's preferences."""
-        async with self.chassis.database.transaction() as tx:
-            answer = await self.chassis.requests.recall(tx, request, users_pb2.UpdatePreferencesResponse)
-            if answer is not None:
-                return answer
-            user = await self.store.get(tx, current_principal().user_id)
-            user.preferences.CopyFrom(request.preferences)
-            await self.store.save(tx, user)
-            answer = users_pb2.UpdatePreferencesResponse(
-                user=user, consistency_token=consistency_token([("user", user.id, user.revision)])
-            )
-            await self.chassis.requests.remember(tx, request, answer)
-        return answer
-
-    async def CreateApiToken(
-        self, request: users_pb2.CreateApiTokenRequest, context: Context
-    ) -> users_pb2.CreateApiTokenResponse:
-        """Create a token for the caller."""
-        expire_time = request.expire_time if request.HasField("expire_time") else None
-        async with self.chassis.database.transaction() as tx:
-            user_id = current_principal().user_id
-            token, secret = await self.store.issue_token(tx, user_id, request.name, expire_time, request.role_limit)
-        return users_pb2.CreateApiTokenResponse(
-            api_token=token,
-            secret=secret,
-            consistency_token=consistency_token([("api_token", token.id, token.revision)]),
-        )
-
-    async def RevokeApiToken(
-        self, request: users_pb2.RevokeApiTokenRequest, context: Context
-    ) -> users_pb2.RevokeApiTokenResponse:
-        """End a token of the caller."""
-        async with self.chassis.database.transaction() as tx:
-            token = await self.store.revoke_token(tx, current_principal().user_id, request.token_id)
-        return users_pb2.RevokeApiTokenResponse(
-            consistency_token=consistency_token([("api_token", token.id, token.revision)])
-        )
-
-    async def SetGitCredential(
-        self, request: users_pb2.SetGitCredentialRequest, context: Context
-    ) -> users_pb2.SetGitCredentialResponse:
-        """Store or remove a git credential of the caller."""
-        credential = GitCredential(request.username, request.secret)
-        async with self.chassis.database.transaction() as tx:
-            await self.store.set_credential(tx, current_principal().user_id, request.host.lower(), credential)
-        return users_pb2.SetGitCredentialResponse()
-
-    async def SetTaskState(
-        self, request: users_pb2.SetTaskStateRequest, context: Context
-    ) -> users_pb2.SetTaskStateResponse:
-        """Change what the caller has open, unread and half written."""
-        principal = current_principal()
-        key = UserTaskState(
-            user_id=principal.user_id,
-            organization_id=principal.organization_id,
-            task_id=request.task_id,
-            session_id=request.session_id,
-        )
-        async with self.chassis.database.transaction() as tx:
-            state = await self.store.task_state(tx, key)
-            if request.HasField("open_session_id"):
-                state.open_session_id = request.open_session_id
-            if request.HasField("unread"):
-                state.unread = request.unread
-            if request.HasField("draft"):
-                state.draft.CopyFrom(request.draft)
-            await self.store.save_task_state(tx, state)
-        return users_pb2.SetTaskStateResponse(
-            state=state,
-            consistency_token=consistency_token([("user_task_state", task_state_id(state), state.revision)]),
-        )

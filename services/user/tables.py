@@ -1,19 +1,27 @@
 """Tables of the user service."""
 
-from sqlalchemy import Column, Float, Index, Integer, LargeBinary, MetaData, String, Table
+from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, LargeBinary, MetaData, String, Table
 
-from services.runtime.spine.tables import spine_tables
+from services.runtime.spine.tables import add_spine_tables
 
 metadata = MetaData()
-spine = spine_tables(metadata)
+add_spine_tables(metadata, commands=True)
 
 users = Table(
     "users",
     metadata,
     Column("id", String, primary_key=True),
-    Column("revision", Integer, nullable=False),
+    Column("email", String, nullable=False),
+    Column("revision", BigInteger, nullable=False),
     Column("payload", LargeBinary, nullable=False),
     comment="People and what they prefer",
+)
+Index(
+    "users_email",
+    users.c.email,
+    unique=True,
+    sqlite_where=users.c.email != "",
+    postgresql_where=users.c.email != "",
 )
 
 api_tokens = Table(
@@ -38,15 +46,26 @@ git_credentials = Table(
     comment="Git credentials, encrypted with the key file of the service",
 )
 
-user_task_states = Table(
+task_states = Table(
     "user_task_states",
     metadata,
     Column("user_id", String, primary_key=True),
     Column("task_id", String, primary_key=True),
     Column("session_id", String, primary_key=True),
-    Column("revision", Integer, nullable=False),
+    Column("organization_id", String, nullable=False),
+    Column("revision", BigInteger, nullable=False),
+    Column("draft_bytes", Integer, nullable=False),
+    Column("deleted", Boolean, nullable=False),
+    Column("change_time", Float, nullable=False),
     Column("payload", LargeBinary, nullable=False),
-    comment="What each user has open, unread and half written",
+    Index("user_task_states_organization", "organization_id", "task_id", "user_id"),
+    comment="What each user has open, unread and half written. A forgotten one stays for a week, for its revision",
+)
+Index(
+    "user_task_states_forgotten",
+    task_states.c.change_time,
+    sqlite_where=task_states.c.deleted.is_(True),
+    postgresql_where=task_states.c.deleted.is_(True),
 )
 
 applied_events = Table(
@@ -54,5 +73,6 @@ applied_events = Table(
     metadata,
     Column("event_id", String, primary_key=True),
     Column("apply_time", Float, nullable=False),
-    comment="Events that have marked tasks unread, so that each does so once",
+    Index("applied_events_apply_time", "apply_time"),
+    comment="Events that have marked tasks unread, so that each does so once; for a week",
 )

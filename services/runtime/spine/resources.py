@@ -5,6 +5,8 @@ SESSIONS_OF_TASK = SESSIONS.by("task_id", order="create_time")
 
 session = SESSIONS.get(tx, session_id)                   # raises NotFound
 SESSIONS.put(tx, session)                                # unless what is held is as new
+
+An index table, which the index writes, is only read here: `Held`. Its tombstones are not found.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,32 +22,17 @@ from services.runtime.spine.hub import Kind
 M = TypeVar("M", bound=Message)
 
 
-class Resources(Generic[M]):
-    """One table of resources.
+class Held(Generic[M]):
+    """The resources of one table, to be read. `key` are its primary key columns, the id last."""
 
-    `key` are its primary key columns, the id last. `columns` returns the values of all columns but `payload` (and
-    `revision`, where there is one) for a message; those in `own` are set by their own statements alone.
-    """
-
-    def __init__(
-        self,
-        table: Table,
-        message: type[M],
-        kind: Kind,
-        columns: Callable[[M], Mapping[str, Any]],
-        *,
-        key: Sequence[str] = ("id",),
-        own: Sequence[str] = (),
-    ) -> None:
-        self.table, self._message, self._kind, self._columns = table, message, kind, columns
+    def __init__(self, table: Table, message: type[M], kind: Kind, *, key: Sequence[str] = ("id",)) -> None:
+        self.table, self._message, self._kind = table, message, kind
         self._key = tuple(key)
-        self._revised = "revision" in table.c
-        this = [table.c[name] == bindparam(f"key_{name}") for name in self._key]
-        newer = "revision" if self._revised else ""
-        self._find = Statement(select(table.c.payload).where(*this))
-        self._put = Statement(upsert(table, self._key, newer=newer, leave_out=own))
-        self._delete = Statement(delete(table).where(*this))
-        self._find_many = Statement(select(table.c.payload).where(is_in(table.c[self._key[-1]], "ids")))
+        self._this = [table.c[name] == bindparam(f"key_{name}") for name in self._key]
+        self._alive = [table.c.deleted.is_(False)] if "deleted" in table.c else []
+        found = select(table.c.payload).where(*self._alive)
+        self._find = Statement(found.where(*self._this))
+        self._find_many = Statement(found.where(is_in(table.c[self._key[-1]], "ids")))
 
     def find(self, tx: Reader, *key: Any) -> M | None:
         """Return a resource, or None."""
@@ -63,24 +50,12 @@ class Resources(Generic[M]):
         """Return the resources that there are of these ids, in no order."""
         return [self._message.FromString(row.payload) for row in tx.rows(self._find_many, {"ids": ids})]
 
-    def put(self, tx: Tx, message: M) -> bool:
-        """Store a state, unless what is held is as new; say whether it was stored."""
-        return tx.change(self._put, self._row(message)) > 0
-
-    def put_many(self, tx: Tx, messages: Sequence[M]) -> None:
-        """Store states, each unless what is held is as new."""
-        tx.change_many(self._put, [self._row(message) for message in messages])
-
-    def delete(self, tx: Tx, *key: Any) -> bool:
-        """Remove a resource; say whether there was one."""
-        return tx.change(self._delete, self._given(key)) > 0
-
     def by(
         self, *names: str, where: Sequence[ColumnElement[bool]] = (), order: str = "", limit: int | None = None
     ) -> Callable[..., list[M]]:
         """Make a query, at module level: all resources whose columns have the values given as keywords."""
         query = select(self.table.c.payload).where(
-            *(self.table.c[name] == bindparam(f"by_{name}") for name in names), *where
+            *(self.table.c[name] == bindparam(f"by_{name}") for name in names), *self._alive, *where
         )
         query = query.order_by(self.table.c[order or self._key[-1]])
         statement = Statement(query.limit(limit) if limit is not None else query)
@@ -93,6 +68,43 @@ class Resources(Generic[M]):
 
     def _given(self, key: Sequence[Any]) -> dict[str, Any]:
         return {f"key_{name}": value for name, value in zip(self._key, key, strict=True)}
+
+
+class Resources(Held[M]):
+    """One table of resources.
+
+    `columns` returns the values of all columns but `payload` (and `revision`, where there is one) for a message; those
+    in `own` are set by their own statements alone.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        message: type[M],
+        kind: Kind,
+        columns: Callable[[M], Mapping[str, Any]],
+        *,
+        key: Sequence[str] = ("id",),
+        own: Sequence[str] = (),
+    ) -> None:
+        super().__init__(table, message, kind, key=key)
+        self._columns = columns
+        self._revised = "revision" in table.c
+        newer = "revision" if self._revised else ""
+        self._put = Statement(upsert(table, self._key, newer=newer, leave_out=own))
+        self._delete = Statement(delete(table).where(*self._this))
+
+    def put(self, tx: Tx, message: M) -> bool:
+        """Store a state, unless what is held is as new; say whether it was stored."""
+        return tx.change(self._put, self._row(message)) > 0
+
+    def put_many(self, tx: Tx, messages: Sequence[M]) -> None:
+        """Store states, each unless what is held is as new."""
+        tx.change_many(self._put, [self._row(message) for message in messages])
+
+    def delete(self, tx: Tx, *key: Any) -> bool:
+        """Remove a resource; say whether there was one."""
+        return tx.change(self._delete, self._given(key)) > 0
 
     def _row(self, message: M) -> dict[str, Any]:
         row = {**self._columns(message), "payload": message.SerializeToString()}

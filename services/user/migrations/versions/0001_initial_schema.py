@@ -1,4 +1,4 @@
-"""Initial schema.
+"""initial schema.
 
 Revision ID: 0001
 Revises:
@@ -35,17 +35,11 @@ def upgrade() -> None:
         sa.Column("event_id", sa.String(), nullable=False),
         sa.Column("apply_time", sa.Float(), nullable=False),
         sa.PrimaryKeyConstraint("event_id"),
-        comment="Events that have marked tasks unread, so that each does so once",
+        comment="Events that have marked tasks unread, so that each does so once; for a week",
     )
-    op.create_table(
-        "change_sequences",
-        sa.Column("scope", sa.String(), nullable=False),
-        sa.Column("value", sa.Integer(), nullable=False),
-        sa.Column("horizon", sa.Integer(), nullable=False),
-        sa.Column("epoch", sa.String(), nullable=False),
-        sa.PrimaryKeyConstraint("scope"),
-        comment="Last change number of each scope; taking it first makes the scope's writers take turns",
-    )
+    with op.batch_alter_table("applied_events", schema=None) as batch_op:
+        batch_op.create_index("applied_events_apply_time", ["apply_time"], unique=False)
+
     op.create_table(
         "git_credentials",
         sa.Column("user_id", sa.String(), nullable=False),
@@ -57,22 +51,21 @@ def upgrade() -> None:
     )
     op.create_table(
         "outbox",
-        sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
         sa.Column("destination", sa.String(), nullable=False),
         sa.Column("type_url", sa.String(), nullable=False),
         sa.Column("entity_id", sa.String(), nullable=False),
-        sa.Column("revision", sa.Integer(), nullable=False),
+        sa.Column("seq", sa.BigInteger(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
         sa.Column("deleted", sa.Boolean(), nullable=False),
         sa.Column("payload", sa.LargeBinary(), nullable=False),
         sa.Column("mark_time", sa.Float(), nullable=False),
-        sa.Column("parked_reason", sa.String(), nullable=True),
-        sa.PrimaryKeyConstraint("seq"),
-        sa.UniqueConstraint("destination", "type_url", "entity_id"),
+        sa.Column("attempts", sa.Integer(), nullable=False),
+        sa.Column("parked_reason", sa.String(), nullable=False),
+        sa.PrimaryKeyConstraint("destination", "type_url", "entity_id"),
         comment="What must leave the service: the newest state of each changed entity, once per destination",
-        sqlite_autoincrement=True,
     )
     with op.batch_alter_table("outbox", schema=None) as batch_op:
-        batch_op.create_index("outbox_pending", ["destination", "seq"], unique=False)
+        batch_op.create_index("outbox_pending", ["destination", "parked_reason", "seq"], unique=False)
 
     op.create_table(
         "requests",
@@ -83,41 +76,82 @@ def upgrade() -> None:
         sa.Column("response", sa.LargeBinary(), nullable=False),
         sa.Column("create_time", sa.Float(), nullable=False),
         sa.PrimaryKeyConstraint("caller", "method", "request_id"),
-        comment="First answers of commands, by the client's request id",
+        comment="First answers of commands, by the client's request id, for a week",
     )
+    with op.batch_alter_table("requests", schema=None) as batch_op:
+        batch_op.create_index("requests_create_time", ["create_time"], unique=False)
+
     op.create_table(
         "user_task_states",
         sa.Column("user_id", sa.String(), nullable=False),
         sa.Column("task_id", sa.String(), nullable=False),
         sa.Column("session_id", sa.String(), nullable=False),
-        sa.Column("revision", sa.Integer(), nullable=False),
+        sa.Column("organization_id", sa.String(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
+        sa.Column("draft_bytes", sa.Integer(), nullable=False),
+        sa.Column("deleted", sa.Boolean(), nullable=False),
+        sa.Column("change_time", sa.Float(), nullable=False),
         sa.Column("payload", sa.LargeBinary(), nullable=False),
         sa.PrimaryKeyConstraint("user_id", "task_id", "session_id"),
-        comment="What each user has open, unread and half written",
+        comment="What each user has open, unread and half written. A forgotten one stays for a week, for its revision",
     )
+    with op.batch_alter_table("user_task_states", schema=None) as batch_op:
+        batch_op.create_index(
+            "user_task_states_forgotten",
+            ["change_time"],
+            unique=False,
+            sqlite_where=sa.text("deleted IS 1"),
+            postgresql_where=sa.text("deleted IS 1"),
+        )
+        batch_op.create_index("user_task_states_organization", ["organization_id", "task_id", "user_id"], unique=False)
+
     op.create_table(
         "users",
         sa.Column("id", sa.String(), nullable=False),
-        sa.Column("revision", sa.Integer(), nullable=False),
+        sa.Column("email", sa.String(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
         sa.Column("payload", sa.LargeBinary(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
         comment="People and what they prefer",
     )
+    with op.batch_alter_table("users", schema=None) as batch_op:
+        batch_op.create_index(
+            "users_email",
+            ["email"],
+            unique=True,
+            sqlite_where=sa.text("email != ''"),
+            postgresql_where=sa.text("email != ''"),
+        )
+
     # ### end Alembic commands ###
 
 
 def downgrade() -> None:
     """Take the schema back."""
     # ### commands auto generated by Alembic - please adjust! ###
+    with op.batch_alter_table("users", schema=None) as batch_op:
+        batch_op.drop_index("users_email", sqlite_where=sa.text("email != ''"), postgresql_where=sa.text("email != ''"))
+
     op.drop_table("users")
+    with op.batch_alter_table("user_task_states", schema=None) as batch_op:
+        batch_op.drop_index("user_task_states_organization")
+        batch_op.drop_index(
+            "user_task_states_forgotten", sqlite_where=sa.text("deleted IS 1"), postgresql_where=sa.text("deleted IS 1")
+        )
+
     op.drop_table("user_task_states")
+    with op.batch_alter_table("requests", schema=None) as batch_op:
+        batch_op.drop_index("requests_create_time")
+
     op.drop_table("requests")
     with op.batch_alter_table("outbox", schema=None) as batch_op:
         batch_op.drop_index("outbox_pending")
 
     op.drop_table("outbox")
     op.drop_table("git_credentials")
-    op.drop_table("change_sequences")
+    with op.batch_alter_table("applied_events", schema=None) as batch_op:
+        batch_op.drop_index("applied_events_apply_time")
+
     op.drop_table("applied_events")
     with op.batch_alter_table("api_tokens", schema=None) as batch_op:
         batch_op.drop_index("api_tokens_user")
