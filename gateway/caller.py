@@ -1,28 +1,27 @@
 """Who calls: bearer tokens, checked against the organization's auth index and remembered for seconds."""
 
-import time
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+import asyncio
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
+from time import monotonic
 
-import grpc
 from branchline.organization.v1.organization_pb2 import AuthenticateRequest
 from branchline.organization.v1.organization_pb2_grpc import OrganizationServiceStub
 from branchline.resource.v1.user_pb2 import User
+from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_TOKEN_MISSING
 from cachetools import TTLCache
-from limits import parse
-from limits.storage import MemoryStorage
-from limits.strategies import MovingWindowRateLimiter
 
-from services.runtime.errors import DomainError, Unauthenticated
-from services.runtime.interceptors import AroundInterceptor, Call
+from gateway.allowance import Allowance
+from services.runtime.errors import Unauthenticated
 from services.runtime.secrets import token_hash
+from services.runtime.serving import Call
 
 CACHE_SECONDS = 5.0
 """How long a revoked token or a changed role may still count."""
 
-_CACHED_TOKENS = 10_000
+_TIMEOUT_SECONDS = 5.0
+_CACHED = 10_000
 
 _current: ContextVar["Caller"] = ContextVar("caller")
 
@@ -35,6 +34,8 @@ class Caller:
     roles: dict[str, int]
     token_hash: str
     role_limit: int = 0
+    asked: float = 0.0
+    """When the organization was asked, on the monotonic clock."""
 
     def held_to(self, role: int) -> int:
         """Return what a role is worth with the caller's token."""
@@ -46,51 +47,61 @@ def current_caller() -> Caller:
     return _current.get()
 
 
-class TooManyCalls(DomainError):
-    """The caller has used up what one minute allows."""
-
-    code = grpc.StatusCode.RESOURCE_EXHAUSTED
-
-    def __init__(self, limit: int, reset_seconds: float) -> None:
-        super().__init__("RATE_LIMITED", f"more than {limit} calls in a minute; go on in {reset_seconds:.0f} s")
-
-
 class Authenticator:
-    """Knows whom tokens speak for."""
+    """Knows whom tokens speak for. However many ask at the same moment, the organization is asked once."""
 
     def __init__(self, organization: OrganizationServiceStub) -> None:
         self._organization = organization
-        self._known = TTLCache[str, Caller](_CACHED_TOKENS, CACHE_SECONDS)
+        self._known: TTLCache[str, Caller] = TTLCache(_CACHED, CACHE_SECONDS)
+        self._changed: TTLCache[str, float] = TTLCache(_CACHED, 2 * CACHE_SECONDS)
+        self._asking: dict[str, asyncio.Task[None]] = {}
 
-    async def authenticate(self, hashed: str) -> Caller:
-        """Return the caller with this token's hash; raise Unauthenticated (as the organization says it)."""
-        caller = self._known.get(hashed)
-        if caller is None:
-            answer = await self._organization.Authenticate(AuthenticateRequest(token_hash=hashed))
-            caller = Caller(answer.user, {}, hashed, answer.role_limit)
-            caller.roles.update({member.organization_id: caller.held_to(member.role) for member in answer.memberships})
-            self._known[hashed] = caller
-        return caller
+    async def authenticate(self, hashed: str, at_most_seconds: float = CACHE_SECONDS) -> Caller:
+        """Return the caller with this token's hash, as known at most so long ago.
+
+        Raise Unauthenticated, as the organization says it.
+        """
+        oldest = monotonic() - at_most_seconds
+        while True:
+            known = self._known.get(hashed)
+            if known is not None and known.asked >= max(oldest, self._changed.get(known.user.id, 0.0)):
+                return known
+            asking = self._asking.get(hashed)
+            if asking is None:
+                asking = self._asking[hashed] = asyncio.create_task(self._ask(hashed))
+                asking.add_done_callback(partial(self._answered, hashed))
+            await asyncio.shield(asking)
+
+    def forget(self, user_id: str) -> None:
+        """Ask the organization again: something about the user has just changed."""
+        self._changed[user_id] = monotonic()
+
+    async def _ask(self, hashed: str) -> None:
+        asked = monotonic()
+        request = AuthenticateRequest(token_hash=hashed)
+        answer = await self._organization.Authenticate(request, timeout=_TIMEOUT_SECONDS)
+        caller = Caller(answer.user, {}, hashed, answer.role_limit, asked)
+        caller.roles.update({member.organization_id: caller.held_to(member.role) for member in answer.memberships})
+        self._known[hashed] = caller
+
+    def _answered(self, hashed: str, asking: "asyncio.Task[None]") -> None:
+        del self._asking[hashed]
+        if not asking.cancelled():
+            asking.exception()  # nobody may be left to hear of it
 
 
-class CallerInterceptor(AroundInterceptor):
+class Door:
     """Lets in only callers with a valid bearer token, and those only so often."""
 
     def __init__(self, authenticator: Authenticator, calls_per_minute: int) -> None:
         self._authenticator = authenticator
-        self._limit = parse(f"{calls_per_minute}/minute")
-        self._limiter = MovingWindowRateLimiter(MemoryStorage())
+        self._allowance = Allowance(calls_per_minute)
 
-    @asynccontextmanager
-    async def around(self, call: Call) -> AsyncGenerator[None, None]:
+    async def admit(self, call: Call) -> None:
         """Bind the caller for the length of the call."""
-        if not call.is_open:
-            scheme, _, token = call.metadata("authorization").partition(" ")
-            if scheme.lower() != "bearer" or not token:
-                raise Unauthenticated("TOKEN_MISSING", 'send the metadata "authorization: Bearer <token>"')
-            caller = await self._authenticator.authenticate(token_hash(token.strip()))
-            if not self._limiter.hit(self._limit, caller.user.id):
-                window = self._limiter.get_window_stats(self._limit, caller.user.id)
-                raise TooManyCalls(self._limit.amount, max(0.0, window.reset_time - time.time()))
-            _current.set(caller)
-        yield
+        scheme, _, token = call.metadata("authorization").partition(" ")
+        if scheme.lower() != "bearer" or not token:
+            raise Unauthenticated(ERROR_REASON_TOKEN_MISSING, 'send the metadata "authorization: Bearer <token>"')
+        caller = await self._authenticator.authenticate(token_hash(token.strip()))
+        self._allowance.take(caller.user.id)
+        _current.set(caller)

@@ -1,6 +1,7 @@
 """Forwards public methods to the service that owns them: check, sign, call, pass the answer on as it is.
 
-A method is defined once, in the public contract, and implemented where the state lives. Answers are not decoded.
+A method is defined once, in the public contract, and implemented where the state lives. The request is decoded once,
+to be validated and placed; its bytes are what travels on. Answers are not decoded.
 """
 
 import asyncio
@@ -9,108 +10,133 @@ from typing import Any, cast
 
 import grpc
 import structlog
+from branchline.organization.v1.organization_pb2 import AwaitConsistencyRequest
+from branchline.organization.v1.organization_pb2_grpc import OrganizationServiceStub
+from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_NOT_READY, ERROR_REASON_TOKEN_LIMITED
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from gateway.caller import current_caller
+from gateway.caller import Authenticator, current_caller
 from gateway.placement import Placement
-from gateway.routes import PACKAGE, Route
-from services.runtime.errors import DomainError, PermissionDenied, Unavailable, reason_of
-from services.runtime.principal import METADATA_KEY, Signer
+from gateway.routes import ORGANIZATION, Route
+from services.runtime.client import SigningChannel
+from services.runtime.errors import PermissionDenied, Unavailable, reason_of
+from services.runtime.principal import Principal, Signer
 from services.runtime.retry import Backoff
+from services.runtime.serving import Given, Handler, Serving
 
 log = structlog.get_logger()
 
 _PATIENCE_SECONDS = 10.0
 """How long a call is repeated while its owner cannot be reached, or has not been born yet."""
 
+_MARGIN_SECONDS = 0.5
+
 Context = grpc.aio.ServicerContext[Any, Any]
-Metadata = tuple[tuple[str, str], ...]
 
 
 class Forwarder:
     """Makes handlers that forward."""
 
-    def __init__(self, channels: Mapping[str, grpc.aio.Channel], placement: Placement, signer: Signer) -> None:
+    def __init__(
+        self,
+        channels: Mapping[str, SigningChannel],
+        organization: OrganizationServiceStub,
+        authenticator: Authenticator,
+        placement: Placement,
+        signer: Signer,
+    ) -> None:
         self._channels = channels
+        self._organization = organization
+        self._authenticator = authenticator
         self._placement = placement
         self._signer = signer
 
-    def handler(self, name: str, method: MethodDescriptor, route: Route) -> "grpc.RpcMethodHandler[Any, Any]":
+    def handler(self, serving: Serving, method: MethodDescriptor, route: Route) -> Handler:
         """Return the handler of one method."""
-        request_type = GetMessageClass(method.input_type)
+        channel = self._channels[route.owner].raw
+        path = f"/{method.containing_service.full_name}/{method.name}"
         response_type = GetMessageClass(method.output_type)
-        channel, path = self._channels[route.owner], f"/{PACKAGE}.{name}"
-        serializer = request_type.SerializeToString
-        call = channel.unary_unary(path, request_serializer=serializer, response_deserializer=None)
-        call_stream = channel.unary_stream(path, request_serializer=serializer, response_deserializer=None)
+        call = channel.unary_unary(path)
+        call_stream = channel.unary_stream(path)
 
-        async def forward(request: Message, context: Context) -> bytes:
-            answer = await self._call(call, request, route, _seconds(context, route))
+        async def forward(given: Given, context: Context) -> bytes:
+            deadline = asyncio.get_running_loop().time() + _seconds(context, route)
+            answer, principal = await self._call(call, given, route, deadline)
             if route.settle:
-                await self._settle(response_type.FromString(answer))
+                await self._settle(response_type.FromString(answer), principal, deadline)
+            if route.people:
+                self._authenticator.forget(principal.user_id)
+                self._authenticator.forget(str(getattr(given.message, "user_id", "")))
             return answer
 
-        async def forward_stream(request: Message, context: Context) -> AsyncIterator[bytes]:
-            metadata = await self._admit(request, route)
-            answers = call_stream(request, metadata=metadata, timeout=_seconds(context, route))
+        async def forward_stream(given: Given, context: Context) -> AsyncIterator[bytes]:
+            seconds = _seconds(context, route)
+            principal = await self._admit(given.message, route, seconds)
+            answers = call_stream(given.data, metadata=self._signer.metadata(principal), timeout=seconds)
             try:
                 async for answer in answers:
                     yield answer
             finally:
                 answers.cancel()
 
-        if route.stream:
-            return grpc.unary_stream_rpc_method_handler(
-                forward_stream, request_deserializer=request_type.FromString, response_serializer=None
-            )
-        return grpc.unary_unary_rpc_method_handler(
-            forward, request_deserializer=request_type.FromString, response_serializer=None
-        )
+        return serving.handler(method, forward_stream if route.stream else forward, forwards=True)
 
-    async def _admit(self, request: Message, route: Route) -> Metadata:
-        """Return the caller's signed principal, or raise if the caller may not do this."""
-        token = str(getattr(request, "consistency_token", ""))
+    async def _admit(self, request: Message, route: Route, seconds: float) -> Principal:
+        """Return the caller's principal, or raise if the caller may not do this."""
         caller = current_caller()
         if caller.role_limit and not route.target and not route.read:
-            raise PermissionDenied("TOKEN_LIMITED", "this token is limited to a role; it cannot change its user")
-        principal = await self._placement.place(caller, route.target, _wanted(request, route), token, defaults=route.defaults)
+            sentence = "this token is limited to a role; it cannot change its user"
+            raise PermissionDenied(ERROR_REASON_TOKEN_LIMITED, sentence)
+        token = str(getattr(request, "consistency_token", ""))
+        wanted = _wanted(request, route)
+        if token:
+            principal = await self._placement.place_new(caller, route.target, wanted, token, seconds - _MARGIN_SECONDS)
+        else:
+            principal = await self._placement.place(caller, route.target, wanted, defaults=route.defaults)
         if route.target:
             principal.require(route.role)
-        return ((METADATA_KEY, self._signer.sign(principal)),)
+        return principal
 
-    async def _call(self, call: Any, request: Message, route: Route, seconds: float) -> bytes:
+    async def _call(self, call: Any, given: Given, route: Route, deadline: float) -> tuple[bytes, Principal]:
         """Call the owner, again and again for a while if nothing can have happened there yet."""
-        clock = asyncio.get_running_loop()
-        deadline = clock.time() + min(seconds, _PATIENCE_SECONDS)
+        time = asyncio.get_running_loop().time
+        patient_until = min(deadline, time() + _PATIENCE_SECONDS)
         backoff = Backoff(first_seconds=0.1, most_seconds=1.0)
         while True:
-            metadata = await self._admit(request, route)
+            principal = await self._admit(given.message, route, deadline - time())
+            metadata = self._signer.metadata(principal)
             try:
-                return await call(request, metadata=metadata, timeout=seconds)
+                return await call(given.data, metadata=metadata, timeout=deadline - time()), principal
             except grpc.aio.AioRpcError as error:
-                unborn = _is_missing(error, _wanted(request, route))
+                unborn = _is_missing(error, _wanted(given.message, route)) and route.owner != ORGANIZATION
                 if not unborn and not (route.safe and error.code() == grpc.StatusCode.UNAVAILABLE):
                     raise
                 pause = backoff.next_seconds()
-                if clock.time() + pause > deadline:
+                if time() + pause > patient_until:
                     if unborn:
-                        raise Unavailable(
-                            "NOT_READY", "it is made, but its coordinator has not answered yet; try again"
-                        ) from error
+                        sentence = "it is made, but its coordinator has not answered yet; try again"
+                        raise Unavailable(ERROR_REASON_NOT_READY, sentence) from error
                     raise
             if unborn:
-                self._placement.forget(route.target, _wanted(request, route))
+                self._placement.forget(route.target, _wanted(given.message, route))
             await asyncio.sleep(pause)
 
-    async def _settle(self, answer: Message) -> None:
+    async def _settle(self, answer: Message, principal: Principal, deadline: float) -> None:
         """Wait until the next call finds what this one made. It is made in any case, so a timeout is no error."""
+        request = AwaitConsistencyRequest(
+            consistency_token=str(getattr(answer, "consistency_token", "")), organization_id=principal.organization_id
+        )
+        left = deadline - asyncio.get_running_loop().time() - _MARGIN_SECONDS
+        if left <= 0 or not request.consistency_token:
+            return
+        metadata = self._signer.metadata(principal)
         try:
-            await self._placement.await_consistency(str(getattr(answer, "consistency_token", "")))
-        except (DomainError, grpc.aio.AioRpcError) as error:
+            await self._organization.AwaitConsistency(request, metadata=metadata, timeout=min(left, _PATIENCE_SECONDS))
+        except grpc.aio.AioRpcError as error:
             log.info("index behind after a command", reason=reason_of(error))
 
 

@@ -1,5 +1,9 @@
 """Finds the organization that a request is about, and makes the caller's principal in it."""
 
+import asyncio
+from time import monotonic
+
+import grpc
 from branchline.organization.v1 import organization_pb2
 from branchline.organization.v1.organization_pb2_grpc import OrganizationServiceStub
 from branchline.resource.v1.organization_pb2 import OrganizationSettings
@@ -7,55 +11,82 @@ from cachetools import LRUCache
 
 from gateway.caller import Caller
 from services.runtime.principal import Principal
+from services.runtime.retry import Backoff
+from services.runtime.spine.tokens import parse_consistency_token
 
 _CACHED_ROUTES = 100_000
+_TIMEOUT_SECONDS = 5.0
+_PATIENCE_SECONDS = 10.0
+FOR_EVER = float("inf")
+
+_NO_SETTINGS = OrganizationSettings()
 
 
 class Placement:
-    """Resolves ids through the organization's lookup index. An id never changes its organization, so it is kept."""
+    """Resolves ids through the organization's lookup index.
+
+    An id never changes its organization, so it is kept; whether it is still there is asked again where that matters.
+    """
 
     def __init__(self, organization: OrganizationServiceStub) -> None:
         self._organization = organization
-        self._routes: LRUCache[tuple[str, str], str] = LRUCache(_CACHED_ROUTES)
+        self._routes: LRUCache[tuple[str, str], tuple[str, float]] = LRUCache(_CACHED_ROUTES)
 
     async def place(
-        self, caller: Caller, target: str, wanted: str, consistency_token: str = "", *, defaults: bool = False
+        self, caller: Caller, target: str, wanted: str, *, defaults: bool = False, at_most_seconds: float = FOR_EVER
     ) -> Principal:
-        """Return the caller's principal in the organization of `wanted`.
+        """Return the caller's principal in the organization of `wanted`, as known at most so long ago.
 
         Raise NotFound (as the organization says it) if there is no such id or the caller may not know of it.
         """
         if not target:
-            return self._principal(caller, "", 0, OrganizationSettings())
-        organization_id = wanted if target == "organization_id" else self._routes.get((target, wanted), "")
-        role = caller.roles.get(organization_id)
-        if role is not None and not defaults:
-            return self._principal(caller, organization_id, role, OrganizationSettings())
-        if consistency_token:
-            await self.await_consistency(consistency_token)
+            return _principal(caller, "", 0, _NO_SETTINGS)
+        if not defaults:
+            organization_id = wanted
+            if target != "organization_id":
+                organization_id, resolved = self._routes.get((target, wanted), ("", 0.0))
+                organization_id = organization_id if monotonic() - resolved <= at_most_seconds else ""
+            role = caller.roles.get(organization_id)
+            if role is not None:
+                return _principal(caller, organization_id, role, _NO_SETTINGS)
         request = organization_pb2.ResolveRouteRequest(user_id=caller.user.id)
         setattr(request, target, wanted)
-        route = await self._organization.ResolveRoute(request)
-        self._routes[(target, wanted)] = route.organization_id
-        return self._principal(caller, route.organization_id, caller.held_to(route.role), route.settings)
+        asked = monotonic()
+        route = await self._organization.ResolveRoute(request, timeout=_TIMEOUT_SECONDS)
+        self._routes[(target, wanted)] = (route.organization_id, asked)
+        return _principal(caller, route.organization_id, caller.held_to(route.role), route.settings)
+
+    async def place_new(
+        self, caller: Caller, target: str, wanted: str, consistency_token: str, seconds: float
+    ) -> Principal:
+        """Like `place`, but wait a while for what the consistency token says was just made."""
+        named = {entity.id for entity in parse_consistency_token(consistency_token).entities}
+        deadline = monotonic() + min(seconds, _PATIENCE_SECONDS)
+        backoff = Backoff(first_seconds=0.02, most_seconds=0.5)
+        while True:
+            try:
+                return await self.place(caller, target, wanted)
+            except grpc.aio.AioRpcError as error:
+                pause = backoff.next_seconds()
+                unknown = error.code() == grpc.StatusCode.NOT_FOUND
+                if not unknown or wanted not in named or monotonic() + pause > deadline:
+                    raise
+            await asyncio.sleep(pause)
 
     def forget(self, target: str, wanted: str) -> None:
         """Ask the organization again at the next call."""
         self._routes.pop((target, wanted), None)
 
-    async def await_consistency(self, token: str) -> None:
-        """Wait until the organization has indexed what a command made."""
-        await self._organization.AwaitConsistency(organization_pb2.AwaitConsistencyRequest(consistency_token=token))
 
-    def _principal(self, caller: Caller, organization_id: str, role: int, settings: OrganizationSettings) -> Principal:
-        user = caller.user
-        return Principal(
-            user_id=user.id,
-            organization_id=organization_id,
-            role=role,
-            display_name=user.display_name,
-            email=user.email,
-            default_agent=user.preferences.default_agent or settings.default_agent,
-            default_model=user.preferences.default_model or settings.default_model,
-            default_sandbox_provider=settings.default_sandbox_provider,
-        )
+def _principal(caller: Caller, organization_id: str, role: int, settings: OrganizationSettings) -> Principal:
+    user = caller.user
+    return Principal(
+        user_id=user.id,
+        organization_id=organization_id,
+        role=role,
+        display_name=user.display_name,
+        email=user.email,
+        default_agent=user.preferences.default_agent or settings.default_agent,
+        default_model=user.preferences.default_model or settings.default_model,
+        default_sandbox_provider=settings.default_sandbox_provider,
+    )

@@ -1,11 +1,12 @@
 """Which service owns each public method, what it is about, and what role it needs.
 
-Reads name organization or repository and nothing else: that is the rule of the tree, and a test holds it.
+Reads name organization or repository and nothing else: that is the rule of the tree, and a test holds it. What is not
+named here is not reachable from outside.
 """
 
 from dataclasses import dataclass
 
-from branchline.resource.v1.organization_pb2 import ROLE_ADMIN, ROLE_MEMBER, ROLE_VIEWER, Role
+from branchline.resource.v1.organization_pb2 import ROLE_ADMIN, ROLE_MEMBER, ROLE_OWNER, ROLE_VIEWER, Role
 
 PACKAGE = "branchline.gateway.v1"
 
@@ -22,7 +23,8 @@ class Route:
     `target` is the request field whose organization the caller must be a member of; empty for what concerns the
     caller alone. `safe` methods may be repeated when the owner cannot be reached. `settle` waits until the
     organization has indexed what the command made, so that the next call finds it. `defaults` adds the
-    organization's settings to the principal. `stream` methods answer with a stream.
+    organization's settings to the principal. `people` methods change what is remembered of the caller or of the
+    request's user. `stream` methods answer with a stream.
     """
 
     owner: str
@@ -32,6 +34,7 @@ class Route:
     safe: bool = True
     settle: bool = False
     defaults: bool = False
+    people: bool = False
     stream: bool = False
     timeout_seconds: float = 30.0
 
@@ -41,13 +44,18 @@ def _read(owner: str, target: str = "") -> Route:
 
 
 ROUTES = {
-    "OrganizationService/CreateOrganization": Route(ORGANIZATION),
+    "OrganizationService/CreateOrganization": Route(ORGANIZATION, people=True),
     "OrganizationService/GetOrganization": _read(ORGANIZATION, "organization_id"),
     "OrganizationService/ListOrganizations": _read(ORGANIZATION),
     "OrganizationService/UpdateOrganization": Route(ORGANIZATION, "organization_id", ROLE_ADMIN),
+    "OrganizationService/DeleteOrganization": Route(ORGANIZATION, "organization_id", ROLE_OWNER, people=True),
     "OrganizationService/AddMember": Route(ORGANIZATION, "organization_id", ROLE_ADMIN),
+    "OrganizationService/UpdateMember": Route(ORGANIZATION, "organization_id", ROLE_ADMIN, people=True),
+    # everybody may leave: the organization asks for the role of who removes another
+    "OrganizationService/RemoveMember": Route(ORGANIZATION, "organization_id", people=True),
     "OrganizationService/ListMembers": _read(ORGANIZATION, "organization_id"),
     "RepositoryService/AddRepository": Route(ORGANIZATION, "organization_id", ROLE_ADMIN),
+    "RepositoryService/DeleteRepository": Route(ORGANIZATION, "repository_id", ROLE_ADMIN),
     "RepositoryService/ListRepositories": _read(ORGANIZATION, "organization_id"),
     "RepositoryService/GetRepositoryOverview": _read(REPOSITORY, "repository_id"),
     "RepositoryService/SyncGithub": Route(ORGANIZATION, "organization_id", ROLE_ADMIN),
@@ -77,10 +85,10 @@ ROUTES = {
     "SandboxService/WriteFile": Route(SANDBOX, "task_id", ROLE_MEMBER),
     "SandboxService/DeleteFile": Route(SANDBOX, "task_id", ROLE_MEMBER, safe=False),
     "UserService/WhoAmI": _read(ORGANIZATION),
-    "UserService/UpdatePreferences": Route(USER),
+    "UserService/UpdatePreferences": Route(USER, settle=True, people=True),
     "UserService/CreateApiToken": Route(USER, safe=False, settle=True),
     "UserService/ListApiTokens": _read(ORGANIZATION),
-    "UserService/RevokeApiToken": Route(USER, settle=True),
+    "UserService/RevokeApiToken": Route(USER, settle=True, people=True),
     "UserService/SetGitCredential": Route(USER),
     "UserService/SetTaskState": Route(USER, "task_id"),
     "HistoryService/ListHistory": _read(ORGANIZATION, "organization_id"),

@@ -1,6 +1,9 @@
-"""The public watches: topics of the fan-out, filtered for the caller."""
+"""The public watches: replicas of the coordinators' indexes, seen and filtered for the caller."""
 
-from collections.abc import AsyncIterator, Callable
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -10,130 +13,189 @@ from branchline.organization.v1.organization_pb2_grpc import OrganizationService
 from branchline.repository.v1 import repository_pb2
 from branchline.repository.v1.repository_pb2_grpc import RepositoryServiceStub
 from branchline.resource.v1.session_pb2 import TranscriptEntry
-from branchline.resource.v1.watch_pb2 import WatchChange
-from branchline.spine.v1.push_pb2 import ConsistencyPoint
+from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_SESSION, ENTITY_KIND_TRANSCRIPT_ENTRY
+from branchline.resource.v1.watch_pb2 import WatchChange, WatchFrame
+from branchline.spine.v1.push_pb2 import WatchSelection
 
-from gateway.caller import Authenticator, current_caller
-from gateway.fanout import FanOut, Watch
+from gateway.caller import Authenticator, Caller, current_caller
+from gateway.fanout import FanOut
 from gateway.placement import Placement
-from services.runtime.spine.tokens import parse_consistency_token
+from gateway.replica import Upstream, View
+from services.runtime.principal import Principal, Signer
+from services.runtime.spine.tokens import parse_consistency_token, parse_resume_token
+from services.runtime.spine.watch import Watch, watch
 
 Context = grpc.aio.ServicerContext[Any, Any]
+Visible = Callable[[WatchChange], bool]
+Metadata = tuple[tuple[str, str], ...]
+Ask = Callable[[WatchSelection, Metadata | None], Any]
+"""Opens a coordinator's watch, in the gateway's own name or in that of the caller."""
 
-ORGANIZATION_KINDS = frozenset({"organization", "member", "repository", "task", "github_status", "user_task_state"})
-HISTORY_KINDS = frozenset({"history_event"})
-TASK_KINDS = frozenset({"task", "session", "sandbox", "transcript_entry"})
+CHECK_SECONDS = 5.0
+"""How often it is asked whether a caller may still watch."""
+
+_CHECK_AGE_SECONDS = 1.0
+_TRUST_SECONDS = 60.0
+_PLACE_SECONDS = 10.0
+_NOT_ANSWERED = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED})
 
 
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What a caller wants to watch. `topic` is the replica's, `part` what the caller sees of it."""
+
+    target: str
+    id: str
+    topic: str
+    part: str
+    visible: Visible
+    resume_token: str
+    consistency_token: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Watches:
     """Serves the three public watches."""
 
-    def __init__(
-        self,
-        fan_out: FanOut,
-        authenticator: Authenticator,
-        placement: Placement,
-        organization: OrganizationServiceStub,
-        repository: RepositoryServiceStub,
-    ) -> None:
-        self._fan_out = fan_out
-        self._authenticator = authenticator
-        self._placement = placement
-        self._organization = organization
-        self._repository = repository
+    fan_out: FanOut
+    authenticator: Authenticator
+    placement: Placement
+    organization: OrganizationServiceStub
+    repository: RepositoryServiceStub
+    signer: Signer
 
-    async def organization(
+    async def of_organization(
         self, request: organizations_pb2.WatchOrganizationRequest, context: Context
     ) -> AsyncIterator[organizations_pb2.WatchOrganizationResponse]:
         """Watch an organization: everything but history, and of the users' own states only the caller's."""
-        user_id = current_caller().user.id
-        organization_id = request.organization_id
-        point = parse_consistency_token(request.consistency_token)
-        watch = await self._watch("organization_id", organization_id, request.resume_token, point, _mine(user_id))
+        user_id, organization_id = current_caller().user.id, request.organization_id
+        wanted = _Wanted(
+            "organization_id",
+            organization_id,
+            f"organization/{organization_id}",
+            user_id,
+            _of_viewer(user_id),
+            request.resume_token,
+            request.consistency_token,
+        )
 
-        def upstream(token: str) -> AsyncIterator[Any]:
-            wanted = organization_pb2.WatchIndexRequest(organization_id=organization_id, resume_token=token)
-            return aiter(self._organization.WatchIndex(wanted))
+        def ask(selection: WatchSelection, metadata: Metadata | None) -> Any:
+            upstream = organization_pb2.WatchIndexRequest(organization_id=organization_id, selection=selection)
+            return self.organization.WatchIndex(upstream, metadata=metadata)
 
-        with self._fan_out.topic(f"organization/{organization_id}", ORGANIZATION_KINDS, upstream) as topic:
-            async for frame in topic.watch(watch):
+        async with aclosing(self._frames(wanted, ask)) as frames:
+            async for frame in frames:
                 yield organizations_pb2.WatchOrganizationResponse(frame=frame)
 
-    async def history(
+    async def of_history(
         self, request: history_pb2.WatchHistoryRequest, context: Context
     ) -> AsyncIterator[history_pb2.WatchHistoryResponse]:
-        """Watch an organization's feed."""
+        """Watch an organization's feed, or what it says of one task."""
         organization_id = request.organization_id
+        wanted = _Wanted(
+            "organization_id",
+            organization_id,
+            f"history/{organization_id}",
+            request.task_id,
+            _of_task(request.task_id),
+            request.resume_token,
+        )
 
-        def visible(change: WatchChange) -> bool:
-            return not request.task_id or change.task_id == request.task_id
-
-        watch = await self._watch("organization_id", organization_id, request.resume_token, ConsistencyPoint(), visible)
-
-        def upstream(token: str) -> AsyncIterator[Any]:
-            wanted = organization_pb2.WatchIndexRequest(
-                organization_id=organization_id, resume_token=token, history=True
+        def ask(selection: WatchSelection, metadata: Metadata | None) -> Any:
+            upstream = organization_pb2.WatchIndexRequest(
+                organization_id=organization_id, selection=selection, history=True
             )
-            return aiter(self._organization.WatchIndex(wanted))
+            return self.organization.WatchIndex(upstream, metadata=metadata)
 
-        with self._fan_out.topic(f"history/{organization_id}", HISTORY_KINDS, upstream) as topic:
-            async for frame in topic.watch(watch):
+        async with aclosing(self._frames(wanted, ask)) as frames:
+            async for frame in frames:
                 yield history_pb2.WatchHistoryResponse(frame=frame)
 
-    async def task(
+    async def of_task(
         self, request: tasks_pb2.WatchTaskRequest, context: Context
     ) -> AsyncIterator[tasks_pb2.WatchTaskResponse]:
         """Watch a task's workbench and transcripts, or one session of it."""
-        point = parse_consistency_token(request.consistency_token)
-        visible = _of_session(request.session_id) if request.session_id else _everything
-        watch = await self._watch(
-            "task_id", request.task_id, request.resume_token, point, visible, request.consistency_token
+        wanted = _Wanted(
+            "task_id",
+            request.task_id,
+            f"task/{request.task_id}",
+            request.session_id,
+            _of_session(request.session_id),
+            request.resume_token,
+            request.consistency_token,
         )
 
-        def upstream(token: str) -> AsyncIterator[Any]:
-            wanted = repository_pb2.WatchIndexRequest(task_id=request.task_id, resume_token=token)
-            return aiter(self._repository.WatchIndex(wanted))
+        def ask(selection: WatchSelection, metadata: Metadata | None) -> Any:
+            upstream = repository_pb2.WatchIndexRequest(task_id=request.task_id, selection=selection)
+            return self.repository.WatchIndex(upstream, metadata=metadata)
 
-        with self._fan_out.topic(f"task/{request.task_id}", TASK_KINDS, upstream) as topic:
-            async for frame in topic.watch(watch):
+        async with aclosing(self._frames(wanted, ask)) as frames:
+            async for frame in frames:
                 yield tasks_pb2.WatchTaskResponse(frame=frame)
 
-    async def _watch(
-        self,
-        target: str,
-        wanted: str,
-        resume_token: str,
-        point: ConsistencyPoint,
-        visible: Callable[[WatchChange], bool],
-        consistency_token: str = "",
-    ) -> Watch:
-        """Check that the caller may watch, now and at every heartbeat."""
-        hashed = current_caller().token_hash
+    async def _frames(self, wanted: _Wanted, ask: Ask) -> AsyncIterator[WatchFrame]:
+        """Yield the frames of one watcher. Its resume tokens are good for the same part of the same topic alone."""
+        caller = current_caller()
+        topic = f"{wanted.topic}/{wanted.part}"
+        position = parse_resume_token(wanted.resume_token, topic)
+        parse_consistency_token(wanted.consistency_token)
+        principal = await self.placement.place_new(
+            caller, wanted.target, wanted.id, wanted.consistency_token, _PLACE_SECONDS
+        )
 
-        async def still_allowed() -> None:
-            caller = await self._authenticator.authenticate(hashed)
-            await self._placement.place(caller, target, wanted)
+        def of_caller(selection: WatchSelection) -> Any:
+            return ask(selection, self.signer.metadata(principal))
 
-        await self._placement.place(current_caller(), target, wanted, consistency_token)
-        return Watch(resume_token, point, visible, still_allowed)
+        check = self._check(caller, wanted, principal)
+        asked = Watch(topic, position, wanted.visible, check=check, check_seconds=CHECK_SECONDS)
+        with self.fan_out.replica(wanted.topic, _own(ask)) as replica:
+            view = View(replica, of_caller, caller.user.id, wanted.consistency_token)
+            async with aclosing(watch(view, asked)) as frames:
+                async for frame in frames:
+                    yield frame
+
+    def _check(self, caller: Caller, wanted: _Wanted, principal: Principal) -> Callable[[], Awaitable[None]]:
+        """Return what raises once the caller may no longer watch, or what is watched is gone.
+
+        While the organization does not answer, its last word counts for a while.
+        """
+        clock = asyncio.get_running_loop().time
+        confirmed = clock()
+
+        async def check() -> None:
+            nonlocal confirmed
+            try:
+                now = await self.authenticator.authenticate(caller.token_hash, _CHECK_AGE_SECONDS)
+                await self.placement.place(now, wanted.target, wanted.id, at_most_seconds=CHECK_SECONDS)
+            except grpc.aio.AioRpcError as error:
+                if error.code() not in _NOT_ANSWERED or clock() - confirmed > _TRUST_SECONDS:
+                    raise
+            else:
+                confirmed = clock()
+
+        return check
 
 
-def _everything(_change: WatchChange) -> bool:
-    return True
+def _own(ask: Ask) -> Upstream:
+    """Return the upstream of a replica, which sees what everybody may see."""
+    return lambda selection: ask(selection, None)
 
 
-def _mine(user_id: str) -> Callable[[WatchChange], bool]:
+def _of_viewer(user_id: str) -> Visible:
+    return lambda change: change.viewer_id in ("", user_id)
+
+
+def _of_task(task_id: str) -> Visible:
+    return lambda change: not task_id or change.task_id == task_id
+
+
+def _of_session(session_id: str) -> Visible:
     def visible(change: WatchChange) -> bool:
-        return change.viewer_id in ("", user_id)
-
-    return visible
-
-
-def _of_session(session_id: str) -> Callable[[WatchChange], bool]:
-    def visible(change: WatchChange) -> bool:
-        if change.kind == "session":
+        if not session_id:
+            return True
+        if change.kind == ENTITY_KIND_SESSION:
             return change.id == session_id
-        if change.kind == "transcript_entry":
+        if change.kind == ENTITY_KIND_TRANSCRIPT_ENTRY and not change.deleted:
             return TranscriptEntry.FromString(change.resource.value).session_id == session_id
         return True
 

@@ -6,6 +6,7 @@ Decode, let in, validate, serve; whatever is raised becomes one status with deta
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -48,6 +49,16 @@ class Call:
         return ""
 
 
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A request as it came: decoded, and its bytes to be passed on."""
+
+    message: Message
+    data: bytes
+
+
+Decode = Callable[[bytes], "Message | Given"]
+
 Admit = Callable[[Call], Awaitable[None]]
 """Lets a call in, binding who makes it to the running task; raises to refuse it."""
 
@@ -68,13 +79,15 @@ class Serving:
     _streams: set["asyncio.Task[Any]"] = field(default_factory=set["asyncio.Task[Any]"])
     _draining: bool = False
 
-    def handler(self, method: MethodDescriptor, serve: Callable[..., Any], *, validated: bool = True) -> Handler:
+    def handler(
+        self, method: MethodDescriptor, serve: Callable[..., Any], *, validated: bool = True, forwards: bool = False
+    ) -> Handler:
         """Return the handler of a method; `serve` takes its request (or requests) and the context.
 
-        `serve` may return a message or, from a forwarder, its bytes.
+        One that `forwards` takes a `Given`, which holds the request's bytes as well, and may return bytes.
         """
         full_name = f"/{method.containing_service.full_name}/{method.name}"
-        decode = _decoder(method, validated=validated)
+        decode = _decoder(method, validated=validated, forwards=forwards)
         if method.server_streaming:
             wrapped = self._streaming(full_name, serve, decode, many=method.client_streaming)
             if method.client_streaming:
@@ -88,7 +101,7 @@ class Serving:
         for task in self._streams:
             task.cancel()
 
-    def _unary(self, name: str, serve: Callable[..., Any], decode: Callable[[bytes], Message]) -> Callable[..., Any]:
+    def _unary(self, name: str, serve: Callable[..., Any], decode: Decode) -> Callable[..., Any]:
         async def wrapped(data: bytes, context: Context) -> Any:
             call, started = Call(name, context), time.monotonic()
             try:
@@ -104,9 +117,7 @@ class Serving:
 
         return wrapped
 
-    def _streaming(
-        self, name: str, serve: Callable[..., Any], decode: Callable[[bytes], Message], *, many: bool
-    ) -> Callable[..., Any]:
+    def _streaming(self, name: str, serve: Callable[..., Any], decode: Decode, *, many: bool) -> Callable[..., Any]:
         async def wrapped(given: Any, context: Context) -> AsyncIterator[Any]:
             call, started = Call(name, context), time.monotonic()
             task = asyncio.current_task()
@@ -117,8 +128,9 @@ class Serving:
                     observe(name)
                 await self.admit(call)
                 requests = _decoded(given, decode) if many else decode(given)
-                async for answer in serve(requests, context):
-                    yield answer
+                async with aclosing(serve(requests, context)) as answers:
+                    async for answer in answers:
+                        yield answer
             except asyncio.CancelledError as error:
                 if not self._draining:
                     raise
@@ -163,10 +175,10 @@ def implemented(servicer: object, method: str) -> Callable[..., Any] | None:
     return None if found is None or found.__module__.endswith("_pb2_grpc") else found
 
 
-def _decoder(method: MethodDescriptor, *, validated: bool) -> Callable[[bytes], Message]:
+def _decoder(method: MethodDescriptor, *, validated: bool, forwards: bool) -> Decode:
     request = GetMessageClass(method.input_type)
 
-    def decode(data: bytes) -> Message:
+    def decode(data: bytes) -> Message | Given:
         try:
             message = request.FromString(data)
         except (DecodeError, ValueError) as error:
@@ -174,12 +186,12 @@ def _decoder(method: MethodDescriptor, *, validated: bool) -> Callable[[bytes], 
             raise InvalidArgument("request", words, ERROR_REASON_MALFORMED_REQUEST) from error
         if validated:
             validate(message)
-        return message
+        return Given(message, data) if forwards else message
 
     return decode
 
 
-async def _decoded(given: AsyncIterator[bytes], decode: Callable[[bytes], Message]) -> AsyncIterator[Message]:
+async def _decoded(given: AsyncIterator[bytes], decode: Decode) -> AsyncIterator[Message | Given]:
     async for data in given:
         yield decode(data)
 

@@ -7,6 +7,7 @@ that outgrows the limit the queue is dropped and the reader is told to catch up 
 import asyncio
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
+from weakref import WeakValueDictionary
 
 from branchline.resource.v1.vocabulary_pb2 import EntityKind
 from branchline.resource.v1.watch_pb2 import WatchChange
@@ -71,7 +72,7 @@ class Hub:
 
     def __init__(self) -> None:
         self._watchers: dict[str, set[Watcher]] = {}
-        self._waiting: dict[tuple[int, str], asyncio.Event] = {}
+        self._waiting: WeakValueDictionary[tuple[int, str], asyncio.Event] = WeakValueDictionary()
 
     @contextmanager
     def watcher(self, scope: str) -> Generator[Watcher, None, None]:
@@ -107,5 +108,5 @@ class Hub:
             event.set()
 
     def awaited(self, kind: Kind, entity_id: str) -> asyncio.Event:
-        """Return what is set when an entity changes next."""
+        """Return what is set when an entity changes next. It is forgotten with the last who holds it."""
         return self._waiting.setdefault((kind, entity_id), asyncio.Event())

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import structlog
 from branchline.resource.v1 import vocabulary_pb2 as words
@@ -57,6 +57,9 @@ _MARGIN_SECONDS = 0.2
 _CATCH_UPS = 8
 _ADMIT_SECONDS = 20.0
 _FORGOTTEN_AT_ONCE = 1000
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 Within = Callable[[Table, BindParameter[str]], ColumnElement[bool]]
 
@@ -217,40 +220,41 @@ class Index:
         """Yield what brings a watcher from a position to the present, page by page.
 
         Exactly the changes behind the position; or, if it cannot be resumed from, a reset and a snapshot (with
-        `tail`, the reset alone). Only so many catch up at a time; raise Unavailable if the turn does not come.
+        `tail`, the reset alone). Only so many read at a time, a page each, so who takes no pages holds nobody up; raise
+        Unavailable if the turn does not come.
         """
-        async with self._admitted():
-            while True:
-                if position is not None:
-                    page = await self._database.read(self._read_changes, scope, kinds, position, viewer_id)
-                    if page is not None:
-                        yield page
-                        if not page.more:
-                            return
-                        assert page.position is not None
-                        position = page.position
-                        continue
-                now = await self._database.read(self._present, scope)
-                if tail:
-                    yield Page(now, reset=True)
-                    return
-                yield Page(None, reset=True, more=True)
-                async for page in self._snapshot(scope, kinds, now, viewer_id):
+        while True:
+            if position is not None:
+                page = await self._read(self._read_changes, scope, kinds, position, viewer_id)
+                if page is not None:
                     yield page
-                position = now  # what was forgotten meanwhile shows in the next look
+                    if not page.more:
+                        return
+                    assert page.position is not None
+                    position = page.position
+                    continue
+            now = await self._read(self._present, scope)
+            if tail:
+                yield Page(now, reset=True)
+                return
+            yield Page(None, reset=True, more=True)
+            async for page in self._snapshot(scope, kinds, now, viewer_id):
+                yield page
+            position = now  # what was forgotten meanwhile shows in the next look
 
     async def _snapshot(self, scope: str, kinds: Sequence[Kind], now: Position, viewer_id: str) -> AsyncIterator[Page]:
-        after = await self._database.read(self._beginnings, scope, kinds)
+        after = await self._read(self._beginnings, scope, kinds)
         while True:
-            page, after = await self._database.read(self._read_snapshot, scope, after, now, viewer_id)
+            page, after = await self._read(self._read_snapshot, scope, after, now, viewer_id)
             if page.changes:
                 yield page
             if not page.more:
                 return
 
-    @property
-    def _admitted(self) -> Callable[[], "_Admission"]:
-        return partial(_Admission, self._catching_up)
+    async def _read(self, fn: Callable[Concatenate[Reader, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Read for one who catches up, when it is its turn."""
+        async with _Admission(self._catching_up):
+            return await self._database.read(fn, *args, **kwargs)
 
     def _present(self, tx: Reader, scope: str) -> Position:
         row: Any = tx.row(_SEQUENCE, {"of": scope})
@@ -355,7 +359,7 @@ class Index:
 
 
 class _Admission:
-    """A turn to catch up. Waiting for it has an end."""
+    """A turn to read. Waiting for it has an end."""
 
     def __init__(self, turns: asyncio.Semaphore) -> None:
         self._turns = turns

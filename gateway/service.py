@@ -1,0 +1,82 @@
+"""Builds the gateway."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from branchline.gateway.v1 import (
+    history_pb2,
+    organizations_pb2,
+    repositories_pb2,
+    sandboxes_pb2,
+    sessions_pb2,
+    tasks_pb2,
+    users_pb2,
+)
+from branchline.organization.v1 import organization_pb2_grpc
+from branchline.repository.v1 import repository_pb2_grpc
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+
+from gateway.caller import Authenticator, Door
+from gateway.fanout import FanOut
+from gateway.forward import Forwarder
+from gateway.placement import Placement
+from gateway.routes import ORGANIZATION, REPOSITORY, ROUTES, SANDBOX, TASK, USER
+from gateway.watches import Watches
+from services.runtime.client import open_channel
+from services.runtime.principal import Signer
+from services.runtime.service import Service
+
+PUBLIC = {
+    f"{service.name}/{method.name}": method
+    for file in (history_pb2, organizations_pb2, repositories_pb2, sandboxes_pb2, sessions_pb2, tasks_pb2, users_pb2)
+    for service in file.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+}
+"""Every method of the public contract, by its name within the package."""
+
+
+class GatewayConfig(BaseModel):
+    """Where the services are, and what the gateway allows."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    addresses: Mapping[str, str]
+    """Where each service listens, by name; "gateway" is where this one does."""
+
+    signing_key: SecretStr
+    """Key that principals are signed with; the same for all services of an installation."""
+
+    calls_per_minute: int = Field(default=6000, ge=1)
+    """Calls that one caller may make in a minute; more are refused with RESOURCE_EXHAUSTED."""
+
+    drain_seconds: float = 5.0
+    """Time that running calls get to end when the gateway stops."""
+
+
+def build(config: GatewayConfig) -> Service:
+    """Build the gateway."""
+    signer = Signer(config.signing_key.get_secret_value(), "gateway")
+    owners = (ORGANIZATION, REPOSITORY, TASK, SANDBOX, USER)
+    channels: dict[str, Any] = {owner: open_channel(config.addresses[owner], signer) for owner in owners}
+    organization = organization_pb2_grpc.OrganizationServiceStub(channels[ORGANIZATION])
+    repository = repository_pb2_grpc.RepositoryServiceStub(channels[REPOSITORY])
+    authenticator, placement, fan_out = Authenticator(organization), Placement(organization), FanOut()
+    forwarder = Forwarder(channels, organization, authenticator, placement, signer)
+    watches = Watches(fan_out, authenticator, placement, organization, repository, signer)
+    own: dict[str, Callable[..., Any]] = {
+        "OrganizationService/WatchOrganization": watches.of_organization,
+        "HistoryService/WatchHistory": watches.of_history,
+        "TaskService/WatchTask": watches.of_task,
+    }
+    door = Door(authenticator, config.calls_per_minute)
+    service = Service("gateway", config.addresses["gateway"], door.admit, config.drain_seconds)
+    for name, method in PUBLIC.items():
+        handler = (
+            service.serving.handler(method, own[name])
+            if name in own
+            else forwarder.handler(service.serving, method, ROUTES[name])
+        )
+        service.add_handler(method.containing_service.full_name, method.name, handler)
+    service.loops.append(fan_out.run)
+    service.after_stop += [channel.close for channel in channels.values()]
+    return service
