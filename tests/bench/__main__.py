@@ -1,96 +1,109 @@
-"""Runs the measures and prints ours, floor and ratio; `build/bench.json` has the same.
+"""Runs the measures and prints ours, floor, ratio, target and verdict; `build/bench.json` has the same.
 
-python -m tests.bench [NAME ...]
+python -m tests.bench [--quick] [ROW ...]
 """
 
 import argparse
+import importlib
 import json
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench import measures
-from tests.bench.pipelines import floor, ours
+from tests.bench.result import QUICK, Options, Row
+
+ROWS = {
+    "write": "write.one_caller",
+    "writes": "write.many_callers",
+    "message": "message.statements",
+    "change": "spine.one_change",
+    "changes": "spine.sustained",
+    "page": "reads.page",
+    "snapshot": "reads.snapshot",
+    "get": "reads.get_task",
+    "service-memory": "memory.services",
+    "up-memory": "memory.everything",
+    "hold-git": "hold.hanging_git",
+    "hold-agent": "hold.stopped_agent",
+    "hold-poison": "hold.poison",
+    "hold-watchers": "hold.deaf_watchers",
+    "hold-calls": "hold.many_calls",
+    "hold-tasks": "hold.large_organization",
+}
+"""Where the measure of each row is."""
+
+Measured = Callable[[Options, Path], Awaitable[list[Row]]]
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the result. `target` bounds the ratio: from below for rates, from above for times."""
-
-    name: str
-    unit: str
-    ours: float
-    floor: float
-    ratio: float
-    target: float
-    met: bool
+def measure_of(row: str) -> Measured:
+    """Return a row's measure; only what is measured is imported."""
+    module, _, name = ROWS[row].partition(".")
+    return getattr(importlib.import_module(f"tests.bench.{module}"), name)
 
 
-def time_row(name: str, unit: str, mine: float, least: float, target: float) -> Row:
-    """Compare times: the ratio must be at most the target."""
-    return Row(name, unit, mine, least, mine / least, target, mine / least <= target)
+async def measure(row: str, options: Options) -> list[Row]:
+    """Measure one row in a folder of its own. What the processes wrote is shown if it fails."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        try:
+            return await measure_of(row)(options, Path(folder))
+        except Exception:
+            for log in Path(folder).rglob("*.log"):
+                print(log.name, log.read_text()[-3000:], file=sys.stderr)
+            raise
 
 
-def rate_row(name: str, unit: str, mine: float, most: float, target: float) -> Row:
-    """Compare rates: the ratio must be at least the target."""
-    return Row(name, unit, mine, most, mine / most, target, mine / most >= target)
-
-
-async def latency(folder: Path) -> list[Row]:
-    """Measure one change at a time, alone and with others in the background."""
-    rows: list[Row] = []
-    async with floor(folder / "floor", 1000) as low, ours(folder / "ours", 1000) as own:
-        for name, background, targets in (
-            ("one change", 0, (2.0, 3.0)),
-            ("one change, 300/s beside it", 300, (3.0, 6.0)),
-        ):
-            least = await measures.one_at_a_time(low, 300, background)
-            mine = await measures.one_at_a_time(own, 300, background)
-            rows.append(time_row(f"{name}, p50", "ms", mine.p50, least.p50, targets[0]))
-            rows.append(time_row(f"{name}, p99", "ms", mine.p99, least.p99, targets[1]))
-    return rows
-
-
-async def throughput(folder: Path) -> list[Row]:
-    """Measure what goes through all levels for ten seconds."""
-    async with floor(folder / "floor", 1000) as low:
-        most = await measures.sustained(low, 10)
-    async with ours(folder / "ours", 1000) as own:
-        mine = await measures.sustained(own, 10)
-    return [rate_row("sustained changes, 1,000 tasks", "1/s", mine, most, 0.4)]
-
-
-MEASURES: dict[str, Callable[[Path], Awaitable[list[Row]]]] = {"latency": latency, "throughput": throughput}
-
-
-async def main(names: list[str]) -> None:
-    """Run the measures named, or all."""
-    rows: list[Row] = []
-    for name in names or MEASURES:
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            try:
-                rows += await MEASURES[name](Path(folder))
-            except Exception:
-                for log in Path(folder).rglob("*.log"):
-                    print(log.name, log.read_text()[-3000:], file=sys.stderr)
-                raise
-    table = Table("what", "unit", "ours", "floor", "ratio", "target", "met")
+def show(rows: list[Row]) -> None:
+    """Print the rows."""
+    table = Table("what", "unit", "ours", "floor", "ratio", "target", "verdict")
     for row in rows:
-        figures = (f"{row.ours:.2f}", f"{row.floor:.2f}", f"{row.ratio:.2f}", f"{row.target:.2f}")
-        table.add_row(row.name, row.unit, *figures, "yes" if row.met else "no")
-    Console(width=120).print(table)
+        target = f"{'≥' if row.at_least else '≤'} {row.bound:.2f}"
+        table.add_row(row.name, row.unit, f"{row.ours:.2f}", f"{row.floor:.2f}", f"{row.ratio:.2f}", target, row.verdict)
+    Console(width=140).print(table)
+
+
+def keep(rows: list[Row]) -> None:
+    """Write the rows to `build/bench.json`; those of other measures stay."""
     path = Path("build/bench.json")
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    known = json.loads(path.read_text()) if path.exists() else []
+    fresh = [{**asdict(row), "verdict": row.verdict} for row in rows]
+    names = {row["name"] for row in fresh}
+    path.write_text(json.dumps([row for row in known if row["name"] not in names] + fresh, indent=1) + "\n")
+
+
+async def main(names: list[str], options: Options) -> int:
+    """Run the measures named, or all; return how many could not be taken."""
+    found: list[Row] = []
+    failed: list[str] = []
+    for name in names:
+        try:
+            rows = await measure(name, options)
+        except Exception as error:  # noqa: BLE001 - the other rows are measured all the same
+            if len(names) == 1:
+                raise
+            print(f"{name} could not be measured: {error!r}", file=sys.stderr)
+            failed.append(name)
+            continue
+        show(rows)
+        found += rows
+        keep(rows)
+    if len(names) > 1:
+        show(found)
+    return len(failed)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("names", nargs="*", choices=[*MEASURES, []])
-    uvloop.run(main(parser.parse_args().names))
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=" ".join(ROWS))
+    parser.add_argument("--quick", action="store_true", help="fewer samples, for development: no verdict stands")
+    given = parser.parse_args()
+    unknown = set(given.rows) - set(ROWS)
+    if unknown:
+        parser.error(f"no such row: {', '.join(sorted(unknown))}")
+    sys.exit(uvloop.run(main(given.rows or list(ROWS), QUICK if given.quick else Options())))

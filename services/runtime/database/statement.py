@@ -21,7 +21,7 @@ Core = Select[*tuple[Any, ...]] | CoreInsert | Update | Delete
 
 _SQLITE = SQLiteDialect_pysqlite(paramstyle="named")
 _POSTGRES = PGDialect_psycopg()
-_BY_DRIVER = (bool, bytes)
+_BY_DRIVER = (bool, bytes, float)
 """Types whose values the sqlite3 driver takes as they are."""
 
 
