@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, SecretStr
 class ServiceConfig(BaseModel):
     """Where the services are, where this one keeps its data, and what it shares with the others."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     addresses: Mapping[str, str]
     """Where each service listens, by name, such as "127.0.0.1:7702" or "unix:/run/branchline/task"."""
@@ -22,3 +22,8 @@ class ServiceConfig(BaseModel):
 
     drain_seconds: float = 5.0
     """Time that running calls get to end when the service stops."""
+
+
+def database_url(data_dir: Path, name: str) -> str:
+    """Return the URL of a service's database, which is in its data folder."""
+    return f"sqlite:///{data_dir / f'{name}.sqlite'}"

@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection
 from services.runtime.admin import AdminServicer
 from services.runtime.client import MESSAGE_LIMIT_BYTES, SigningChannel, open_channel
 from services.runtime.clock import Clock
-from services.runtime.config import ServiceConfig
+from services.runtime.config import ServiceConfig, database_url
 from services.runtime.database import Database, open_database
 from services.runtime.loops import Every
 from services.runtime.migrations import bring_up_to_date
@@ -151,7 +151,7 @@ class Chassis:
         self.config = config
         self.clock = Clock()
         self.signer = Signer(config.signing_key.get_secret_value(), name)
-        url = f"sqlite:///{config.data_dir / f'{name}.sqlite'}"
+        url = database_url(config.data_dir, name)
         self.database: Database = open_database(url)
         self.outbox = Outbox(self.database, self.clock)
         self.commands = Commands(self.database, self.clock)
