@@ -1,4 +1,4 @@
-"""The gRPC surface that the gateway and the children use of the organization."""
+"""What the gateway, the children and the operator ask of the organization."""
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -6,93 +6,112 @@ from typing import Any
 
 import grpc
 from branchline.organization.v1 import organization_pb2, organization_pb2_grpc
-from branchline.resource.v1.organization_pb2 import ORGANIZATION_KIND_TEAM, Organization
+from branchline.resource.v1.organization_pb2 import ORGANIZATION_KIND_TEAM, Member, Organization
+from branchline.resource.v1.user_pb2 import User
+from branchline.resource.v1.vocabulary_pb2 import (
+    ENTITY_KIND_ORGANIZATION,
+    ENTITY_KIND_REPOSITORY,
+    ENTITY_KIND_TASK,
+    ENTITY_KIND_USER,
+    ERROR_REASON_TOKEN_INVALID,
+)
 from branchline.user.v1.user_pb2 import CreateUserRequest
 from branchline.user.v1.user_pb2 import GetGitCredentialRequest as UserGitCredentialRequest
+from branchline.user.v1.user_pb2 import IssueTokenRequest as UserIssueTokenRequest
 from branchline.user.v1.user_pb2_grpc import UserServiceStub
 
-from services.organization.membership import FIRST_TOKEN, found_organization
-from services.organization.store import OrganizationStore
+from services.organization.members import MEMBERSHIPS_OF
+from services.organization.organizations import ORGANIZATIONS
+from services.organization.people import USERS
+from services.organization.repositories import REPOSITORIES
+from services.organization.stores import Stores
 from services.organization.tables import HISTORY, WATCHED
+from services.runtime.clock import Clock
+from services.runtime.database import Database, Reader, Tx
 from services.runtime.errors import NotFound, Unauthenticated
-from services.runtime.service import Chassis
+from services.runtime.principal import current_principal
+from services.runtime.spine.source import watch_index
 from services.runtime.spine.tokens import parse_consistency_token
-from services.runtime.spine.watch import watch
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+FIRST_TOKEN = "first token"  # noqa: S105 - its name
+
+_WATCHED_KINDS = [table.kind for table in WATCHED]
+_TARGETS = {
+    "organization_id": ENTITY_KIND_ORGANIZATION,
+    "repository_id": ENTITY_KIND_REPOSITORY,
+    "task_id": ENTITY_KIND_TASK,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class OrganizationServicer(organization_pb2_grpc.OrganizationServiceServicer):
     """Routing, authentication, the upstream watch, and what children ask upward."""
 
-    chassis: Chassis
-    store: OrganizationStore
+    database: Database
+    clock: Clock
+    stores: Stores
     user: UserServiceStub
 
     async def Bootstrap(
         self, request: organization_pb2.BootstrapRequest, context: Context
     ) -> organization_pb2.BootstrapResponse:
-        """Create the first organization with its owner, once."""
-        async with self.chassis.database.read() as connection:
-            existing = await self.store.organization_by_slug(connection, request.slug)
-            user_id = await self.store.user_id_by_email(connection, request.user_email)
+        """Create the first organization with its owner and a token, once."""
+        existing = await self.database.read(self.stores.organizations.of_slug, request.slug)
         if existing is not None:
             return organization_pb2.BootstrapResponse(organization=existing)
         created = await self.user.CreateUser(
             CreateUserRequest(
-                user_id=user_id or self.chassis.clock.new_id("usr"),
-                display_name=request.user_name,
-                email=request.user_email,
-                token_name=FIRST_TOKEN,
+                user_id=self.clock.new_id("usr"), display_name=request.user_name, email=request.user_email
             )
         )
-        if created.consistency_token:  # the token works once this answers
-            await self.store.index.await_point(parse_consistency_token(created.consistency_token))
-        async with self.chassis.database.transaction() as tx:
-            organization = Organization(
-                slug=request.slug, display_name=request.organization_name, kind=ORGANIZATION_KIND_TEAM
-            )
-            organization.settings.default_agent = request.default_agent
-            await found_organization(tx, self.chassis, self.store, organization, created.user)
-        return organization_pb2.BootstrapResponse(organization=organization, api_token=created.api_token)
+        secret = await self._issue(created.user.id, FIRST_TOKEN)  # before it is founded: it is the only way in
+        organization = await self.database.write(self._bootstrap, request, created.user)
+        return organization_pb2.BootstrapResponse(organization=organization, api_token=secret)
+
+    def _bootstrap(self, tx: Tx, request: organization_pb2.BootstrapRequest, owner: User) -> Organization:
+        existing = self.stores.organizations.of_slug(tx, request.slug)
+        if existing is not None:
+            return existing
+        organization = Organization(
+            slug=request.slug, display_name=request.organization_name, kind=ORGANIZATION_KIND_TEAM
+        )
+        organization.settings.default_agent = request.default_agent
+        self.stores.organizations.found(tx, organization, owner)
+        return organization
 
     async def Authenticate(
         self, request: organization_pb2.AuthenticateRequest, context: Context
     ) -> organization_pb2.AuthenticateResponse:
         """Say whom a token speaks for."""
-        async with self.chassis.database.read() as connection:
-            now = self.chassis.clock.seconds()
-            token = await self.store.valid_token(connection, request.token_hash, now)
-            user = await self.store.user(connection, token.user_id) if token else None
-            if token is None or user is None:
-                raise Unauthenticated("TOKEN_INVALID", "the bearer token is unknown, expired or revoked")
-            memberships = await self.store.memberships(connection, user.id)
+        return await self.database.read(self._authenticate, request.token_hash)
+
+    def _authenticate(self, tx: Reader, token_hash: str) -> organization_pb2.AuthenticateResponse:
+        token = self.stores.people.valid_token(tx, token_hash, self.clock.seconds())
+        user = USERS.find(tx, token.user_id) if token is not None else None
+        if token is None or user is None:
+            sentence = "the bearer token is unknown, expired or revoked"
+            raise Unauthenticated(ERROR_REASON_TOKEN_INVALID, sentence)
+        memberships = MEMBERSHIPS_OF(tx, user_id=user.id)
         return organization_pb2.AuthenticateResponse(user=user, memberships=memberships, role_limit=token.role_limit)
 
     async def ResolveRoute(
         self, request: organization_pb2.ResolveRouteRequest, context: Context
     ) -> organization_pb2.ResolveRouteResponse:
         """Find the organization and repository of an id that the user may know of."""
+        return await self.database.read(self._resolve, request)
+
+    def _resolve(
+        self, tx: Reader, request: organization_pb2.ResolveRouteRequest
+    ) -> organization_pb2.ResolveRouteResponse:
         target = request.WhichOneof("target") or ""
-        wanted = getattr(request, target)
-        missing = NotFound(target.removesuffix("_id"), wanted)
-        async with self.chassis.database.read() as connection:
-            organization_id, repository_id = wanted, ""
-            if target == "repository_id":
-                repository = await self.store.repository(connection, wanted)
-                if repository is None:
-                    raise missing
-                organization_id, repository_id = repository.organization_id, repository.id
-            if target == "task_id":
-                route = await self.store.task_route(connection, wanted)
-                if route is None:
-                    raise missing
-                organization_id, repository_id = route
-            member = await self.store.member(connection, organization_id, request.user_id)
-            if member is None:
-                raise missing
-            organization = await self.store.organization(connection, organization_id)
+        wanted: str = getattr(request, target)
+        organization_id, repository_id = self._place(tx, target, wanted)
+        member = self.stores.members.find(tx, organization_id, request.user_id) if organization_id else None
+        organization = ORGANIZATIONS.find(tx, organization_id) if member is not None else None
+        if member is None or organization is None:
+            raise NotFound(_TARGETS[target], wanted)
         return organization_pb2.ResolveRouteResponse(
             organization_id=organization_id,
             repository_id=repository_id,
@@ -100,31 +119,71 @@ class OrganizationServicer(organization_pb2_grpc.OrganizationServiceServicer):
             settings=organization.settings,
         )
 
+    def _place(self, tx: Reader, target: str, wanted: str) -> tuple[str, str]:
+        """Return the organization and the repository of an id, empty where there are none."""
+        if target == "organization_id":
+            return wanted, ""
+        if target == "task_id":
+            return self.stores.tasks.route(tx, wanted) or ("", "")
+        repository = REPOSITORIES.find(tx, wanted)
+        return (repository.organization_id, repository.id) if repository is not None else ("", "")
+
     async def WatchIndex(
         self, request: organization_pb2.WatchIndexRequest, context: Context
     ) -> AsyncIterator[organization_pb2.WatchIndexResponse]:
         """Watch an organization's index tables."""
-        scope = request.organization_id
-        topic, kinds = f"organization/{scope}", [table.kind for table in WATCHED]
-        if request.history:
-            topic, kinds = f"history/{scope}", [HISTORY.kind]
-        async for frame in watch(self.store.index, scope, topic, kinds, request.resume_token):
-            yield organization_pb2.WatchIndexResponse(frame=frame.frame, horizon_seq=frame.horizon)
+        scope, selection = request.organization_id, request.selection
+        if not current_principal().sees(scope):
+            raise NotFound(ENTITY_KIND_ORGANIZATION, scope)
+        point = parse_consistency_token(selection.consistency_token)
+        user_id = current_principal().user_id or selection.viewer_id
+        await self.stores.index.await_point(point, scope, user_id, context.time_remaining())
+        topic = f"{'history' if request.history else 'organization'}/{scope}"
+        kinds = [HISTORY.kind] if request.history else _WATCHED_KINDS
+        async for frame in watch_index(self.stores.index, topic, scope, kinds, selection):
+            yield organization_pb2.WatchIndexResponse(frame=frame)
 
     async def AwaitConsistency(
         self, request: organization_pb2.AwaitConsistencyRequest, context: Context
     ) -> organization_pb2.AwaitConsistencyResponse:
         """Wait until the index is as new as the token."""
         point = parse_consistency_token(request.consistency_token)
-        await self.store.index.await_point(point, context.time_remaining())
+        user_id = current_principal().user_id
+        await self.stores.index.await_point(point, request.organization_id, user_id, context.time_remaining())
         return organization_pb2.AwaitConsistencyResponse()
+
+    async def BindGithubLogin(
+        self, request: organization_pb2.BindGithubLoginRequest, context: Context
+    ) -> organization_pb2.BindGithubLoginResponse:
+        """Bind a GitHub login to an organization, on the operator's word."""
+        current_principal().require_operator()
+        bind = self.stores.organizations.bind_login
+        organization = await self.database.write(bind, request.slug, request.github_login)
+        return organization_pb2.BindGithubLoginResponse(organization=organization)
+
+    async def IssueToken(
+        self, request: organization_pb2.IssueTokenRequest, context: Context
+    ) -> organization_pb2.IssueTokenResponse:
+        """Make a token for a person, on the operator's word."""
+        current_principal().require_operator()
+        person = await self.database.read(self.stores.people.of_email, request.email)
+        if person is None:
+            raise NotFound(ENTITY_KIND_USER, request.email)
+        return organization_pb2.IssueTokenResponse(api_token=await self._issue(person.id, request.name))
+
+    async def _issue(self, user_id: str, name: str) -> str:
+        """Have a token made; return it once it works."""
+        issued = await self.user.IssueToken(UserIssueTokenRequest(user_id=user_id, name=name))
+        await self.stores.index.await_point(parse_consistency_token(issued.consistency_token), "", user_id)
+        return issued.api_token
 
     async def GetGitCredential(
         self, request: organization_pb2.GetGitCredentialRequest, context: Context
     ) -> organization_pb2.GetGitCredentialResponse:
         """Ask the user child for a member's git credential."""
-        async with self.chassis.database.read() as connection:
-            member = await self.store.member(connection, request.organization_id, request.user_id)
+        member: Member | None = await self.database.read(
+            self.stores.members.find, request.organization_id, request.user_id
+        )
         if member is None:
             return organization_pb2.GetGitCredentialResponse()
         credential = await self.user.GetGitCredential(

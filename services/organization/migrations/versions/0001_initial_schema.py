@@ -1,4 +1,4 @@
-"""Initial schema.
+"""initial schema.
 
 Revision ID: 0001
 Revises:
@@ -33,84 +33,98 @@ def upgrade() -> None:
     )
     op.create_table(
         "auth_session_index",
-        sa.Column("token_hash", sa.String(), nullable=False),
         sa.Column("token_id", sa.String(), nullable=False),
+        sa.Column("token_hash", sa.String(), nullable=False),
         sa.Column("user_id", sa.String(), nullable=False),
-        sa.Column("revision", sa.Integer(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
         sa.Column("expire_time", sa.Float(), nullable=True),
         sa.Column("revoked", sa.Boolean(), nullable=False),
         sa.Column("payload", sa.LargeBinary(), nullable=False),
-        sa.PrimaryKeyConstraint("token_hash"),
-        sa.UniqueConstraint("token_id"),
+        sa.PrimaryKeyConstraint("token_id"),
+        sa.UniqueConstraint("token_hash"),
         comment="Coordinator index of user: token hash to user id",
     )
     with op.batch_alter_table("auth_session_index", schema=None) as batch_op:
-        batch_op.create_index("auth_session_index_user", ["user_id"], unique=False)
+        batch_op.create_index("auth_session_index_user", ["user_id", "token_id"], unique=False)
 
     op.create_table(
         "change_sequences",
         sa.Column("scope", sa.String(), nullable=False),
-        sa.Column("value", sa.Integer(), nullable=False),
-        sa.Column("horizon", sa.Integer(), nullable=False),
-        sa.Column("epoch", sa.String(), nullable=False),
+        sa.Column("value", sa.BigInteger(), nullable=False),
+        sa.Column("horizon", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("scope"),
         comment="Last change number of each scope; taking it first makes the scope's writers take turns",
     )
     op.create_table(
         "github_repositories",
         sa.Column("organization_id", sa.String(), nullable=False),
-        sa.Column("github_id", sa.Integer(), nullable=False),
+        sa.Column("github_id", sa.BigInteger(), nullable=False),
         sa.Column("repository_id", sa.String(), nullable=False),
         sa.PrimaryKeyConstraint("organization_id", "github_id"),
         comment="Coordinator index of github-data: GitHub's repository id to ours",
     )
+    with op.batch_alter_table("github_repositories", schema=None) as batch_op:
+        batch_op.create_index("github_repositories_repository", ["repository_id"], unique=False)
+
     op.create_table(
         "github_status",
-        sa.Column("id", sa.String(), nullable=False),
         sa.Column("scope", sa.String(), nullable=False),
-        sa.Column("revision", sa.Integer(), nullable=False),
-        sa.Column("change_seq", sa.Integer(), nullable=False),
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
+        sa.Column("change_seq", sa.BigInteger(), nullable=False),
         sa.Column("change_time", sa.Float(), nullable=False),
         sa.Column("deleted", sa.Boolean(), nullable=False),
         sa.Column("payload", sa.LargeBinary(), nullable=False),
         sa.Column("viewer_id", sa.String(), nullable=False),
         sa.Column("task_id", sa.String(), nullable=False),
-        sa.PrimaryKeyConstraint("id", "scope"),
+        sa.PrimaryKeyConstraint("scope", "id"),
         comment="Coordinator index of github-data: connection and synchronisation",
     )
     with op.batch_alter_table("github_status", schema=None) as batch_op:
         batch_op.create_index("github_status_changes", ["scope", "change_seq"], unique=False)
+        batch_op.create_index("github_status_id", ["id"], unique=False)
 
     op.create_table(
         "history_feed",
-        sa.Column("id", sa.String(), nullable=False),
         sa.Column("scope", sa.String(), nullable=False),
-        sa.Column("revision", sa.Integer(), nullable=False),
-        sa.Column("change_seq", sa.Integer(), nullable=False),
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
+        sa.Column("change_seq", sa.BigInteger(), nullable=False),
         sa.Column("change_time", sa.Float(), nullable=False),
         sa.Column("deleted", sa.Boolean(), nullable=False),
         sa.Column("payload", sa.LargeBinary(), nullable=False),
         sa.Column("viewer_id", sa.String(), nullable=False),
         sa.Column("task_id", sa.String(), nullable=False),
-        sa.Column("sequence", sa.Integer(), nullable=False),
+        sa.Column("sequence", sa.BigInteger(), nullable=False),
         sa.Column("event_time", sa.Float(), nullable=False),
-        sa.Column("event_kind", sa.String(), nullable=False),
+        sa.Column("event_kind", sa.Integer(), nullable=False),
         sa.Column("actor_user_id", sa.String(), nullable=False),
         sa.Column("repository_id", sa.String(), nullable=False),
         sa.Column("branch", sa.String(), nullable=False),
-        sa.PrimaryKeyConstraint("id", "scope"),
+        sa.PrimaryKeyConstraint("scope", "id"),
         comment="Coordinator index of history: the feed within the retention window",
     )
     with op.batch_alter_table("history_feed", schema=None) as batch_op:
         batch_op.create_index("history_feed_changes", ["scope", "change_seq"], unique=False)
+        batch_op.create_index("history_feed_id", ["id"], unique=False)
+        batch_op.create_index("history_feed_repository", ["scope", "repository_id", "sequence"], unique=False)
         batch_op.create_index("history_feed_sequence", ["scope", "sequence"], unique=False)
+        batch_op.create_index("history_feed_task", ["scope", "task_id", "sequence"], unique=False)
+        batch_op.create_index("history_feed_time", ["scope", "event_time"], unique=False)
 
     op.create_table(
+        "incarnations",
+        sa.Column("number", sa.Integer(), nullable=False),
+        sa.Column("epoch", sa.String(), nullable=False),
+        sa.PrimaryKeyConstraint("number"),
+        comment="Identity of this database: a rebuilt one has another, and its change numbers mean something else",
+    )
+    op.create_table(
         "members",
-        sa.Column("id", sa.String(), nullable=False),
         sa.Column("scope", sa.String(), nullable=False),
-        sa.Column("revision", sa.Integer(), nullable=False),
-        sa.Column("change_seq", sa.Integer(), nullable=False),
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
+        sa.Column("change_seq", sa.BigInteger(), nullable=False),
         sa.Column("change_time", sa.Float(), nullable=False),
         sa.Column("deleted", sa.Boolean(), nullable=False),
         sa.Column("payload", sa.LargeBinary(), nullable=False),
@@ -118,57 +132,80 @@ def upgrade() -> None:
         sa.Column("task_id", sa.String(), nullable=False),
         sa.Column("role", sa.Integer(), nullable=False),
         sa.Column("user_id", sa.String(), nullable=False),
-        sa.PrimaryKeyConstraint("id", "scope"),
+        sa.PrimaryKeyConstraint("scope", "id"),
         comment="Members and their roles, owned here; watched like an index",
     )
     with op.batch_alter_table("members", schema=None) as batch_op:
         batch_op.create_index("members_changes", ["scope", "change_seq"], unique=False)
+        batch_op.create_index("members_id", ["id"], unique=False)
         batch_op.create_index("members_user", ["user_id"], unique=False)
 
     op.create_table(
         "organizations",
-        sa.Column("id", sa.String(), nullable=False),
         sa.Column("scope", sa.String(), nullable=False),
-        sa.Column("revision", sa.Integer(), nullable=False),
-        sa.Column("change_seq", sa.Integer(), nullable=False),
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
+        sa.Column("change_seq", sa.BigInteger(), nullable=False),
         sa.Column("change_time", sa.Float(), nullable=False),
         sa.Column("deleted", sa.Boolean(), nullable=False),
         sa.Column("payload", sa.LargeBinary(), nullable=False),
         sa.Column("viewer_id", sa.String(), nullable=False),
         sa.Column("task_id", sa.String(), nullable=False),
         sa.Column("slug", sa.String(), nullable=False),
-        sa.PrimaryKeyConstraint("id", "scope"),
-        sa.UniqueConstraint("slug"),
-        comment="Organizations, owned here; watched like an index",
+        sa.Column("github_login", sa.String(), nullable=False),
+        sa.Column("deleting", sa.Boolean(), nullable=False),
+        sa.PrimaryKeyConstraint("scope", "id"),
+        comment="Organizations, owned here; watched like an index. The GitHub login is in lower case",
     )
     with op.batch_alter_table("organizations", schema=None) as batch_op:
         batch_op.create_index("organizations_changes", ["scope", "change_seq"], unique=False)
+        batch_op.create_index(
+            "organizations_deleting",
+            ["id"],
+            unique=False,
+            sqlite_where=sa.text("deleting IS 1"),
+            postgresql_where=sa.text("deleting IS true"),
+        )
+        batch_op.create_index(
+            "organizations_github_login",
+            ["github_login"],
+            unique=True,
+            sqlite_where=sa.text("deleted IS 0 AND github_login != ''"),
+            postgresql_where=sa.text("deleted IS false AND github_login != ''"),
+        )
+        batch_op.create_index("organizations_id", ["id"], unique=False)
+        batch_op.create_index(
+            "organizations_slug",
+            ["slug"],
+            unique=True,
+            sqlite_where=sa.text("deleted IS 0"),
+            postgresql_where=sa.text("deleted IS false"),
+        )
 
     op.create_table(
         "outbox",
-        sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
         sa.Column("destination", sa.String(), nullable=False),
         sa.Column("type_url", sa.String(), nullable=False),
         sa.Column("entity_id", sa.String(), nullable=False),
-        sa.Column("revision", sa.Integer(), nullable=False),
+        sa.Column("seq", sa.BigInteger(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
         sa.Column("deleted", sa.Boolean(), nullable=False),
         sa.Column("payload", sa.LargeBinary(), nullable=False),
         sa.Column("mark_time", sa.Float(), nullable=False),
-        sa.Column("parked_reason", sa.String(), nullable=True),
-        sa.PrimaryKeyConstraint("seq"),
-        sa.UniqueConstraint("destination", "type_url", "entity_id"),
+        sa.Column("attempts", sa.Integer(), nullable=False),
+        sa.Column("parked_reason", sa.String(), nullable=False),
+        sa.PrimaryKeyConstraint("destination", "type_url", "entity_id"),
         comment="What must leave the service: the newest state of each changed entity, once per destination",
-        sqlite_autoincrement=True,
     )
     with op.batch_alter_table("outbox", schema=None) as batch_op:
-        batch_op.create_index("outbox_pending", ["destination", "seq"], unique=False)
+        batch_op.create_index("outbox_pending", ["destination", "parked_reason", "seq"], unique=False)
 
     op.create_table(
         "repositories",
-        sa.Column("id", sa.String(), nullable=False),
         sa.Column("scope", sa.String(), nullable=False),
-        sa.Column("revision", sa.Integer(), nullable=False),
-        sa.Column("change_seq", sa.Integer(), nullable=False),
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
+        sa.Column("change_seq", sa.BigInteger(), nullable=False),
         sa.Column("change_time", sa.Float(), nullable=False),
         sa.Column("deleted", sa.Boolean(), nullable=False),
         sa.Column("payload", sa.LargeBinary(), nullable=False),
@@ -176,11 +213,32 @@ def upgrade() -> None:
         sa.Column("task_id", sa.String(), nullable=False),
         sa.Column("full_name", sa.String(), nullable=False),
         sa.Column("remote_url", sa.String(), nullable=False),
-        sa.PrimaryKeyConstraint("id", "scope"),
+        sa.PrimaryKeyConstraint("scope", "id"),
         comment="Coordinator index of repository: the repository catalogue",
     )
     with op.batch_alter_table("repositories", schema=None) as batch_op:
         batch_op.create_index("repositories_changes", ["scope", "change_seq"], unique=False)
+        batch_op.create_index("repositories_id", ["id"], unique=False)
+        batch_op.create_index(
+            "repositories_name",
+            ["scope", "full_name", "id"],
+            unique=False,
+            sqlite_where=sa.text("deleted IS 0"),
+            postgresql_where=sa.text("deleted IS false"),
+        )
+        batch_op.create_index("repositories_url", ["scope", "remote_url"], unique=False)
+
+    op.create_table(
+        "repository_deletions",
+        sa.Column("repository_id", sa.String(), nullable=False),
+        sa.Column("organization_id", sa.String(), nullable=False),
+        sa.Column("request_time", sa.Float(), nullable=False),
+        sa.Column("gone", sa.Boolean(), nullable=False),
+        sa.PrimaryKeyConstraint("repository_id"),
+        comment="Repositories being deleted; gone once the repository says so, while what was indexed below it is removed",
+    )
+    with op.batch_alter_table("repository_deletions", schema=None) as batch_op:
+        batch_op.create_index("repository_deletions_gone", ["gone"], unique=False)
 
     op.create_table(
         "requests",
@@ -191,8 +249,11 @@ def upgrade() -> None:
         sa.Column("response", sa.LargeBinary(), nullable=False),
         sa.Column("create_time", sa.Float(), nullable=False),
         sa.PrimaryKeyConstraint("caller", "method", "request_id"),
-        comment="First answers of commands, by the client's request id",
+        comment="First answers of commands, by the client's request id, for a week",
     )
+    with op.batch_alter_table("requests", schema=None) as batch_op:
+        batch_op.create_index("requests_create_time", ["create_time"], unique=False)
+
     op.create_table(
         "task_lookup",
         sa.Column("task_id", sa.String(), nullable=False),
@@ -203,53 +264,98 @@ def upgrade() -> None:
     )
     op.create_table(
         "task_summaries",
-        sa.Column("id", sa.String(), nullable=False),
         sa.Column("scope", sa.String(), nullable=False),
-        sa.Column("revision", sa.Integer(), nullable=False),
-        sa.Column("change_seq", sa.Integer(), nullable=False),
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
+        sa.Column("change_seq", sa.BigInteger(), nullable=False),
         sa.Column("change_time", sa.Float(), nullable=False),
         sa.Column("deleted", sa.Boolean(), nullable=False),
         sa.Column("payload", sa.LargeBinary(), nullable=False),
         sa.Column("viewer_id", sa.String(), nullable=False),
         sa.Column("task_id", sa.String(), nullable=False),
         sa.Column("repository_id", sa.String(), nullable=False),
-        sa.Column("title", sa.String(), nullable=False),
+        sa.Column("title", sa.String().with_variant(sa.String(collation="C"), "postgresql"), nullable=False),
         sa.Column("branch", sa.String(), nullable=False),
         sa.Column("status", sa.Integer(), nullable=False),
+        sa.Column("ended", sa.Boolean(), nullable=False),
         sa.Column("owner_user_id", sa.String(), nullable=False),
         sa.Column("has_pull_request", sa.Boolean(), nullable=False),
         sa.Column("create_time", sa.Float(), nullable=False),
         sa.Column("update_time", sa.Float(), nullable=False),
-        sa.PrimaryKeyConstraint("id", "scope"),
-        comment="Coordinator index of task: the sidebar",
+        sa.PrimaryKeyConstraint("scope", "id"),
+        comment="Coordinator index of task: the sidebar. Archived and killed tasks are flagged as ended",
     )
     with op.batch_alter_table("task_summaries", schema=None) as batch_op:
         batch_op.create_index("task_summaries_changes", ["scope", "change_seq"], unique=False)
-        batch_op.create_index("task_summaries_recent", ["scope", "status", "update_time"], unique=False)
+        batch_op.create_index(
+            "task_summaries_create_time",
+            ["scope", "ended", "create_time", "id"],
+            unique=False,
+            sqlite_where=sa.text("deleted IS 0"),
+            postgresql_where=sa.text("deleted IS false"),
+        )
+        batch_op.create_index("task_summaries_id", ["id"], unique=False)
+        batch_op.create_index(
+            "task_summaries_repository",
+            ["scope", "repository_id", "ended", "update_time", "id"],
+            unique=False,
+            sqlite_where=sa.text("deleted IS 0"),
+            postgresql_where=sa.text("deleted IS false"),
+        )
+        batch_op.create_index(
+            "task_summaries_shown",
+            ["scope", "change_seq"],
+            unique=False,
+            sqlite_where=sa.text("deleted IS 0 AND ended IS 0"),
+            postgresql_where=sa.text("deleted IS false AND ended IS false"),
+        )
+        batch_op.create_index(
+            "task_summaries_title",
+            ["scope", "ended", "title", "id"],
+            unique=False,
+            sqlite_where=sa.text("deleted IS 0"),
+            postgresql_where=sa.text("deleted IS false"),
+        )
+        batch_op.create_index(
+            "task_summaries_update_time",
+            ["scope", "ended", "update_time", "id"],
+            unique=False,
+            sqlite_where=sa.text("deleted IS 0"),
+            postgresql_where=sa.text("deleted IS false"),
+        )
 
     op.create_table(
+        "teardowns",
+        sa.Column("organization_id", sa.String(), nullable=False),
+        sa.Column("child", sa.String(), nullable=False),
+        sa.Column("done", sa.Boolean(), nullable=False),
+        sa.PrimaryKeyConstraint("organization_id", "child"),
+        comment="What the children of an organization that is being deleted were told to forget, and whether they did",
+    )
+    op.create_table(
         "user_task_states",
-        sa.Column("id", sa.String(), nullable=False),
         sa.Column("scope", sa.String(), nullable=False),
-        sa.Column("revision", sa.Integer(), nullable=False),
-        sa.Column("change_seq", sa.Integer(), nullable=False),
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
+        sa.Column("change_seq", sa.BigInteger(), nullable=False),
         sa.Column("change_time", sa.Float(), nullable=False),
         sa.Column("deleted", sa.Boolean(), nullable=False),
         sa.Column("payload", sa.LargeBinary(), nullable=False),
         sa.Column("viewer_id", sa.String(), nullable=False),
         sa.Column("task_id", sa.String(), nullable=False),
-        sa.PrimaryKeyConstraint("id", "scope"),
+        sa.PrimaryKeyConstraint("scope", "id"),
         comment="Coordinator index of user: each user's own drafts, unread marks and open tabs",
     )
     with op.batch_alter_table("user_task_states", schema=None) as batch_op:
         batch_op.create_index("user_task_states_changes", ["scope", "change_seq"], unique=False)
+        batch_op.create_index("user_task_states_id", ["id"], unique=False)
 
     op.create_table(
         "users",
-        sa.Column("user_id", sa.String(), nullable=False),
-        sa.Column("revision", sa.Integer(), nullable=False),
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
         sa.Column("payload", sa.LargeBinary(), nullable=False),
-        sa.PrimaryKeyConstraint("user_id"),
+        sa.PrimaryKeyConstraint("id"),
         comment="Coordinator index of user: profiles and preferences",
     )
     # ### end Alembic commands ###
@@ -260,17 +366,54 @@ def downgrade() -> None:
     # ### commands auto generated by Alembic - please adjust! ###
     op.drop_table("users")
     with op.batch_alter_table("user_task_states", schema=None) as batch_op:
+        batch_op.drop_index("user_task_states_id")
         batch_op.drop_index("user_task_states_changes")
 
     op.drop_table("user_task_states")
+    op.drop_table("teardowns")
     with op.batch_alter_table("task_summaries", schema=None) as batch_op:
-        batch_op.drop_index("task_summaries_recent")
+        batch_op.drop_index(
+            "task_summaries_update_time",
+            sqlite_where=sa.text("deleted IS 0"),
+            postgresql_where=sa.text("deleted IS false"),
+        )
+        batch_op.drop_index(
+            "task_summaries_title", sqlite_where=sa.text("deleted IS 0"), postgresql_where=sa.text("deleted IS false")
+        )
+        batch_op.drop_index(
+            "task_summaries_shown",
+            sqlite_where=sa.text("deleted IS 0 AND ended IS 0"),
+            postgresql_where=sa.text("deleted IS false AND ended IS false"),
+        )
+        batch_op.drop_index(
+            "task_summaries_repository",
+            sqlite_where=sa.text("deleted IS 0"),
+            postgresql_where=sa.text("deleted IS false"),
+        )
+        batch_op.drop_index("task_summaries_id")
+        batch_op.drop_index(
+            "task_summaries_create_time",
+            sqlite_where=sa.text("deleted IS 0"),
+            postgresql_where=sa.text("deleted IS false"),
+        )
         batch_op.drop_index("task_summaries_changes")
 
     op.drop_table("task_summaries")
     op.drop_table("task_lookup")
+    with op.batch_alter_table("requests", schema=None) as batch_op:
+        batch_op.drop_index("requests_create_time")
+
     op.drop_table("requests")
+    with op.batch_alter_table("repository_deletions", schema=None) as batch_op:
+        batch_op.drop_index("repository_deletions_gone")
+
+    op.drop_table("repository_deletions")
     with op.batch_alter_table("repositories", schema=None) as batch_op:
+        batch_op.drop_index("repositories_url")
+        batch_op.drop_index(
+            "repositories_name", sqlite_where=sa.text("deleted IS 0"), postgresql_where=sa.text("deleted IS false")
+        )
+        batch_op.drop_index("repositories_id")
         batch_op.drop_index("repositories_changes")
 
     op.drop_table("repositories")
@@ -279,23 +422,47 @@ def downgrade() -> None:
 
     op.drop_table("outbox")
     with op.batch_alter_table("organizations", schema=None) as batch_op:
+        batch_op.drop_index(
+            "organizations_slug", sqlite_where=sa.text("deleted IS 0"), postgresql_where=sa.text("deleted IS false")
+        )
+        batch_op.drop_index("organizations_id")
+        batch_op.drop_index(
+            "organizations_github_login",
+            sqlite_where=sa.text("deleted IS 0 AND github_login != ''"),
+            postgresql_where=sa.text("deleted IS false AND github_login != ''"),
+        )
+        batch_op.drop_index(
+            "organizations_deleting",
+            sqlite_where=sa.text("deleting IS 1"),
+            postgresql_where=sa.text("deleting IS true"),
+        )
         batch_op.drop_index("organizations_changes")
 
     op.drop_table("organizations")
     with op.batch_alter_table("members", schema=None) as batch_op:
         batch_op.drop_index("members_user")
+        batch_op.drop_index("members_id")
         batch_op.drop_index("members_changes")
 
     op.drop_table("members")
+    op.drop_table("incarnations")
     with op.batch_alter_table("history_feed", schema=None) as batch_op:
+        batch_op.drop_index("history_feed_time")
+        batch_op.drop_index("history_feed_task")
         batch_op.drop_index("history_feed_sequence")
+        batch_op.drop_index("history_feed_repository")
+        batch_op.drop_index("history_feed_id")
         batch_op.drop_index("history_feed_changes")
 
     op.drop_table("history_feed")
     with op.batch_alter_table("github_status", schema=None) as batch_op:
+        batch_op.drop_index("github_status_id")
         batch_op.drop_index("github_status_changes")
 
     op.drop_table("github_status")
+    with op.batch_alter_table("github_repositories", schema=None) as batch_op:
+        batch_op.drop_index("github_repositories_repository")
+
     op.drop_table("github_repositories")
     op.drop_table("change_sequences")
     with op.batch_alter_table("auth_session_index", schema=None) as batch_op:

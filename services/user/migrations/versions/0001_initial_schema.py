@@ -101,7 +101,7 @@ def upgrade() -> None:
             ["change_time"],
             unique=False,
             sqlite_where=sa.text("deleted IS 1"),
-            postgresql_where=sa.text("deleted IS 1"),
+            postgresql_where=sa.text("deleted IS true"),
         )
         batch_op.create_index("user_task_states_organization", ["organization_id", "task_id", "user_id"], unique=False)
 
@@ -136,7 +136,9 @@ def downgrade() -> None:
     with op.batch_alter_table("user_task_states", schema=None) as batch_op:
         batch_op.drop_index("user_task_states_organization")
         batch_op.drop_index(
-            "user_task_states_forgotten", sqlite_where=sa.text("deleted IS 1"), postgresql_where=sa.text("deleted IS 1")
+            "user_task_states_forgotten",
+            sqlite_where=sa.text("deleted IS 1"),
+            postgresql_where=sa.text("deleted IS true"),
         )
 
     op.drop_table("user_task_states")

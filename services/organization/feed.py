@@ -1,0 +1,186 @@
+"""The feed: events go to history, which numbers them, and come back to be indexed for as long as they are shown."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from branchline.resource.v1.history_pb2 import ACTOR_KIND_SYSTEM, ACTOR_KIND_USER, HistoryEvent
+from branchline.resource.v1.organization_pb2 import Organization
+from branchline.resource.v1.vocabulary_pb2 import EventKind
+from sqlalchemy import Float, bindparam, select
+
+from services.organization.destinations import TO_HISTORY
+from services.organization.pages import Page, all_of, page_of
+from services.organization.tables import HISTORY, history_feed, organizations
+from services.runtime.clock import Clock, column_seconds
+from services.runtime.database import Database, Reader, Statement, Tx, is_in
+from services.runtime.principal import principal_or_none
+from services.runtime.spine.index import Entry, Index
+from services.runtime.spine.outbox import Mark, Outbox
+
+RETENTION_DAYS = 90
+"""How long the feed shows an event where the organization does not say."""
+
+_DAY_SECONDS = 24 * 3600.0
+_FORGOTTEN_AT_ONCE = 500
+
+_c = history_feed.c
+_ALIVE = Statement(
+    select(organizations.c.id).where(is_in(organizations.c.id, "ids"), organizations.c.deleted.is_(False))
+)
+_ORGANIZATIONS = Statement(
+    select(organizations.c.payload)
+    .where(organizations.c.deleted.is_(False), organizations.c.id > bindparam("after"))
+    .order_by(organizations.c.id)
+    .limit(_FORGOTTEN_AT_ONCE)
+)
+_OLD = Statement(
+    select(_c.scope, _c.id, _c.change_seq)
+    .where(_c.scope == bindparam("of"), _c.event_time < bindparam("before", type_=Float))
+    .limit(_FORGOTTEN_AT_ONCE)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FeedFilter:
+    """Which events of an organization's feed are wanted; what is empty or None does not matter."""
+
+    organization_id: str
+    repository_id: str = ""
+    task_id: str = ""
+    branch: str = ""
+    actor_user_id: str = ""
+    kinds: tuple[EventKind.ValueType, ...] = ()
+    since: float | None = None
+    before: float | None = None
+    oldest_first: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """The feed of every organization."""
+
+    index: Index
+    outbox: Outbox
+    clock: Clock
+
+    def record(
+        self, tx: Tx, organization_id: str, kind: EventKind.ValueType, summary: str, repository_id: str = ""
+    ) -> None:
+        """Hand an event of the organization itself to history. The caller did it, or the system."""
+        principal = principal_or_none()
+        user_id = principal.user_id if principal is not None else ""
+        event = HistoryEvent(
+            id=self.clock.new_id("evt"),
+            organization_id=organization_id,
+            event_time=self.clock.timestamp(),
+            actor_kind=ACTOR_KIND_USER if user_id else ACTOR_KIND_SYSTEM,
+            actor_user_id=user_id,
+            kind=kind,
+            repository_id=repository_id,
+            summary=summary,
+        )
+        self.outbox.mark(tx, [Mark(event.id, 1, event, TO_HISTORY)])
+
+    def take(self, tx: Tx, events: Iterable[HistoryEvent]) -> list[HistoryEvent]:
+        """Hand new events to history, and index those that it has numbered; return the new ones.
+
+        What belongs to an organization that is gone is forgotten.
+        """
+        given = list(events)
+        ids = {event.organization_id for event in given}
+        alive = {row.id for row in tx.rows(_ALIVE, {"ids": sorted(ids)})}
+        held = [event for event in given if event.organization_id in alive]
+        self.index.put_many(tx, [_entry(event) for event in held if event.sequence])
+        new = [event for event in held if not event.sequence]
+        self.outbox.mark(tx, [Mark(event.id, 1, event, TO_HISTORY) for event in new])
+        return new
+
+    def page(self, tx: Reader, wanted: FeedFilter, after: int | None, most: int) -> Page[HistoryEvent]:
+        """Return the events behind a place in the feed."""
+        shape = _Shape(
+            repository=bool(wanted.repository_id),
+            task=bool(wanted.task_id),
+            branch=bool(wanted.branch),
+            actor=bool(wanted.actor_user_id),
+            kinds=bool(wanted.kinds),
+            since=wanted.since is not None,
+            before=wanted.before is not None,
+            after=after is not None,
+            oldest_first=wanted.oldest_first,
+        )
+        given = {
+            "of": wanted.organization_id,
+            "repository": wanted.repository_id,
+            "task": wanted.task_id,
+            "branch": wanted.branch,
+            "actor": wanted.actor_user_id,
+            "kinds": list(wanted.kinds),
+            "since": wanted.since,
+            "before": wanted.before,
+            "after": after,
+            "most": most + 1,
+        }
+        return page_of(HistoryEvent, tx.each(page_statement(shape), given), ["sequence"], most)
+
+    async def expire(self, database: Database) -> None:
+        """Drop from the feed what is older than its organization shows, some at a time."""
+        after = ""
+        while page := await database.read(_organizations_after, after):
+            for organization in page:
+                days = organization.settings.history_retention_days or RETENTION_DAYS
+                given = {"of": organization.id, "before": self.clock.seconds() - days * _DAY_SECONDS}
+                while await database.write(self.index.forget_where, HISTORY, _OLD, given):
+                    pass
+            after = page[-1].id
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    repository: bool
+    task: bool
+    branch: bool
+    actor: bool
+    kinds: bool
+    since: bool
+    before: bool
+    after: bool
+    oldest_first: bool
+
+
+@cache
+def page_statement(shape: _Shape) -> Statement:
+    """Return the statement for filters of one shape."""
+    behind = _c.sequence > bindparam("after") if shape.oldest_first else _c.sequence < bindparam("after")
+    conditions = all_of(
+        (shape.repository, _c.repository_id == bindparam("repository")),
+        (shape.task, _c.task_id == bindparam("task")),
+        (shape.branch, _c.branch == bindparam("branch")),
+        (shape.actor, _c.actor_user_id == bindparam("actor")),
+        (shape.kinds, is_in(_c.event_kind, "kinds")),
+        (shape.since, _c.event_time >= bindparam("since", type_=Float)),
+        (shape.before, _c.event_time < bindparam("before", type_=Float)),
+        (shape.after, behind),
+    )
+    return Statement(
+        select(_c.sequence, _c.payload)
+        .where(_c.scope == bindparam("of"), *conditions)
+        .order_by(_c.sequence if shape.oldest_first else _c.sequence.desc())
+        .limit(bindparam("most"))
+    )
+
+
+def _organizations_after(tx: Reader, after: str) -> Sequence[Organization]:
+    return [Organization.FromString(row.payload) for row in tx.rows(_ORGANIZATIONS, {"after": after})]
+
+
+def _entry(event: HistoryEvent) -> Entry:
+    columns = {
+        "sequence": event.sequence,
+        "event_time": column_seconds(event.event_time),
+        "event_kind": event.kind,
+        "actor_user_id": event.actor_user_id,
+        "repository_id": event.repository_id,
+        "branch": event.branch,
+    }
+    return Entry(HISTORY.kind, event.organization_id, event.id, 1, event, task_id=event.task_id, columns=columns)

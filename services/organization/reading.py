@@ -1,0 +1,39 @@
+"""What the public servicers share: reads that see what the caller has written."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_API_TOKEN, ENTITY_KIND_USER
+from branchline.spine.v1.push_pb2 import ConsistencyPoint
+
+from services.organization.stores import Stores
+from services.runtime.database import Database
+from services.runtime.principal import current_principal
+from services.runtime.spine.tokens import parse_consistency_token
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_ONES_OWN = frozenset({ENTITY_KIND_USER, ENTITY_KIND_API_TOKEN})
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A servicer of reads."""
+
+    database: Database
+    stores: Stores
+
+    async def caught_up(self, token: str, organization_id: str, context: Context) -> None:
+        """Wait until the index is as new as the token, in what is the organization's or the caller's own.
+
+        Without an organization nothing but the caller's own is waited for: organizations and members are this
+        service's own and as new as their commands' answers.
+        """
+        if not token:
+            return
+        point = parse_consistency_token(token)
+        if not organization_id:
+            point = ConsistencyPoint(entities=[one for one in point.entities if one.kind in _ONES_OWN])
+        user_id = current_principal().user_id
+        await self.stores.index.await_point(point, organization_id, user_id, context.time_remaining())
