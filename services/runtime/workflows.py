@@ -5,14 +5,55 @@ loop, it runs recovered workflows there too.
 """
 
 import asyncio
+import functools
 import logging
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 from dbos import DBOS
 
+from services.runtime.errors import reason_of
+
 _APPLICATION_VERSION = "1"
 """Fixed: workflows of the release before are recovered by the next, so their steps must stay compatible."""
+
+_LIVE = frozenset({"PENDING", "ENQUEUED", "DELAYED"})
+_OVER = ["SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED"]
+_KEEP = timedelta(days=7)
+_PART = 500
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class StepError(Exception):
+    """What went wrong in a step, as words alone: it is kept in the workflow's record."""
+
+
+def durable_step(step: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """Make a step that is tried eight times within half a minute before it fails its workflow."""
+
+    @functools.wraps(step)
+    async def in_words(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await step(*args, **kwargs)
+        except Exception as error:
+            raise StepError(reason_of(error)) from error
+
+    return DBOS.step(retries_allowed=True, max_attempts=8, interval_seconds=0.2)(in_words)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a workflow stands."""
+
+    live: bool
+    reason: str
+    """Why it ended, where it did not end well."""
 
 
 class WorkflowEngine:
@@ -41,3 +82,28 @@ class WorkflowEngine:
         await asyncio.to_thread(DBOS.destroy, workflow_completion_timeout_sec=0)
         # DBOS had made its own thread pool the loop's default, and has shut it down.
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(thread_name_prefix="branchline"))
+
+    async def outcomes(self, ids: Sequence[str]) -> Mapping[str, Outcome]:
+        """Say how workflows stand, by their ids; one that was never started is missing."""
+        found = await DBOS.list_workflows_async(workflow_ids=list(ids), load_input=False)
+        return {
+            one.workflow_id: Outcome(one.status in _LIVE, failure_of(one.error) if one.error else one.status.lower())
+            for one in found
+        }
+
+    async def forget_old(self) -> None:
+        """Forget workflows that ended a week ago."""
+        before = (datetime.now(UTC) - _KEEP).isoformat()
+        while True:
+            old = await DBOS.list_workflows_async(
+                completed_before=before, status=_OVER, limit=_PART, load_input=False, load_output=False
+            )
+            await DBOS.delete_workflows_async([one.workflow_id for one in old])
+            if len(old) < _PART:
+                return
+
+
+def failure_of(error: BaseException) -> str:
+    """Return words for people about what made a workflow fail: of a step that was tried often, the last error."""
+    tried: Sequence[BaseException] = getattr(error, "errors", ())
+    return reason_of(tried[-1] if tried else error)

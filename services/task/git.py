@@ -5,7 +5,6 @@ from urllib.parse import quote, urlsplit
 from branchline.resource.v1.repository_pb2 import Repository
 from branchline.resource.v1.task_pb2 import Task
 
-CLONE_SECONDS = 600
 OUTPUT_TAIL = 2000
 CREDENTIALS_FILE = ".git-credentials"
 CREDENTIALS_MODE = 0o600
@@ -15,15 +14,25 @@ cd "$HOME"
 if [ ! -d workspace/.git ]; then
   rm -rf workspace workspace.part
   git clone --quiet -- "$REMOTE" workspace.part
+  if [ -n "$SUFFIX" ] && git -C workspace.part show-ref --verify --quiet "refs/heads/$BRANCH"; then
+    git -C workspace.part checkout --quiet --detach
+    git -C workspace.part branch --quiet -D -- "$BRANCH"
+  fi
   mv workspace.part workspace
 fi
 cd workspace
 git config user.name "$GIT_NAME"
 git config user.email "$GIT_EMAIL"
 git fetch --quiet --prune origin
-if git show-ref --verify --quiet "refs/heads/$BRANCH"; then
+has() { git show-ref --verify --quiet "refs/$1"; }
+if [ -n "$SUFFIX" ] && ! has "heads/$BRANCH"; then
+  if has "heads/$BRANCH-$SUFFIX" || has "remotes/origin/$BRANCH"; then
+    BRANCH="$BRANCH-$SUFFIX"
+  fi
+fi
+if has "heads/$BRANCH"; then
   git checkout --quiet "$BRANCH" --
-elif git show-ref --verify --quiet "refs/remotes/origin/$BRANCH"; then
+elif has "remotes/origin/$BRANCH"; then
   git checkout --quiet -b "$BRANCH" --track "origin/$BRANCH"
 elif git rev-parse --verify --quiet "origin/$BASE^{commit}" >/dev/null; then
   git checkout --quiet --no-track -b "$BRANCH" "origin/$BASE"
@@ -33,19 +42,22 @@ else
   echo "the remote has no branch $BASE to start from" >&2
   exit 1
 fi
-git rev-parse --verify --quiet HEAD || true
+git symbolic-ref --short HEAD
 """
-"""Clone once, fetch, and stand on the task's branch: ours, else the remote's, else new from the base. Prints the
-commit at its tip, nothing in an empty repository."""
+"""Clone once, fetch, and stand on the task's branch: ours, else the remote's, else new from the base. A branch whose
+name was derived is not continued where the remote has it: it gets a suffix. Prints the branch it stands on."""
 
-HEAD_COMMIT = ("git", "rev-parse", "--verify", "--quiet", "HEAD")
+_SUFFIX_DIGITS = 6
 
 
-def checkout_environment(task: Task, repository: Repository, name: str, email: str) -> dict[str, str]:
-    """Return the variables that the checkout script reads."""
+def checkout_environment(
+    task: Task, repository: Repository, name: str, email: str, *, derived: bool = False
+) -> dict[str, str]:
+    """Return the variables that the checkout script reads. `derived`: a branch that the remote has is not ours."""
     return {
         "REMOTE": repository.remote_url,
         "BRANCH": task.branch,
+        "SUFFIX": task.id[-_SUFFIX_DIGITS:] if derived else "",
         "BASE": repository.default_branch or "HEAD",
         "GIT_NAME": name or "Branchline",
         "GIT_EMAIL": email or "branchline@localhost",

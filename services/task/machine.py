@@ -1,7 +1,8 @@
 """What the task asks of its sandbox and of its coordinator, with patience for services that restart."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -10,6 +11,7 @@ from branchline.repository.v1.repository_pb2 import GetGitCredentialRequest, Get
 from branchline.repository.v1.repository_pb2_grpc import RepositoryServiceStub
 from branchline.resource.v1.session_pb2 import Session
 from branchline.resource.v1.task_pb2 import Task
+from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_COMMAND_FAILED, ERROR_REASON_COMMAND_TIMED_OUT
 from branchline.sandbox.v1 import sandbox_pb2
 from branchline.sandbox.v1.sandbox_pb2_grpc import SandboxServiceStub
 
@@ -17,13 +19,30 @@ from services.runtime.errors import FailedPrecondition
 from services.runtime.retry import Backoff
 from services.task.git import CREDENTIALS_FILE, CREDENTIALS_MODE, tail
 
-_PATIENCE_SECONDS = 60.0
-_CREATE_SECONDS = 120.0
-_SESSION_SECONDS = 300.0
 _GRACE_SECONDS = 30.0
 _TRANSIENT = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED})
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """How long each thing may take."""
+
+    create_seconds: float = 120.0
+    """Making or destroying a machine."""
+
+    clone_seconds: int = 600
+    """Cloning the repository and checking the branch out."""
+
+    session_seconds: float = 300.0
+    """Starting an agent."""
+
+    patience_seconds: float = 60.0
+    """How long another service may be out of reach before a step fails."""
+
+    turn_hours: float = 4.0
+    """A turn of which nothing was heard for longer, and a margin, has been lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,29 +51,37 @@ class Machine:
 
     sandbox: SandboxServiceStub
     repository: RepositoryServiceStub
+    deadlines: Deadlines
 
     async def create(self, task: Task) -> None:
         """Create the task's active sandbox, or find it created."""
         request = sandbox_pb2.CreateSandboxRequest(
             sandbox_id=task.active_sandbox_id, task_id=task.id, provider=task.sandbox_provider
         )
-        await patiently(lambda: self.sandbox.CreateSandbox(request, timeout=_CREATE_SECONDS))
+        await self._patiently(lambda: self.sandbox.CreateSandbox(request, timeout=self.deadlines.create_seconds))
 
     async def destroy(self, sandbox_id: str) -> None:
-        """Destroy a sandbox, or find it destroyed."""
+        """Destroy a sandbox, or find it destroyed or never made."""
         request = sandbox_pb2.DestroySandboxRequest(sandbox_id=sandbox_id)
-        await patiently(lambda: self.sandbox.DestroySandbox(request, timeout=_CREATE_SECONDS))
+        with suppress_not_found():
+            await self._patiently(lambda: self.sandbox.DestroySandbox(request, timeout=self.deadlines.create_seconds))
+
+    async def close_session(self, session_id: str) -> None:
+        """Have the agent of a session stopped, if there is one."""
+        request = sandbox_pb2.CloseSessionRequest(session_id=session_id)
+        with suppress_not_found():
+            await self._patiently(lambda: self.sandbox.CloseSession(request))
 
     async def credential(self, task_id: str) -> GetGitCredentialResponse:
         """Ask upward for the git credential of the task's owner."""
-        return await patiently(lambda: self.repository.GetGitCredential(GetGitCredentialRequest(task_id=task_id)))
+        return await self._patiently(lambda: self.repository.GetGitCredential(GetGitCredentialRequest(task_id=task_id)))
 
     async def put_credentials(self, sandbox_id: str, content: bytes) -> None:
         """Replace the git credentials in the sandbox."""
         request = sandbox_pb2.PutFileRequest(
             sandbox_id=sandbox_id, path=CREDENTIALS_FILE, content=content, mode=CREDENTIALS_MODE
         )
-        await patiently(lambda: self.sandbox.PutFile(request))
+        await self._patiently(lambda: self.sandbox.PutFile(request))
 
     async def run(
         self,
@@ -72,11 +99,14 @@ class Machine:
             environment=environment,
             timeout_seconds=timeout_seconds,
         )
-        result = await patiently(lambda: self.sandbox.Execute(request, timeout=timeout_seconds + _GRACE_SECONDS))
+        result = await self._patiently(lambda: self.sandbox.Execute(request, timeout=timeout_seconds + _GRACE_SECONDS))
         if result.timed_out:
-            raise FailedPrecondition("COMMAND_TIMED_OUT", f"{command[0]} took longer than {timeout_seconds} s")
+            raise FailedPrecondition(
+                ERROR_REASON_COMMAND_TIMED_OUT,
+                f"{command[0]} took longer than {timeout_seconds} s: {tail(result.stderr or result.stdout)}",
+            )
         if result.exit_code:
-            raise FailedPrecondition("COMMAND_FAILED", tail(result.stderr or result.stdout))
+            raise FailedPrecondition(ERROR_REASON_COMMAND_FAILED, tail(result.stderr or result.stdout))
         return result.stdout
 
     async def open_session(self, sandbox_id: str, session: Session) -> None:
@@ -84,17 +114,26 @@ class Machine:
         request = sandbox_pb2.OpenSessionRequest(
             sandbox_id=sandbox_id, session_id=session.id, agent=session.agent, model=session.model
         )
-        await patiently(lambda: self.sandbox.OpenSession(request, timeout=_SESSION_SECONDS))
+        await self._patiently(lambda: self.sandbox.OpenSession(request, timeout=self.deadlines.session_seconds))
+
+    async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Make an idempotent call; while the other service cannot be reached, try again for a while."""
+        backoff = Backoff(first_seconds=0.1, most_seconds=3.0)
+        deadline = asyncio.get_running_loop().time() + self.deadlines.patience_seconds
+        while True:
+            try:
+                return await call()
+            except grpc.aio.AioRpcError as error:
+                if error.code() not in _TRANSIENT or asyncio.get_running_loop().time() > deadline:
+                    raise
+            await asyncio.sleep(backoff.next_seconds())
 
 
-async def patiently(call: Callable[[], Awaitable[T]]) -> T:
-    """Make an idempotent call; while the other service cannot be reached, try again for a minute."""
-    backoff = Backoff(first_seconds=0.1, most_seconds=3.0)
-    deadline = asyncio.get_running_loop().time() + _PATIENCE_SECONDS
-    while True:
-        try:
-            return await call()
-        except grpc.aio.AioRpcError as error:
-            if error.code() not in _TRANSIENT or asyncio.get_running_loop().time() > deadline:
-                raise
-        await asyncio.sleep(backoff.next_seconds())
+@contextmanager
+def suppress_not_found() -> Generator[None]:
+    """Take for done what concerns something that is not there."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        if error.code() != grpc.StatusCode.NOT_FOUND:
+            raise

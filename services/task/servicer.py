@@ -6,41 +6,54 @@ from typing import Any
 import grpc
 from branchline.task.v1 import task_pb2, task_pb2_grpc
 
-from services.runtime.service import Chassis
-from services.runtime.spine.outbox import Mark
-from services.task.push import TO_WORKFLOW
+from services.runtime.database import Database, Tx
+from services.task.deletion import Deletion
+from services.task.lifecycle import PROVISION, Lifecycle
 from services.task.store import TaskStore
-from services.task.workflows import PROVISION
+
+Context = grpc.aio.ServicerContext[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class TaskServicer(task_pb2_grpc.TaskServiceServicer):
-    """Creation of tasks, and what their coordinator tells them."""
+    """Creation and deletion of tasks, and what their coordinator tells them."""
 
-    chassis: Chassis
+    database: Database
     store: TaskStore
+    lifecycle: Lifecycle
 
-    async def CreateTask(
-        self, request: task_pb2.CreateTaskRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> task_pb2.CreateTaskResponse:
+    async def CreateTask(self, request: task_pb2.CreateTaskRequest, context: Context) -> task_pb2.CreateTaskResponse:
         """Store the task and have it provisioned, once."""
-        async with self.chassis.database.transaction() as tx:
-            if await self.store.create(tx, request):
-                start = task_pb2.StartWorkflow(workflow=PROVISION, task_id=request.task.id, attempt=1)
-                await self.chassis.outbox.mark(tx, [Mark(request.task.id, 1, start, TO_WORKFLOW)])
+        await self.database.write(self.store.create, request, PROVISION)
         return task_pb2.CreateTaskResponse()
 
     async def SetPullRequest(
-        self, request: task_pb2.SetPullRequestRequest, context: grpc.aio.ServicerContext[Any, Any]
+        self, request: task_pb2.SetPullRequestRequest, context: Context
     ) -> task_pb2.SetPullRequestResponse:
         """Keep the branch's pull request."""
-        async with self.chassis.database.transaction() as tx:
-            record = await self.store.get(tx, request.task_id)
-            known = record.task.pull_request if record.task.HasField("pull_request") else None
-            told = request.pull_request if request.HasField("pull_request") else None
-            if known != told:
-                record.task.ClearField("pull_request")
-                if told is not None:
-                    record.task.pull_request.CopyFrom(told)
-                await self.store.save(tx, record)
+        await self.database.write(self._set_pull_request, request)
         return task_pb2.SetPullRequestResponse()
+
+    def _set_pull_request(self, tx: Tx, request: task_pb2.SetPullRequestRequest) -> None:
+        with self.store.open(tx, request.task_id) as opened:
+            task = opened.task
+            known = task.pull_request if task.HasField("pull_request") else None
+            told = request.pull_request if request.HasField("pull_request") else None
+            if known == told:
+                return
+            task.ClearField("pull_request")
+            if told is not None:
+                task.pull_request.CopyFrom(told)
+            opened.change()
+
+    async def DeleteTask(self, request: task_pb2.DeleteTaskRequest, context: Context) -> task_pb2.DeleteTaskResponse:
+        """Have nothing left of the task, sandbox and rows."""
+        await self.database.write(self._delete, request.task_id)
+        return task_pb2.DeleteTaskResponse()
+
+    def _delete(self, tx: Tx, task_id: str) -> None:
+        with self.store.open_all(tx, [task_id]) as opened:
+            if task_id in opened:
+                self.lifecycle.delete(tx, opened[task_id])
+                return
+        Deletion(self.store).tell_unknown(tx, task_id)

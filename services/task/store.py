@@ -1,263 +1,267 @@
-"""Queries of the task service. Each change bumps the entity's revision and marks it for the repository."""
+"""Queries of the task service. Tasks are opened, changed and closed; see `open_task`."""
 
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from branchline.resource.v1.history_pb2 import (
-    ACTOR_KIND_AGENT,
-    ACTOR_KIND_SYSTEM,
-    ACTOR_KIND_USER,
-    HistoryEvent,
-)
+from branchline.resource.v1.organization_pb2 import ROLE_MEMBER
 from branchline.resource.v1.repository_pb2 import Repository
 from branchline.resource.v1.sandbox_pb2 import Sandbox
-from branchline.resource.v1.session_pb2 import Session, SessionSummary, TranscriptEntry
-from branchline.resource.v1.task_pb2 import PROVISIONING_STAGE_UNSPECIFIED, Task
+from branchline.resource.v1.session_pb2 import TRANSCRIPT_ENTRY_KIND_USER_MESSAGE, Session, TranscriptEntry
+from branchline.resource.v1.task_pb2 import Task
+from branchline.resource.v1.vocabulary_pb2 import (
+    ENTITY_KIND_SANDBOX,
+    ENTITY_KIND_TASK,
+    ENTITY_KIND_TRANSCRIPT_ENTRY,
+    ERROR_REASON_BEING_DELETED,
+)
 from branchline.task.v1.task_pb2 import CreateTaskRequest
-from sqlalchemy import func, insert, select, update
-from sqlalchemy.dialects.sqlite import insert as upsert
+from sqlalchemy import bindparam, func, literal_column, select, update
 
-from services.runtime.database import Database, Reader, Transaction
-from services.runtime.errors import NotFound
-from services.runtime.principal import Principal, principal_or_none
-from services.runtime.service import Chassis
-from services.runtime.spine.outbox import Mark
-from services.task.status import Status, check_transition, status_name
+from services.runtime.clock import Clock
+from services.runtime.database import Reader, Statement, Tx, insert_new, is_in, upsert
+from services.runtime.errors import FailedPrecondition, NotFound
+from services.runtime.principal import Principal
+from services.runtime.spine.outbox import Mark, Outbox
+from services.runtime.spine.resources import Resources
+from services.task.open_task import OpenTask, SessionRow, TaskRow
 from services.task.tables import task_sandboxes, task_workbench_sessions, tasks, transcript_entries
 
+QUEUED = "queued"
+"""State of a message that waits for its turn."""
 
-@dataclass(slots=True)
-class TaskRecord:
-    """A task as its row holds it: its public state and what only this service needs."""
+DROPPED = "dropped"
+"""State of a message that waited and will not be sent any more."""
 
-    task: Task
-    repository: Repository
-    git_name: str
-    git_email: str
-    hold_prompt: bool
-    attempt: int
-    provisioned: bool
+DELETE = "delete"
+"""The workflow after which nothing is left of a task."""
+
+SWEEP_ROWS = 200
+
+_sessions = task_workbench_sessions
+_TASKS = select(tasks).where(is_in(tasks.c.id, "ids")).order_by(tasks.c.id)
+_SESSIONS = select(_sessions).where(is_in(_sessions.c.task_id, "ids")).order_by(_sessions.c.session_id)
+_READ_TASKS, _OPEN_TASKS = Statement(_TASKS), Statement(_TASKS.with_for_update())
+_READ_SESSIONS, _OPEN_SESSIONS = Statement(_SESSIONS), Statement(_SESSIONS.with_for_update())
+_CREATE = Statement(insert_new(tasks, ["id"]))
+_SAVE = Statement(
+    update(tasks)
+    .where(tasks.c.id == bindparam("this"))
+    .values({name: bindparam(name) for name in ("payload", "attempt", "workflow", "workflow_time")})
+    .values({name: bindparam(name) for name in ("derived_branch", "provisioned")})
+)
+_SAVE_SESSION = Statement(upsert(_sessions, ["session_id"], keep=["task_id"]))
+_FIRST_QUEUED = Statement(
+    select(func.min(transcript_entries.c.id).label("id"))
+    .where(is_in(transcript_entries.c.task_id, "ids"), transcript_entries.c.queued)
+    .group_by(transcript_entries.c.task_id)
+)
+_WAITING_FOR_WORKFLOW = Statement(
+    select(tasks.c.id)
+    .where(tasks.c.workflow != literal_column("''"), tasks.c.workflow_time < bindparam("before"))
+    .order_by(tasks.c.workflow_time)
+    .limit(SWEEP_ROWS)
+)
+_WORKING_SINCE = Statement(
+    select(_sessions.c.session_id, _sessions.c.task_id)
+    .where(_sessions.c.working_since.is_not(None), _sessions.c.working_since < bindparam("before"))
+    .order_by(_sessions.c.working_since)
+    .limit(SWEEP_ROWS)
+)
+_TASK_OF_SESSION = Statement(select(_sessions.c.task_id).where(_sessions.c.session_id == bindparam("this")))
+
+
+def is_queued(entry: TranscriptEntry) -> bool:
+    """Say whether an entry is a message that waits for its turn."""
+    return entry.kind == TRANSCRIPT_ENTRY_KIND_USER_MESSAGE and entry.state == QUEUED
+
+
+ENTRIES = Resources(
+    transcript_entries,
+    TranscriptEntry,
+    ENTITY_KIND_TRANSCRIPT_ENTRY,
+    lambda entry: {
+        "id": entry.id,
+        "session_id": entry.session_id,
+        "task_id": entry.task_id,
+        "position": entry.position,
+        "queued": is_queued(entry),
+    },
+)
+QUEUED_OF_TASK = ENTRIES.by("task_id", where=[transcript_entries.c.queued])
+
+SANDBOXES = Resources(
+    task_sandboxes, Sandbox, ENTITY_KIND_SANDBOX, lambda sandbox: {"id": sandbox.id, "task_id": sandbox.task_id}
+)
+SANDBOXES_OF_TASK = SANDBOXES.by("task_id")
 
 
 @dataclass(frozen=True, slots=True)
 class TaskStore:
-    """Tasks, their sessions, transcripts and sandboxes."""
+    """Tasks with their sessions."""
 
-    chassis: Chassis
+    outbox: Outbox
+    clock: Clock
 
-    @property
-    def database(self) -> Database:
-        """The service's database."""
-        return self.chassis.database
-
-    async def create(self, tx: Transaction, request: CreateTaskRequest) -> bool:
-        """Store a task as its coordinator bore it; return False if it is there."""
-        statement = upsert(tasks).values(
-            id=request.task.id,
-            organization_id=request.task.organization_id,
-            payload=request.task.SerializeToString(),
-            repository=request.repository.SerializeToString(),
+    def create(self, tx: Tx, request: CreateTaskRequest, workflow: str) -> bool:
+        """Store a task as its coordinator bore it, and start a workflow; return False if it is there."""
+        row = TaskRow(
+            task=request.task,
+            repository=request.repository,
             git_name=request.identity.name,
             git_email=request.identity.email,
             hold_prompt=request.hold_prompt,
-            attempt=1,
+            derived_branch=request.derived_branch,
             provisioned=False,
+            attempt=0,
+            workflow="",
+            workflow_time=0.0,
         )
-        if not (await tx.execute(statement.on_conflict_do_nothing())).rowcount:
-            return False
-        await tx.execute(
-            insert(task_workbench_sessions).values(
-                session_id=request.session.id,
-                task_id=request.task.id,
-                agent_revision=0,
-                payload=request.session.SerializeToString(),
-            )
-        )
-        return True
-
-    async def get(self, reader: Reader, task_id: str, principal: Principal | None = None) -> TaskRecord:
-        """Return a task; raise NotFound if there is none or it is not the caller's to see."""
-        row = (await reader.execute(select(tasks).where(tasks.c.id == task_id))).one_or_none()
-        if row is None or (principal is not None and not principal.sees(row.organization_id)):
-            raise NotFound("task", task_id)
-        return TaskRecord(
-            Task.FromString(row.payload),
-            Repository.FromString(row.repository),
-            row.git_name,
-            row.git_email,
-            row.hold_prompt,
-            row.attempt,
-            row.provisioned,
-        )
-
-    async def save(self, tx: Transaction, record: TaskRecord) -> None:
-        """Store a new state of a task and push it up."""
-        task = record.task
-        task.revision += 1
-        task.update_time.CopyFrom(self.chassis.clock.timestamp())
-        values = {
-            "payload": task.SerializeToString(),
-            "attempt": record.attempt,
-            "provisioned": record.provisioned,
+        kept = {
+            "organization_id": request.task.organization_id,
+            "repository": request.repository.SerializeToString(),
+            "git_name": row.git_name,
+            "git_email": row.git_email,
+            "hold_prompt": row.hold_prompt,
         }
-        await tx.execute(update(tasks).where(tasks.c.id == task.id).values(values))
-        await self.chassis.outbox.mark(tx, [Mark(task.id, task.revision, task)])
-
-    async def change_status(
-        self, tx: Transaction, record: TaskRecord, status: Status, reason: str = "", session_id: str = ""
-    ) -> None:
-        """Move a task to another status, with a history event. Raise FailedPrecondition if that is not allowed.
-
-        The caller saves the task.
-        """
-        task = record.task
-        if task.status == status:
-            task.status_reason = reason
-            return
-        check_transition(task.status, status)
-        details = {"from": status_name(task.status), "to": status_name(status)}
-        task.status = status
-        task.status_reason = reason
-        task.status_time.CopyFrom(self.chassis.clock.timestamp())
-        task.stage = PROVISIONING_STAGE_UNSPECIFIED
-        summary = f"{details['from']} → {details['to']}" + (f": {reason}" if reason else "")
-        await self.record_event(tx, task, "task.status_changed", summary, session_id, details)
-
-    async def record_event(
-        self,
-        tx: Transaction,
-        task: Task,
-        kind: str,
-        summary: str,
-        session_id: str = "",
-        details: dict[str, str] | None = None,
-        *,
-        by_agent: bool = False,
-    ) -> None:
-        """Push an event for history; its actor is the caller, else Branchline itself or the agent."""
-        principal = principal_or_none()
-        user_id = principal.user_id if principal is not None else ""
-        actor = ACTOR_KIND_AGENT if by_agent else ACTOR_KIND_USER if user_id else ACTOR_KIND_SYSTEM
-        event = HistoryEvent(
-            id=self.chassis.clock.new_id("evt"),
-            organization_id=task.organization_id,
-            event_time=self.chassis.clock.timestamp(),
-            actor_kind=actor,
-            actor_user_id=user_id,
-            kind=kind,
-            repository_id=task.repository_id,
-            task_id=task.id,
-            branch=task.branch,
-            session_id=session_id,
-            summary=summary[:500],
-            details=details,
-        )
-        await self.chassis.outbox.mark(tx, [Mark(event.id, 1, event)])
-
-    async def session(self, reader: Reader, task_id: str, session_id: str) -> Session:
-        """Return a session of a task; raise NotFound."""
-        table = task_workbench_sessions
-        query = select(table.c.payload).where(table.c.session_id == session_id, table.c.task_id == task_id)
-        payload = (await reader.execute(query)).scalar_one_or_none()
-        if payload is None:
-            raise NotFound("session", session_id)
-        return Session.FromString(payload)
-
-    async def sessions(self, reader: Reader, task_id: str) -> list[Session]:
-        """Return a task's sessions, oldest first."""
-        table = task_workbench_sessions
-        query = select(table.c.payload).where(table.c.task_id == task_id).order_by(table.c.session_id)
-        found = [Session.FromString(payload) for payload in (await reader.execute(query)).scalars()]
-        return sorted(found, key=lambda session: session.create_time.ToNanoseconds())
-
-    async def save_session(self, tx: Transaction, record: TaskRecord, session: Session) -> None:
-        """Store a new state of a session, push it up, and show it in the task's summary (not yet saved)."""
-        session.revision += 1
-        values = {"payload": session.SerializeToString()}
-        statement = upsert(task_workbench_sessions).values(
-            session_id=session.id, task_id=session.task_id, agent_revision=0, **values
-        )
-        await tx.execute(statement.on_conflict_do_update(index_elements=["session_id"], set_=values))
-        await self.chassis.outbox.mark(tx, [Mark(session.id, session.revision, session)])
-        del record.task.sessions[:]
-        for one in await self.sessions(tx, session.task_id):
-            record.task.sessions.append(SessionSummary(id=one.id, name=one.name, status=one.status, agent=one.agent))
-
-    async def newer_agent_state(self, tx: Transaction, session_id: str, revision: int) -> str | None:
-        """Take note of an agent's state; return the session's task, or None if the state is not newer."""
-        table = task_workbench_sessions
-        taken = await tx.execute(
-            update(table)
-            .where(table.c.session_id == session_id, table.c.agent_revision < revision)
-            .values(agent_revision=revision)
-            .returning(table.c.task_id)
-        )
-        return taken.scalar_one_or_none()
-
-    async def add_entry(self, tx: Transaction, entry: TranscriptEntry, *, queued: bool = False) -> None:
-        """Give a new transcript entry its number, store it and push it up."""
-        table = transcript_entries
-        last = select(func.coalesce(func.max(table.c.position), 0)).where(table.c.session_id == entry.session_id)
-        entry.position = (await tx.execute(last)).scalar_one() + 1
-        await tx.execute(
-            insert(table).values(
-                id=entry.id,
-                session_id=entry.session_id,
-                position=entry.position,
-                revision=entry.revision,
-                queued=queued,
-                payload=entry.SerializeToString(),
-            )
-        )
-        await self.chassis.outbox.mark(tx, [Mark(entry.id, entry.revision, entry)])
-
-    async def put_entry(self, tx: Transaction, entry: TranscriptEntry, *, queued: bool = False) -> None:
-        """Store a state of a transcript entry, new or newer than what is held."""
-        table = transcript_entries
-        query = select(table.c.position, table.c.revision).where(table.c.id == entry.id)
-        held = (await tx.execute(query)).one_or_none()
-        if held is None:
-            await self.add_entry(tx, entry, queued=queued)
-        elif held.revision < entry.revision:
-            entry.position = held.position
-            values = {"revision": entry.revision, "queued": queued, "payload": entry.SerializeToString()}
-            await tx.execute(update(table).where(table.c.id == entry.id).values(values))
-            await self.chassis.outbox.mark(tx, [Mark(entry.id, entry.revision, entry)])
-
-    async def entry(self, reader: Reader, session_id: str, entry_id: str) -> TranscriptEntry:
-        """Return an entry of a session; raise NotFound."""
-        table = transcript_entries
-        query = select(table.c.payload).where(table.c.id == entry_id, table.c.session_id == session_id)
-        payload = (await reader.execute(query)).scalar_one_or_none()
-        if payload is None:
-            raise NotFound("transcript_entry", entry_id)
-        return TranscriptEntry.FromString(payload)
-
-    async def next_queued(self, tx: Transaction, task_id: str) -> TranscriptEntry | None:
-        """Return the message that has waited longest in any session of a task, or None."""
-        table, sessions = transcript_entries, task_workbench_sessions
-        query = (
-            select(table.c.payload)
-            .join(sessions, sessions.c.session_id == table.c.session_id)
-            .where(sessions.c.task_id == task_id, table.c.queued.is_(True))
-        )
-        found = [TranscriptEntry.FromString(payload) for payload in (await tx.execute(query)).scalars()]
-        return min(found, key=lambda entry: entry.create_time.ToNanoseconds(), default=None)
-
-    async def put_sandbox(self, tx: Transaction, sandbox: Sandbox) -> bool:
-        """Index a sandbox's state and push it on; say whether it was newer than what was held."""
-        table = task_sandboxes
-        values = {"revision": sandbox.revision, "payload": sandbox.SerializeToString()}
-        statement = upsert(table).values(sandbox_id=sandbox.id, task_id=sandbox.task_id, **values)
-        statement = statement.on_conflict_do_update(
-            index_elements=["sandbox_id"], set_=values, where=table.c.revision < sandbox.revision
-        )
-        if not (await tx.execute(statement)).rowcount:
+        if not tx.change(_CREATE, {"id": request.task.id, **kept, **_columns(row)}):
             return False
-        await self.chassis.outbox.mark(tx, [Mark(sandbox.id, sandbox.revision, sandbox)])
+        task = OpenTask(row, {request.session.id: SessionRow(request.session, touched=True)}, self.clock)
+        task.start(workflow)
+        self._close(tx, [task])
         return True
 
-    async def sandbox(self, reader: Reader, sandbox_id: str) -> Sandbox | None:
-        """Return a sandbox as it is indexed, or None."""
-        query = select(task_sandboxes.c.payload).where(task_sandboxes.c.sandbox_id == sandbox_id)
-        payload = (await reader.execute(query)).scalar_one_or_none()
-        return Sandbox.FromString(payload) if payload is not None else None
+    @contextmanager
+    def open(self, tx: Tx, task_id: str) -> Generator[OpenTask]:
+        """Open a task for the block, and close it after. Raise NotFound."""
+        with self.open_all(tx, [task_id]) as opened:
+            if task_id not in opened:
+                raise NotFound(ENTITY_KIND_TASK, task_id)
+            yield opened[task_id]
+
+    @contextmanager
+    def open_for(self, tx: Tx, task_id: str, caller: Principal) -> Generator[OpenTask]:
+        """Open a task for a command of the caller. Raise NotFound, PermissionDenied or FailedPrecondition."""
+        with self.open(tx, task_id) as task:
+            check_caller(task, caller)
+            yield task
+
+    @contextmanager
+    def open_all(self, tx: Tx, task_ids: Iterable[str]) -> Generator[dict[str, OpenTask]]:
+        """Open those of the tasks that there are, by their ids, and close them after the block."""
+        ids = sorted(set(task_ids))
+        opened = self._opened(tx.rows(_OPEN_TASKS, {"ids": ids}), tx.rows(_OPEN_SESSIONS, {"ids": ids}))
+        yield opened
+        self._close(tx, opened.values())
+
+    def find(self, tx: Reader, task_id: str) -> OpenTask | None:
+        """Return a task as it is, to look at only, or None."""
+        return self._read(tx, [task_id]).get(task_id)
+
+    def read(self, tx: Reader, task_id: str) -> OpenTask:
+        """Return a task as it is, to look at only; raise NotFound."""
+        task = self.find(tx, task_id)
+        if task is None:
+            raise NotFound(ENTITY_KIND_TASK, task_id)
+        return task
+
+    def read_for(self, tx: Reader, task_id: str, caller: Principal) -> OpenTask:
+        """Return a task as a caller may see it, to look at only."""
+        task = self.read(tx, task_id)
+        check_caller(task, caller)
+        return task
+
+    def task_of_session(self, tx: Reader, session_id: str) -> str:
+        """Return the id of a session's task; empty if there is no such session."""
+        return tx.value(_TASK_OF_SESSION, {"this": session_id}) or ""
+
+    def first_queued(self, tx: Reader, task_ids: Iterable[str]) -> list[TranscriptEntry]:
+        """Return, for each of the tasks, the message that has waited longest in any of its sessions."""
+        ids = [row.id for row in tx.rows(_FIRST_QUEUED, {"ids": sorted(task_ids)})]
+        return ENTRIES.find_many(tx, ids) if ids else []
+
+    def waiting_for_workflow(self, tx: Reader, before: float) -> list[OpenTask]:
+        """Return tasks that have waited for their workflow since before a time, to look at only."""
+        ids = [row.id for row in tx.rows(_WAITING_FOR_WORKFLOW, {"before": before})]
+        return list(self._read(tx, ids).values())
+
+    def working_since(self, tx: Reader, before: float) -> list[tuple[str, str]]:
+        """Return (task id, session id) where an agent has worked since before a time."""
+        return [(row.task_id, row.session_id) for row in tx.rows(_WORKING_SINCE, {"before": before})]
+
+    def _read(self, tx: Reader, ids: Sequence[str]) -> dict[str, OpenTask]:
+        return self._opened(tx.rows(_READ_TASKS, {"ids": ids}), tx.rows(_READ_SESSIONS, {"ids": ids}))
+
+    def _opened(self, task_rows: Sequence[Any], session_rows: Sequence[Any]) -> dict[str, OpenTask]:
+        sessions: dict[str, list[SessionRow]] = {}
+        for row in session_rows:
+            one = SessionRow(Session.FromString(row.payload), row.agent_revision, row.last_position)
+            sessions.setdefault(row.task_id, []).append(one)
+        opened: dict[str, OpenTask] = {}
+        for row in task_rows:
+            found = sorted(sessions.get(row.id, []), key=lambda one: one.session.create_time.ToNanoseconds())
+            opened[row.id] = OpenTask(_task_row(row), {one.session.id: one for one in found}, self.clock)
+        return opened
+
+    def _close(self, tx: Tx, opened: Iterable[OpenTask]) -> None:
+        marks: list[Mark] = []
+        entries: list[TranscriptEntry] = []
+        session_rows: list[dict[str, Any]] = []
+        task_rows: list[dict[str, Any]] = []
+        for task in opened:
+            marks += task.seal()
+            entries += task.entries
+            session_rows += [_session_columns(row) for row in task.rows.values() if row.touched]
+            if task.row.touched:
+                task_rows.append({"this": task.task.id, **_columns(task.row)})
+        ENTRIES.put_many(tx, entries)
+        tx.change_many(_SAVE_SESSION, session_rows)
+        tx.change_many(_SAVE, task_rows)
+        self.outbox.mark(tx, marks)
+
+
+def check_caller(task: OpenTask, caller: Principal) -> None:
+    """Raise unless the caller may command the task, and it can be commanded."""
+    if not caller.sees(task.task.organization_id):
+        raise NotFound(ENTITY_KIND_TASK, task.task.id)
+    caller.require(ROLE_MEMBER)
+    if task.row.workflow == DELETE:
+        raise FailedPrecondition(ERROR_REASON_BEING_DELETED, "the task is being deleted")
+
+
+def _task_row(row: Any) -> TaskRow:
+    return TaskRow(
+        task=Task.FromString(row.payload),
+        repository=Repository.FromString(row.repository),
+        git_name=row.git_name,
+        git_email=row.git_email,
+        hold_prompt=bool(row.hold_prompt),
+        derived_branch=bool(row.derived_branch),
+        provisioned=bool(row.provisioned),
+        attempt=row.attempt,
+        workflow=row.workflow,
+        workflow_time=row.workflow_time,
+    )
+
+
+def _columns(row: TaskRow) -> dict[str, Any]:
+    return {
+        "payload": row.task.SerializeToString(),
+        "derived_branch": row.derived_branch,
+        "provisioned": row.provisioned,
+        "attempt": row.attempt,
+        "workflow": row.workflow,
+        "workflow_time": row.workflow_time,
+    }
+
+
+def _session_columns(row: SessionRow) -> dict[str, Any]:
+    return {
+        "session_id": row.session.id,
+        "task_id": row.session.task_id,
+        "agent_revision": row.agent_revision,
+        "last_position": row.last_position,
+        "working_since": row.working_since,
+        "payload": row.session.SerializeToString(),
+    }

@@ -1,128 +1,176 @@
 """The rules of turn-taking: one session of a task works at a time; messages begin turns or wait for one."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import structlog
 from branchline.resource.v1 import session_pb2, task_pb2
-from branchline.resource.v1.session_pb2 import Session, TranscriptEntry
+from branchline.resource.v1.session_pb2 import Attachment, Session, TranscriptEntry
+from branchline.resource.v1.vocabulary_pb2 import (
+    ERROR_REASON_SESSION_CLOSED,
+    ERROR_REASON_SESSION_WORKING,
+    ERROR_REASON_TASK_NOT_READY,
+    EVENT_KIND_AGENT_ASKED,
+    EVENT_KIND_AGENT_FAILED,
+    EVENT_KIND_AGENT_FINISHED,
+    EVENT_KIND_TASK_FAILED,
+)
 from branchline.sandbox.v1.sandbox_pb2 import AgentSession, StartTurnRequest
-from branchline.task.v1.task_pb2 import RefreshHeadCommit
 
-from services.runtime.database import Transaction
-from services.runtime.errors import FailedPrecondition
-from services.runtime.service import Chassis
-from services.runtime.spine.outbox import Mark
-from services.task.status import ENDING, WORKING, status_name
-from services.task.store import TaskRecord, TaskStore
+from services.runtime.database import Tx
+from services.runtime.errors import FailedPrecondition, InvalidArgument
+from services.task.destinations import TO_SANDBOX
+from services.task.open_task import OpenTask
+from services.task.status import ENDING, SESSION_WORKING, WORKING, SessionStanding, refused, status_name
+from services.task.store import DROPPED, QUEUED, QUEUED_OF_TASK, TaskStore
 
-TO_SANDBOX = "sandbox"
-QUEUED = "queued"
+log = structlog.get_logger()
+
+ATTACHMENTS_BYTES = 256 * 1024
+"""Most that the attachments of one message have in sum."""
+
+_ENDS = frozenset({session_pb2.SESSION_STATUS_IDLE, session_pb2.SESSION_STATUS_ERROR})
+_FOLLOWED = _ENDS | SESSION_WORKING
 
 
 @dataclass(frozen=True, slots=True)
 class Turns:
     """Begins and ends the turns of sessions."""
 
-    chassis: Chassis
     store: TaskStore
 
-    async def send(self, tx: Transaction, record: TaskRecord, session: Session, entry: TranscriptEntry) -> None:
-        """Give the agent a message now. The caller has made sure that no session works."""
-        now = self.chassis.clock.timestamp()
+    def begin(self, task: OpenTask, session: Session, entry: TranscriptEntry) -> None:
+        """Give the agent a message now. The task is ready, and no session of it works."""
         session.turn += 1
-        session.status = session_pb2.SESSION_STATUS_RUNNING
-        session.status_reason = ""
-        session.status_time.CopyFrom(now)
+        task.stand(session, session_pb2.SESSION_STATUS_RUNNING)
         entry.turn = session.turn
         entry.state = ""
-        entry.revision += 1
-        await self.store.put_entry(tx, entry)
-        await self.store.change_status(tx, record, task_pb2.TASK_STATUS_RUNNING, session_id=session.id)
-        await self.store.save_session(tx, record, session)
-        await self.store.save(tx, record)
+        task.entry(entry)
+        task.move(task_pb2.TASK_STATUS_RUNNING, session_id=session.id)
         request = StartTurnRequest(
             session_id=session.id, turn=session.turn, text=entry.text, attachments=entry.attachments
         )
-        await self.chassis.outbox.mark(tx, [Mark(session.id, session.turn, request, TO_SANDBOX)])
+        task.send(TO_SANDBOX, session.id, session.turn, request)
 
-    async def queue(self, tx: Transaction, entry: TranscriptEntry) -> None:
+    def queue(self, task: OpenTask, entry: TranscriptEntry) -> None:
         """Let a message wait until the agent is free."""
         entry.state = QUEUED
-        entry.revision += 1
-        await self.store.put_entry(tx, entry, queued=True)
+        task.entry(entry)
 
-    def refuse(self, record: TaskRecord, session: Session, *, may_queue: bool) -> bool:
-        """Say whether a message must wait; raise FailedPrecondition if it can be neither sent nor queued."""
-        status = record.task.status
-        if status in ENDING:
-            raise FailedPrecondition("TASK_STATUS", f"the task is {status_name(status)}", status=status_name(status))
-        if session.status == session_pb2.SESSION_STATUS_CLOSED:
-            raise FailedPrecondition("SESSION_CLOSED", "the session is closed; reopen it first")
-        if record.provisioned and status not in WORKING:
+    def begin_next(self, tx: Tx, tasks: Iterable[OpenTask]) -> None:
+        """In tasks that have become free, send the message that has waited longest, if there is one."""
+        free = {task.task.id: task for task in tasks if task.task.status == task_pb2.TASK_STATUS_IDLE}
+        for entry in self.store.first_queued(tx, free) if free else []:
+            task = free[entry.task_id]
+            session = task.session(entry.session_id)
+            if session.status == session_pb2.SESSION_STATUS_CLOSED:
+                self.drop_queued(tx, task, session.id)
+            else:
+                self.begin(task, session, entry)
+
+    def drop_queued(self, tx: Tx, task: OpenTask, session_id: str = "") -> None:
+        """Settle messages that wait and will not be sent: those to a session, or all."""
+        for entry in QUEUED_OF_TASK(tx, task_id=task.task.id):
+            if session_id in ("", entry.session_id):
+                entry.state = DROPPED
+                task.entry(entry)
+
+    def follow(self, task: OpenTask, state: AgentSession) -> bool:
+        """Follow what the status sync reports of a session's agent; return whether the task has become free.
+
+        What does not fit the session's turn or status is ignored: a report never fails.
+        """
+        row = task.rows.get(state.session_id)
+        if row is None or state.revision <= row.agent_revision:
             return False
-        if may_queue:
-            return True
-        if not record.provisioned:
-            words = f"the task is {status_name(status)} and not provisioned; queue the message, or retry the task"
-            raise FailedPrecondition("TASK_NOT_READY", words, status=status_name(status))
-        raise FailedPrecondition("SESSION_WORKING", "an agent of this task works; queue the message or wait")
+        row.agent_revision, row.touched = state.revision, True
+        session, status = row.session, state.status
+        worked = session.status in SESSION_WORKING
+        if (
+            state.turn != session.turn
+            or session.status == session_pb2.SESSION_STATUS_CLOSED
+            or status not in (_FOLLOWED if worked else _ENDS)
+            or (not session.turn and status != session_pb2.SESSION_STATUS_IDLE)
+        ):
+            log.info("report of an agent ignored", session=session.id, turn=state.turn, status=status)
+            return False
+        if status in _ENDS:
+            task.move_head(state.head_commit)
+        if status == session.status:
+            return False
+        if not worked or task.task.status in ENDING:
+            task.stand(session, status, state.status_reason)
+            return False
+        return self._follow(task, session, status, state.status_reason)
 
-    async def apply(self, tx: Transaction, record: TaskRecord, session: Session, state: AgentSession) -> None:
-        """Follow what the status sync reports of a session's agent."""
-        if state.turn < session.turn or session.status == session_pb2.SESSION_STATUS_CLOSED:
+    def _follow(self, task: OpenTask, session: Session, status: SessionStanding, reason: str) -> bool:
+        if status == session_pb2.SESSION_STATUS_ERROR:
+            self.fail(task, session, reason)
+            return False
+        task.stand(session, status, reason)
+        if status == session_pb2.SESSION_STATUS_WAITING:
+            if task.follow(task_pb2.TASK_STATUS_WAITING, "the agent asks for permission", session.id):
+                words = f"{session.name}: the agent asks for permission"
+                task.tell(EVENT_KIND_AGENT_ASKED, words, session.id, by_agent=True)
+            return False
+        if status == session_pb2.SESSION_STATUS_RUNNING:
+            task.follow(task_pb2.TASK_STATUS_RUNNING, session_id=session.id)
+            return False
+        task.tell(EVENT_KIND_AGENT_FINISHED, f"{session.name}: the agent finished", session.id, by_agent=True)
+        return task.follow(task_pb2.TASK_STATUS_IDLE, session_id=session.id)
+
+    def fail(self, task: OpenTask, session: Session, reason: str, turn: int | None = None) -> None:
+        """End a session's turn in error; another turn than the given one, or none, is left alone."""
+        if session.status not in SESSION_WORKING or (turn is not None and turn != session.turn):
             return
-        status = state.status
-        if status == session.status or (not session.turn and status != session_pb2.SESSION_STATUS_IDLE):
+        task.stand(session, session_pb2.SESSION_STATUS_ERROR, reason)
+        task.tell(EVENT_KIND_AGENT_FAILED, f"{session.name}: {reason}", session.id, by_agent=True)
+        task.follow(task_pb2.TASK_STATUS_ERROR, reason, session.id)
+
+    def fail_all(self, task: OpenTask, reason: str) -> None:
+        """End the task in error, and every turn with it: its sandbox failed. It must be provisioned anew."""
+        if task.task.status in ENDING or not task.row.provisioned:
             return
-        worked = session.status in (session_pb2.SESSION_STATUS_RUNNING, session_pb2.SESSION_STATUS_WAITING)
-        session.status = status
-        session.status_reason = state.status_reason
-        session.status_time.CopyFrom(self.chassis.clock.timestamp())
-        await self.store.save_session(tx, record, session)
-        if worked and record.task.status not in ENDING:
-            await self._follow(tx, record, session, status)
-        await self.store.save(tx, record)
-        if worked and status == session_pb2.SESSION_STATUS_IDLE and record.task.status not in ENDING:
-            await self.send_next(tx, record)
+        for session in task.sessions:
+            if session.status in SESSION_WORKING:
+                task.stand(session, session_pb2.SESSION_STATUS_ERROR, reason)
+        task.row.provisioned, task.row.touched = False, True
+        if task.follow(task_pb2.TASK_STATUS_ERROR, reason):
+            task.tell(EVENT_KIND_TASK_FAILED, reason)
 
-    async def _follow(
-        self,
-        tx: Transaction,
-        record: TaskRecord,
-        session: Session,
-        status: session_pb2.SessionStatus.ValueType,
-    ) -> None:
-        task, name = record.task, session.name
-        match status:
-            case session_pb2.SESSION_STATUS_WAITING:
-                await self.store.change_status(
-                    tx, record, task_pb2.TASK_STATUS_WAITING, "the agent asks for permission", session.id
-                )
-                await self.store.record_event(
-                    tx, task, "agent.asked", f"{name}: the agent asks for permission", session.id, by_agent=True
-                )
-            case session_pb2.SESSION_STATUS_RUNNING:
-                await self.store.change_status(tx, record, task_pb2.TASK_STATUS_RUNNING, session_id=session.id)
-            case session_pb2.SESSION_STATUS_IDLE:
-                await self.store.change_status(tx, record, task_pb2.TASK_STATUS_IDLE, session_id=session.id)
-                await self.store.record_event(
-                    tx, task, "agent.finished", f"{name}: the agent finished", session.id, by_agent=True
-                )
-                await self._refresh(tx, task.id)
-            case session_pb2.SESSION_STATUS_ERROR:
-                reason = session.status_reason
-                await self.store.change_status(tx, record, task_pb2.TASK_STATUS_ERROR, reason, session.id)
-                await self.store.record_event(tx, task, "agent.failed", f"{name}: {reason}", session.id, by_agent=True)
-                await self._refresh(tx, task.id)
-            case _:
-                pass
 
-    async def _refresh(self, tx: Transaction, task_id: str) -> None:
-        await self.chassis.outbox.mark(tx, [Mark(task_id, 1, RefreshHeadCommit(task_id=task_id), TO_SANDBOX)])
+def must_wait(task: OpenTask, session: Session, *, may_queue: bool) -> bool:
+    """Say whether a message must wait; raise FailedPrecondition if it can be neither sent nor queued."""
+    status = task.task.status
+    if status in ENDING:
+        raise refused(status, f"the task is {status_name(status)}")
+    if session.status == session_pb2.SESSION_STATUS_CLOSED:
+        raise FailedPrecondition(ERROR_REASON_SESSION_CLOSED, "the session is closed; reopen it first")
+    if status not in WORKING and is_ready(task):
+        return False
+    if may_queue:
+        return True
+    if status in WORKING:
+        words = "an agent of this task works; queue the message or wait"
+        raise FailedPrecondition(ERROR_REASON_SESSION_WORKING, words)
+    raise not_ready(task)
 
-    async def send_next(self, tx: Transaction, record: TaskRecord) -> None:
-        """Send the message that has waited longest, if there is one."""
-        entry = await self.store.next_queued(tx, record.task.id)
-        if entry is None:
-            return
-        session = await self.store.session(tx, record.task.id, entry.session_id)
-        await self.send(tx, record, session, entry)
+
+def is_ready(task: OpenTask) -> bool:
+    """Say whether the task has a sandbox that takes messages."""
+    provisioned = (task_pb2.TASK_STATUS_IDLE, task_pb2.TASK_STATUS_ERROR, *WORKING)
+    return task.row.provisioned and task.task.status in provisioned
+
+
+def not_ready(task: OpenTask) -> FailedPrecondition:
+    """Return the error for a task that has no sandbox that takes messages."""
+    name = status_name(task.task.status)
+    words = f"the task is {name} and not provisioned; queue the message, or retry the task"
+    return FailedPrecondition(ERROR_REASON_TASK_NOT_READY, words, status=name)
+
+
+def check_attachments(attachments: Iterable[Attachment]) -> None:
+    """Raise InvalidArgument if the attachments of a message are too large together."""
+    size = sum(len(one.path.encode()) + len(one.content.encode()) for one in attachments)
+    if size > ATTACHMENTS_BYTES:
+        raise InvalidArgument("attachments", f"have {size} bytes in sum; at most {ATTACHMENTS_BYTES} are taken")

@@ -1,0 +1,67 @@
+"""How the rows of a task go: many small transactions, then the last one, which says that it is gone."""
+
+from dataclasses import dataclass
+
+from branchline.resource.v1.task_pb2 import Task
+from branchline.resource.v1.vocabulary_pb2 import EVENT_KIND_TASK_DELETED
+from sqlalchemy import bindparam, delete, select
+
+from services.runtime.database import Database, Statement, Tx, is_in
+from services.runtime.spine.outbox import Mark
+from services.task.store import TaskStore
+from services.task.tables import (
+    permission_answers,
+    task_sandboxes,
+    task_workbench_sessions,
+    tasks,
+    transcript_entries,
+)
+
+_PART = 500
+
+_SESSIONS = select(task_workbench_sessions.c.session_id).where(task_workbench_sessions.c.task_id == bindparam("of"))
+_ENTRIES = Statement(select(transcript_entries.c.id).where(transcript_entries.c.session_id.in_(_SESSIONS)).limit(_PART))
+_DELETE_ENTRIES = Statement(delete(transcript_entries).where(is_in(transcript_entries.c.id, "ids")))
+_DELETE_REST = [
+    Statement(delete(table).where(table.c.task_id == bindparam("of")))
+    for table in (task_workbench_sessions, task_sandboxes, permission_answers)
+]
+_DELETE_TASK = Statement(delete(tasks).where(tasks.c.id == bindparam("of")))
+
+
+@dataclass(frozen=True, slots=True)
+class Deletion:
+    """Removes what is left of a task."""
+
+    store: TaskStore
+
+    async def run(self, database: Database, task_id: str, attempt: int) -> None:
+        """Remove a task's rows; it can be repeated."""
+        while not await database.write(self.remove_part, task_id, attempt):
+            pass
+
+    def remove_part(self, tx: Tx, task_id: str, attempt: int) -> bool:
+        """Remove some transcript entries or, when there are none, the rest; return whether nothing is left."""
+        with self.store.open_all(tx, [task_id]) as tasks_left:
+            task = tasks_left.get(task_id)
+            if task is None or task.row.attempt != attempt:
+                return True
+            ids = [row.id for row in tx.rows(_ENTRIES, {"of": task_id})]
+            if ids:
+                tx.change(_DELETE_ENTRIES, {"ids": ids})
+                return False
+            task.tell(EVENT_KIND_TASK_DELETED, f"{task.task.title} is deleted")
+            for statement in _DELETE_REST:
+                tx.change(statement, {"of": task_id})
+            tx.change(_DELETE_TASK, {"of": task_id})
+            task.task.revision += 1
+        self.store.outbox.mark(tx, [Mark(task_id, task.task.revision, task.task, deleted=True)])
+        return True
+
+    def tell_unknown(self, tx: Tx, task_id: str) -> None:
+        """Say that a task is gone which is not here: it was deleted before, or never born."""
+        self.store.outbox.mark(tx, [Mark(task_id, _UNBORN_REVISION, Task(id=task_id), deleted=True)])
+
+
+_UNBORN_REVISION = 2
+"""Newer than what the coordinator shows of a task that was never born; older than any tombstone of one that was."""

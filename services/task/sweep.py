@@ -1,0 +1,122 @@
+"""Finds what is stuck in a passing state, and moves it on or says why not: at start and every minute."""
+
+from dataclasses import dataclass
+
+import structlog
+from branchline.sandbox.v1.sandbox_pb2 import CancelTurnRequest, StartTurnRequest
+
+from services.runtime.database import Database, Tx
+from services.runtime.spine.outbox import Outbox
+from services.runtime.workflows import Outcome, WorkflowEngine
+from services.task.destinations import TO_SANDBOX
+from services.task.downward import Downward
+from services.task.lifecycle import PROVISION
+from services.task.machine import Deadlines
+from services.task.open_task import OpenTask
+from services.task.permissions import Permissions
+from services.task.store import SWEEP_ROWS, TaskStore
+from services.task.turns import Turns
+from services.task.workflows import TaskWorkflows, workflow_id
+
+log = structlog.get_logger()
+
+SWEEP_SECONDS = 60.0
+_MARGIN_SECONDS = 900.0
+_START_SECONDS = 1800.0
+"""How long a workflow may take to begin before provisioning fails."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What the task service looks for."""
+
+    database: Database
+    store: TaskStore
+    outbox: Outbox
+    turns: Turns
+    permissions: Permissions
+    downward: Downward
+    workflows: TaskWorkflows
+    engine: WorkflowEngine
+    deadlines: Deadlines
+
+    async def run(self) -> None:
+        """Look once."""
+        await self.revive_workflows(self.store.clock.seconds() - SWEEP_SECONDS)
+        await self.end_refused_turns()
+        await self.end_lost_turns()
+
+    async def forget_old(self) -> None:
+        """Forget what ended long ago."""
+        await self.engine.forget_old()
+        await self.database.write(self.permissions.forget_old)
+
+    async def revive_workflows(self, before: float) -> None:
+        """Find tasks that have waited for a workflow since before a time though it does not run."""
+        waiting = await self.database.read(self.store.waiting_for_workflow, before)
+        outcomes = await self.engine.outcomes([workflow_id(task) for task in waiting]) if waiting else {}
+        for task in waiting:
+            try:
+                await self._revive(task, outcomes.get(workflow_id(task)))
+            except Exception:
+                log.exception("a task's workflow could not be looked after", task=task.task.id)
+
+    async def _revive(self, task: OpenTask, outcome: Outcome | None) -> None:
+        task_id, attempt = task.task.id, task.row.attempt
+        if outcome is not None and outcome.live:
+            await self.database.write(self._look_later, task_id, attempt)
+            return
+        log.warning("a task waits for a workflow that does not run", task=task_id, workflow=workflow_id(task))
+        waited = self.store.clock.seconds() - task.task.status_time.ToNanoseconds() / 1e9
+        if outcome is not None and task.row.workflow == PROVISION:
+            reason = f"provisioning failed: {outcome.reason}"
+            await self.database.write(self.workflows.fail_provisioning, task_id, attempt, reason)
+        elif task.row.workflow == PROVISION and waited > _START_SECONDS:
+            reason = "provisioning could not be started"
+            await self.database.write(self.workflows.fail_provisioning, task_id, attempt, reason)
+        else:
+            await self.database.write(self._start_again, task_id, attempt, outcome)
+
+    def _look_later(self, tx: Tx, task_id: str, attempt: int) -> None:
+        with self.store.open(tx, task_id) as task:
+            if task.row.attempt == attempt:
+                task.row.workflow_time, task.row.touched = self.store.clock.seconds(), True
+
+    def _start_again(self, tx: Tx, task_id: str, attempt: int, outcome: Outcome | None) -> None:
+        """Start a workflow that never began, or a new one for one that ended before its task."""
+        with self.store.open(tx, task_id) as task:
+            if task.row.attempt != attempt:
+                return
+            if outcome is None:
+                task.start_again()
+            else:
+                task.start(task.row.workflow)
+
+    async def end_refused_turns(self) -> None:
+        """End turns in error whose delivery to the sandbox was given up."""
+        after = 0
+        while True:
+            parked = await self.outbox.listed(parked=True, destination=TO_SANDBOX, after_seq=after, most=SWEEP_ROWS)
+            for row in parked:
+                if row.type_url.endswith(f"/{StartTurnRequest.DESCRIPTOR.full_name}"):
+                    reason = f"the sandbox did not take the message: {row.parked_reason}"
+                    await self.database.write(self.downward.end_turn, row.entity_id, row.revision, reason)
+            if len(parked) < SWEEP_ROWS:
+                return
+            after = parked[-1].seq
+
+    async def end_lost_turns(self) -> None:
+        """End turns in error that have gone on for longer than any turn may: their end was lost."""
+        hours = self.deadlines.turn_hours
+        before = self.store.clock.seconds() - hours * 3600 - _MARGIN_SECONDS
+        for task_id, session_id in await self.database.read(self.store.working_since, before):
+            await self.database.write(self._end_lost_turn, task_id, session_id, before)
+
+    def _end_lost_turn(self, tx: Tx, task_id: str, session_id: str, before: float) -> None:
+        with self.store.open(tx, task_id) as task:
+            row = task.rows.get(session_id)
+            if row is None or row.working_since is None or row.working_since >= before:
+                return
+            request = CancelTurnRequest(session_id=session_id, turn=row.session.turn)
+            task.send(TO_SANDBOX, session_id, row.session.turn, request)
+            self.turns.fail(task, row.session, f"nothing was heard of the turn for {self.deadlines.turn_hours:g} hours")
