@@ -25,7 +25,7 @@ from sqlalchemy import MetaData, create_engine
 
 from gateway.service import GatewayConfig, build
 from services.runtime.clock import Clock
-from services.runtime.database import Database, Tx, open_database
+from services.runtime.database import Database, open_database
 from services.runtime.errors import NotFound, Unauthenticated
 from services.runtime.principal import METADATA_KEY, Signer, bind_principal
 from services.runtime.service import Service
@@ -59,8 +59,10 @@ def index_of(database: Database) -> Index:
     return Index(database, [IndexTable(TASK, tasks, Task), IndexTable(STATE, states, UserTaskState)], Clock())
 
 
-def task_entry(name: str, revision: int, *, scope: str = ORGANIZATION_ID, text: str = "", deleted: bool = False) -> Entry:
-    return Entry(TASK, scope, name, revision, Task(id=name, revision=revision, title=text), deleted=deleted)
+def task_entry(
+    name: str, revision: int, *, scope: str = ORGANIZATION_ID, text: str = "", deleted: bool = False
+) -> Entry:
+    return Entry(TASK, ORGANIZATION_ID, name, revision, Task(id=name, revision=revision, title=text), deleted=deleted)
 
 
 def state_entry(name: str, revision: int, user_id: str) -> Entry:
@@ -111,6 +113,8 @@ class Backend(organization_pb2_grpc.OrganizationServiceServicer):
     """Every upstream watch that was opened."""
     asked: int = 0
     """Calls of Authenticate."""
+    silent: bool = False
+    """Whether upstream watches are accepted and never answered."""
     got: list[tuple[str, float | None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -208,6 +212,8 @@ class Backend(organization_pb2_grpc.OrganizationServiceServicer):
 
     async def WatchIndex(self, request: organization_pb2.WatchIndexRequest, context: Any) -> AsyncIterator[Any]:
         self.selections.append(request.selection)
+        while self.silent:
+            await asyncio.sleep(0.1)
         scope = Scope(self.index, request.organization_id, request.selection)
         async for frame in scope.frames(f"organization/{request.organization_id}", context.time_remaining()):
             yield organization_pb2.WatchIndexResponse(frame=frame)
@@ -254,6 +260,8 @@ class View:
     held: dict[str, int] = field(default_factory=dict)
     frames: list[WatchFrame] = field(default_factory=list)
     token: str = ""
+    places: list[tuple[str, dict[str, int]]] = field(default_factory=list)
+    """Each resume token with what was held when it came."""
 
     def take(self, frame: WatchFrame) -> None:
         """Apply a frame as every client must."""
@@ -264,7 +272,9 @@ class View:
                 self.held.pop(change.id, None)
             else:
                 self.held[change.id] = change.revision
-        self.token = frame.resume_token or self.token
+        if frame.resume_token:
+            self.token = frame.resume_token
+            self.places.append((frame.resume_token, dict(self.held)))
         self.frames.append(WatchFrame(kind=frame.kind, change_seq=frame.change_seq, resume_token=frame.resume_token))
 
     @property
