@@ -23,7 +23,7 @@ class Allowance:
         self._calls = calls_per_minute
         self._each_seconds = _MINUTE_SECONDS / calls_per_minute
         self._now = now
-        self._whole_again: TTLCache[str, float] = TTLCache(_CALLERS, _MINUTE_SECONDS, now)
+        self._whole_again = TTLCache[str, float](_CALLERS, _MINUTE_SECONDS, now)
 
     def take(self, caller: str) -> None:
         """Take one call; raise ResourceExhausted if there is none left."""

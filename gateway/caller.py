@@ -52,8 +52,8 @@ class Authenticator:
 
     def __init__(self, organization: OrganizationServiceStub) -> None:
         self._organization = organization
-        self._known: TTLCache[str, Caller] = TTLCache(_CACHED, CACHE_SECONDS)
-        self._changed: TTLCache[str, float] = TTLCache(_CACHED, 2 * CACHE_SECONDS)
+        self._known = TTLCache[str, Caller](_CACHED, CACHE_SECONDS)
+        self._changed = TTLCache[str, float](_CACHED, 2 * CACHE_SECONDS)
         self._asking: dict[str, asyncio.Task[None]] = {}
 
     async def authenticate(self, hashed: str, at_most_seconds: float = CACHE_SECONDS) -> Caller:

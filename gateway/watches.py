@@ -1,7 +1,7 @@
 """The public watches: replicas of the coordinators' indexes, seen and filtered for the caller."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -133,7 +133,7 @@ class Watches:
             async for frame in frames:
                 yield tasks_pb2.WatchTaskResponse(frame=frame)
 
-    async def _frames(self, wanted: _Wanted, ask: Ask) -> AsyncIterator[WatchFrame]:
+    async def _frames(self, wanted: _Wanted, ask: Ask) -> AsyncGenerator[WatchFrame, None]:
         """Yield the frames of one watcher. Its resume tokens are good for the same part of the same topic alone."""
         caller = current_caller()
         topic = f"{wanted.topic}/{wanted.part}"

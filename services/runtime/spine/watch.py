@@ -6,7 +6,7 @@ never passes a change that was not delivered.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -87,7 +87,7 @@ class Watch:
     check_seconds: float = 5.0
 
 
-async def watch(source: Source, wanted: Watch) -> AsyncIterator[WatchFrame]:
+async def watch(source: Source, wanted: Watch) -> AsyncGenerator[WatchFrame, None]:
     """Yield frames for ever, or until synced."""
     clock = asyncio.get_running_loop().time
     position = wanted.position
