@@ -25,7 +25,9 @@ class _Commands(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in _GROUPS:
             return super().get_command(ctx, cmd_name)
-        return typer.main.get_command(importlib.import_module(f"cli.commands.{cmd_name}").app)
+        command = typer.main.get_command(importlib.import_module(f"cli.commands.{cmd_name}").app)
+        command.name = cmd_name
+        return command
 
 
 class Isolation(StrEnum):
