@@ -9,15 +9,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from pydantic import SecretStr
+from pydantic import BaseModel, SecretStr
 
 from cli.settings import Settings, SettingsError
-from services.runtime.config import ServiceConfig, database_url
+from services.runtime.config import database_url
 from services.runtime.secrets import read_or_create_key
 from services.runtime.service import Service
 
 SERVICES = ("organization", "user", "github_data", "history", "repository", "task", "sandbox", "gateway")
 """In the order in which they are started: coordinators before their children, so that pushes find them."""
+
+GATEWAY = "gateway"
+"""The one service without a database, and outside `services`."""
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,22 +40,22 @@ class Installation:
 
     def build(self, name: str) -> Service:
         """Build one service, importing its room alone. Raise ValueError if its settings are wrong."""
-        room = "gateway" if name == "gateway" else f"services.{name}"
-        build: Callable[[ServiceConfig], Service] = importlib.import_module(f"{room}.service").build
-        config: type[ServiceConfig] = get_type_hints(build)["config"]
+        room = GATEWAY if name == GATEWAY else f"services.{name}"
+        build: Callable[[BaseModel], Service] = importlib.import_module(f"{room}.service").build
+        config: type[BaseModel] = get_type_hints(build)["config"]
         return build(config.model_validate(self._configuration(name)))
 
     def databases(self) -> dict[Path, str]:
         """Return the URL of each service's database, by the folder of its migrations."""
-        folders = {name: ROOT / "services" / name / "migrations" for name in SERVICES if name != "gateway"}
+        folders = {name: ROOT / "services" / name / "migrations" for name in SERVICES if name != GATEWAY}
         return {folder: database_url(self._data_dir(name), name) for name, folder in folders.items()}
 
     def _configuration(self, name: str) -> dict[str, Any]:
         section = self.settings.section(name)
         if name == "sandbox":
             section["local"] = self._local_provider(section.get("local", {}))
-        shared = {"addresses": self.addresses, "data_dir": self._data_dir(name), "signing_key": self.signing_key}
-        return {**section, **shared}
+        shared = {"addresses": self.addresses, "signing_key": self.signing_key}
+        return {**section, **shared} if name == GATEWAY else {**section, **shared, "data_dir": self._data_dir(name)}
 
     def _data_dir(self, name: str) -> Path:
         return self.settings.data_dir.absolute() / name

@@ -1,7 +1,7 @@
 """What an installation is configured by: `BRANCHLINE_*` in the environment, or one TOML file; an unknown key fails.
 
 `BRANCHLINE_DATA_DIR=/srv/branchline` and `data_dir = "/srv/branchline"` say the same; a service's own keys are under
-its name: `BRANCHLINE_GITHUB_DATA__GITHUB_TOKEN` or `[github_data] github_token = ...`. The service itself says what they are.
+its name: `BRANCHLINE_GITHUB_DATA__GITHUB_TOKEN` or `[github_data] github_token = ...`. The service says what they are.
 """
 
 import contextlib

@@ -16,13 +16,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from cli.calls import operated, operating
-from cli.installation import SERVICES, Installation
+from cli.installation import GATEWAY, SERVICES, Installation
 from cli.settings import SettingsError
 from cli.terminal import DEFAULT_DATA, DataDir, console, print_failure, run
 
 app = typer.Typer(no_args_is_help=True, help="What waits to leave each service, for the installation's operator.")
 
-_OWNERS = tuple(name for name in SERVICES if name != "gateway")
+_OWNERS = tuple(name for name in SERVICES if name != GATEWAY)
 _PAGE_ROWS = 1000
 _TIMEOUT_SECONDS = 10.0
 
