@@ -1,12 +1,13 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
-# They need Python 3.11 or newer, git, and Node's npm, which brings the sandbox-agent program.
+# They need Python 3.11 or newer, git, bubblewrap, and Node's npm, which brings the sandbox-agent program; the tests
+# need PostgreSQL's programs, too, and start a server of their own.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test check generate generate-check bench format lock clean
+.PHONY: setup demo test test-needs check generate generate-check bench format lock clean
 
 setup: $(VENV)/.installed node_modules/.installed
 
@@ -24,8 +25,13 @@ node_modules/.installed: package.json package-lock.json | $(VENV)/.installed
 demo: setup
 	$(BIN)/branchline demo
 
-test: setup
+test: test-needs setup
 	$(BIN)/pytest -q
+
+test-needs:
+	@command -v bwrap >/dev/null || { echo "the tests need bubblewrap (Debian: apt-get install bubblewrap)" >&2; exit 1; }
+	@command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || \
+		{ echo "the tests need PostgreSQL (Debian: apt-get install postgresql)" >&2; exit 1; }
 
 bench: setup
 	$(BIN)/python -m tests.bench

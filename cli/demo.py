@@ -2,8 +2,8 @@
 
 import asyncio
 import contextlib
+import os
 import shutil
-import sys
 import tempfile
 import uuid
 from collections.abc import AsyncGenerator
@@ -14,14 +14,21 @@ from branchline.client import Client
 from branchline.gateway.v1 import repositories_pb2, sessions_pb2, tasks_pb2
 from branchline.resource.v1 import watch_pb2
 from branchline.resource.v1.history_pb2 import HistoryEvent
-from branchline.resource.v1.task_pb2 import TASK_STATUS_ERROR, TASK_STATUS_IDLE, Task
+from branchline.resource.v1.task_pb2 import TASK_STATUS_ERROR, TASK_STATUS_IDLE, Task, TaskSummary
+from branchline.resource.v1.vocabulary_pb2 import (
+    ENTITY_KIND_TASK,
+    ENTITY_KIND_TRANSCRIPT_ENTRY,
+    EVENT_KIND_BRANCH_MOVED,
+)
 from rich.console import Console
 from rich.rule import Rule
 
 from cli import views
-from cli.installation import local_installation
+from cli.installation import local_installation, scripted_agents
+from cli.isolation import bubblewrap_fault
 from cli.settings import Addresses, load_settings
 from cli.up import bootstrap, everything
+from services.runtime.logging import configure_logging
 
 _TIMEOUT_SECONDS = 180
 _MESSAGE = """think The demo wants a file, a check, a commit and a push.
@@ -32,35 +39,41 @@ push
 say The note is on the remote."""
 
 
-def scripted_agents() -> dict[str, list[str]]:
-    """Return the scripted agent under the name by which the sandbox-agent server starts it, if it is installed."""
-    program = Path(sys.executable).with_name("branchline-scripted-agent")
-    return {"mock": [str(program)]} if program.exists() else {}
-
-
-async def run(console: Console, source: Path, data_dir: Path | None) -> int:
+async def run(console: Console, source: Path, data_dir: Path | None, isolation: str | None) -> int:
     """Run the demo; return 0 only if the sidebar and the remote agree."""
+    configure_logging(level=os.environ.get("BRANCHLINE_LOG_LEVEL", "error"))
+    if isolation is None:
+        isolation = "auto" if await bubblewrap_fault() is None else "none"
+        if isolation == "none":
+            console.print(
+                "[yellow]bubblewrap does not work here: the scripted agent runs with --isolation none[/yellow]"
+            )
     folder = data_dir or Path(tempfile.mkdtemp(prefix="branchline-demo-"))
     try:
         async with asyncio.timeout(_TIMEOUT_SECONDS):
-            return await _run(console, source, folder.absolute())
+            return await _run(console, source, folder.absolute(), isolation)
     finally:
         if data_dir is None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-async def _run(console: Console, source: Path, folder: Path) -> int:
+async def _run(console: Console, source: Path, folder: Path, isolation: str) -> int:
     remote = folder / "remotes" / f"{source.name}.git"
     if not remote.exists():
         await _git("clone", "--quiet", "--bare", str(source), str(remote))
     console.print(Rule("start"))
-    local = {"agents": scripted_agents(), "writable_paths": [remote.parent], "stop_machines": True}
-    settings = load_settings(data_dir=folder, local=local, addresses=Addresses(gateway=""))
+    local = {"agents": scripted_agents(), "writable_paths": [remote.parent], "isolation": isolation}
+    settings = load_settings(
+        data_dir=folder,
+        sandbox={"local": local, "stop_machines": True},
+        addresses=Addresses(gateway="127.0.0.1:0"),
+    )
     installation = local_installation(settings)
-    async with everything(installation):
+    async with everything(installation) as services:
         organization_id, token = await bootstrap(installation, "mock")
-        console.print(f"gateway at {installation.addresses.gateway}, data in {folder}")
-        async with Client(installation.addresses.gateway, token) as client, _history(client, organization_id) as events:
+        address = services["gateway"].address
+        console.print(f"gateway at {address}, data in {folder}")
+        async with Client(address, token) as client, _history(client, organization_id) as events:
             task = await _work(console, client, organization_id, remote)
             return await _verdict(console, client, organization_id, task, remote, events)
 
@@ -100,9 +113,9 @@ async def _until_pushed(console: Console, client: Client, task_id: str) -> Task:
     printer, shown, worked = views.TranscriptPrinter(console), "", False
     async for frame in client.watch_task(task_id):
         for change in frame.changes:
-            if change.kind == "transcript_entry":
+            if change.kind == ENTITY_KIND_TRANSCRIPT_ENTRY:
                 printer.show(views.TranscriptEntry.FromString(change.resource.value))
-            if change.kind != "task":
+            if change.kind != ENTITY_KIND_TASK:
                 continue
             task = Task.FromString(change.resource.value)
             worked = worked or task.status not in (TASK_STATUS_IDLE, TASK_STATUS_ERROR)
@@ -137,7 +150,7 @@ async def _history(client: Client, organization_id: str) -> AsyncGenerator[list[
 async def _verdict(
     console: Console, client: Client, organization_id: str, task: Task, remote: Path, events: list[HistoryEvent]
 ) -> int:
-    while not any(event.kind == "branch.moved" for event in events) and task.status != TASK_STATUS_ERROR:  # noqa: ASYNC110
+    while not any(event.kind == EVENT_KIND_BRANCH_MOVED for event in events) and task.status != TASK_STATUS_ERROR:  # noqa: ASYNC110
         await asyncio.sleep(0.05)
     console.print(Rule("history"))
     for event in sorted(events, key=lambda event: event.sequence):
@@ -147,7 +160,7 @@ async def _verdict(
     console.print(views.task_table(listed.tasks))
     answer = await _git("ls-remote", str(remote), f"refs/heads/{task.branch}")
     console.print(f"git ls-remote: {answer.strip() or 'no such branch'}")
-    row = next((row for row in listed.tasks if row.id == task.id), Task())
+    row = next((row for row in listed.tasks if row.id == task.id), TaskSummary())
     agree = bool(row.head_commit) and answer.split() == [row.head_commit, f"refs/heads/{row.branch}"]
     console.print("[green]they agree[/green]" if agree else "[red]they do not agree[/red]")
     return 0 if agree and row.status == TASK_STATUS_IDLE else 1

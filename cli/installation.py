@@ -1,176 +1,151 @@
-"""Builds services from the settings: the one place that knows all of them."""
+"""An installation: what its services share, and how one is built from the settings by its name alone."""
 
+import importlib
+import os
 import shutil
-import socket
 import sys
-from collections.abc import Callable
-from functools import partial
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, get_type_hints
 
-from pydantic import SecretStr
+from pydantic import BaseModel, SecretStr
 
-import gateway
-from cli.settings import Addresses, Settings, SettingsError
-from services import github_data, history, organization, repository, sandbox, task, user
+from cli.settings import Settings, SettingsError
+from services.runtime.config import database_url
 from services.runtime.secrets import read_or_create_key
 from services.runtime.service import Service
-from services.sandbox.providers.local import LocalProviderConfig
 
 SERVICES = ("organization", "user", "github_data", "history", "repository", "task", "sandbox", "gateway")
 """In the order in which they are started: coordinators before their children, so that pushes find them."""
 
-_ROOT = Path(__file__).parents[1]
+GATEWAY = "gateway"
+"""The one service without a database, and outside `services`."""
+
+ROOT = Path(__file__).parents[1]
+
+_KEY_FILE = "signing.key"
+_SOCKETS = "run"
+_LONGEST_SOCKET_PATH = 107
+"""Bytes of `sun_path` in unix(7), without the zero at its end."""
 
 
 class Installation:
     """All services of one installation, by name."""
 
-    def __init__(self, settings: Settings, addresses: Addresses, signing_key: SecretStr) -> None:
+    def __init__(self, settings: Settings, addresses: Mapping[str, str], signing_key: SecretStr) -> None:
         self.settings = settings
-        self.addresses = addresses
+        self.addresses = dict(addresses)
         self.signing_key = signing_key
 
     def build(self, name: str) -> Service:
-        """Build one service. Raise SettingsError if something is missing."""
-        builders: dict[str, Callable[[], Service]] = {
-            "organization": self._organization,
-            "user": partial(self._child_of_organization, user.build, user.UserConfig, "user"),
-            "history": partial(self._child_of_organization, history.build, history.HistoryConfig, "history"),
-            "github_data": self._github_data,
-            "repository": self._repository,
-            "task": self._task,
-            "sandbox": self._sandbox,
-            "gateway": self._gateway,
-        }
-        return builders[name]()
+        """Build one service, importing its room alone. Raise ValueError if its settings are wrong."""
+        room = GATEWAY if name == GATEWAY else f"services.{name}"
+        build: Callable[[BaseModel], Service] = importlib.import_module(f"{room}.service").build
+        config: type[BaseModel] = get_type_hints(build)["config"]
+        return build(config.model_validate(self._configuration(name)))
 
-    def _common(self, name: str) -> dict[str, object]:
+    def databases(self) -> dict[Path, str]:
+        """Return the URL of each service's database, by the folder of its migrations."""
+        folders = {name: ROOT / "services" / name / "migrations" for name in SERVICES if name != GATEWAY}
+        return {folder: database_url(self._data_dir(name), name) for name, folder in folders.items()}
+
+    def _configuration(self, name: str) -> dict[str, Any]:
+        section = self.settings.section(name)
+        if name == "sandbox":
+            section["local"] = self._local_provider(section.get("local", {}))
+        shared = {"addresses": self.addresses, "signing_key": self.signing_key}
+        return {**section, **shared} if name == GATEWAY else {**section, **shared, "data_dir": self._data_dir(name)}
+
+    def _data_dir(self, name: str) -> Path:
+        return self.settings.data_dir.absolute() / name
+
+    def _local_provider(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Add what only an installation knows: where sandbox-agent is, what to hide from agents, what to show."""
         return {
-            "listen": getattr(self.addresses, name),
-            "data_dir": self.settings.data_dir.absolute() / name,
-            "signing_key": self.signing_key,
+            **given,
+            "sandbox_agent": given.get("sandbox_agent") or find_sandbox_agent(),
+            "hidden_paths": [self.settings.data_dir.absolute(), Path.home(), *map(Path, given.get("hidden_paths", ()))],
+            "readable_paths": [*_python_paths(), *map(Path, given.get("readable_paths", ()))],
+            "writable_paths": [Path(path).absolute() for path in given.get("writable_paths", ())],
         }
 
-    def _child_of_organization(
-        self, build: Callable[..., Service], config: Callable[..., object], name: str
-    ) -> Service:
-        return build(config(**self._common(name), organization_address=self.addresses.organization))
 
-    def _organization(self) -> Service:
-        addresses = self.addresses
-        config = organization.OrganizationConfig.model_validate(
-            {
-                **self._common("organization"),
-                "repository_address": addresses.repository,
-                "user_address": addresses.user,
-                "history_address": addresses.history,
-                "github_data_address": addresses.github_data,
-            }
-        )
-        return organization.build(config)
+def local_installation(settings: Settings, *, make: bool = True) -> Installation:
+    """Return an installation of one process: unix sockets for the services, a key made in the data folder.
 
-    def _github_data(self) -> Service:
-        config = github_data.GithubDataConfig.model_validate(
-            {
-                **self._common("github_data"),
-                "organization_address": self.addresses.organization,
-                "github_url": self.settings.github.url,
-                "github_token": self.settings.github.token,
-            }
-        )
-        return github_data.build(config)
-
-    def _repository(self) -> Service:
-        config = repository.RepositoryConfig.model_validate(
-            {
-                **self._common("repository"),
-                "organization_address": self.addresses.organization,
-                "task_address": self.addresses.task,
-            }
-        )
-        return repository.build(config)
-
-    def _task(self) -> Service:
-        config = task.TaskConfig.model_validate(
-            {
-                **self._common("task"),
-                "repository_address": self.addresses.repository,
-                "sandbox_address": self.addresses.sandbox,
-            }
-        )
-        return task.build(config)
-
-    def _sandbox(self) -> Service:
-        local = self.settings.local
-        config = sandbox.SandboxConfig.model_validate(
-            {
-                **self._common("sandbox"),
-                "task_address": self.addresses.task,
-                "stop_machines": local.stop_machines,
-                "local": LocalProviderConfig(
-                    sandbox_agent=find_sandbox_agent(local.sandbox_agent),
-                    agents=local.agents,
-                    isolation=local.isolation,
-                    hidden_paths=[self.settings.data_dir.absolute(), Path.home()],
-                    readable_paths=_readable_paths(),
-                    writable_paths=[path.absolute() for path in local.writable_paths],
-                ),
-            }
-        )
-        return sandbox.build(config)
-
-    def _gateway(self) -> Service:
-        addresses = self.addresses
-        config = gateway.GatewayConfig(
-            listen=addresses.gateway,
-            signing_key=self.signing_key,
-            organization_address=addresses.organization,
-            repository_address=addresses.repository,
-            task_address=addresses.task,
-            sandbox_address=addresses.sandbox,
-            user_address=addresses.user,
-            calls_per_minute=self.settings.calls_per_minute,
-        )
-        return gateway.build(config)
-
-
-def local_installation(settings: Settings) -> Installation:
-    """Return an installation on loopback: free ports for the services, keys made in the data folder."""
+    Unless it may be made, raise SettingsError where there is none.
+    """
+    key, path = settings.signing_key.get_secret_value(), settings.data_dir / _KEY_FILE
+    if not key and not make and not path.exists():
+        raise SettingsError(f"there is no installation in {settings.data_dir}: name its data folder, or its settings")
+    sockets = socket_folder(settings.data_dir.absolute())
     given = settings.addresses.model_dump()
-    addresses = Addresses(**{name: address or f"127.0.0.1:{_free_port()}" for name, address in given.items()})
-    key = settings.signing_key.get_secret_value() or read_or_create_key(settings.data_dir / "signing.key")
-    return Installation(settings, addresses, SecretStr(key))
+    addresses = {name: address or f"unix:{sockets / name}" for name, address in given.items()}
+    return Installation(settings, addresses, SecretStr(key or read_or_create_key(path)))
 
 
 def distributed_installation(settings: Settings) -> Installation:
     """Return an installation whose services run apart: everything they must agree on has to be given."""
-    missing = [name for name, address in settings.addresses.model_dump().items() if not address]
+    given = settings.addresses.model_dump()
+    missing = [name for name, address in given.items() if not address]
     if missing or not settings.signing_key.get_secret_value():
         names = ", ".join([*(f"addresses.{name}" for name in missing), "signing_key"])
         raise SettingsError(f"services that run apart need these settings: {names}")
-    return Installation(settings, settings.addresses, settings.signing_key)
+    return Installation(settings, given, settings.signing_key)
 
 
-def find_sandbox_agent(given: Path | None) -> Path:
+def known_installation(settings: Settings) -> Installation:
+    """Return the installation that the settings speak of, whether its services run in one process or apart."""
+    apart = all(settings.addresses.model_dump().values())
+    return distributed_installation(settings) if apart else local_installation(settings, make=False)
+
+
+def socket_folder(data_dir: Path) -> Path:
+    """Return a folder for sockets that only this user can enter: in the data folder, or linked from there.
+
+    A socket's path has a bound that a deep data folder exceeds; then the folder is a temporary one.
+    """
+    folder = data_dir / _SOCKETS
+    if len(os.fsencode(folder / max(SERVICES, key=len))) <= _LONGEST_SOCKET_PATH:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return folder
+    if not _is_private(folder):
+        data_dir.mkdir(parents=True, exist_ok=True)
+        folder.unlink(missing_ok=True)
+        folder.symlink_to(tempfile.mkdtemp(prefix="branchline-"))  # made with mode 0700
+    return folder.readlink()
+
+
+def _is_private(folder: Path) -> bool:
+    """Say whether a link leads to a folder of this user's that nobody else can enter."""
+    try:
+        state = folder.stat()
+    except OSError:
+        return False
+    return folder.is_symlink() and state.st_uid == os.getuid() and not state.st_mode & 0o077
+
+
+def find_sandbox_agent() -> Path:
     """Return the sandbox-agent program. Raise SettingsError saying how to install it."""
-    if given is not None:
-        return given
-    for base in (Path.cwd(), _ROOT):
+    for base in (Path.cwd(), ROOT):
         packaged = sorted(base.glob("node_modules/@sandbox-agent/cli-*/bin/sandbox-agent"))
         if packaged:
             return packaged[0]
     found = shutil.which("sandbox-agent")
     if found:
         return Path(found)
-    raise SettingsError("sandbox-agent is not installed: npm install @sandbox-agent/cli, or set local.sandbox_agent")
+    raise SettingsError(
+        "sandbox-agent is not installed: npm install @sandbox-agent/cli, or set sandbox.local.sandbox_agent"
+    )
 
 
-def _readable_paths() -> list[Path]:
+def scripted_agents() -> dict[str, list[str]]:
+    """Return the scripted agent under the name by which the sandbox-agent server starts it, if it is installed."""
+    program = Path(sys.executable).with_name("branchline-scripted-agent")
+    return {"mock": [str(program)]} if program.exists() else {}
+
+
+def _python_paths() -> list[Path]:
     """Return what agents written in Python need: the interpreter and this project, wherever they are."""
-    return sorted({Path(sys.prefix), Path(sys.base_prefix), _ROOT})
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return sorted({Path(sys.prefix), Path(sys.base_prefix), ROOT})

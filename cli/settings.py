@@ -1,7 +1,7 @@
 """What an installation is configured by: `BRANCHLINE_*` in the environment, or one TOML file; an unknown key fails.
 
 `BRANCHLINE_DATA_DIR=/srv/branchline` and `data_dir = "/srv/branchline"` say the same; a service's own keys are under
-its name: `BRANCHLINE_GITHUB_DATA__TOKEN` or `[github_data] token = ...`.
+its name: `BRANCHLINE_GITHUB_DATA__GITHUB_TOKEN` or `[github_data] github_token = ...`. The service says what they are.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ PREFIX = "BRANCHLINE_"
 CLIENT_KEYS = frozenset({"BRANCHLINE_ADDRESS", "BRANCHLINE_TOKEN"})
 CONFIG_VARIABLE = "BRANCHLINE_CONFIG"
 
-
 TOKEN_FILE = "token"  # noqa: S105 - a file name
 """File in the data folder that keeps the first API token, readable by its owner alone."""
 
@@ -25,12 +24,10 @@ class SettingsError(Exception):
     """The settings do not suffice; the message says what to do."""
 
 
-class _Section(BaseModel):
+class Addresses(BaseModel):
+    """Where each service listens and is reached by the others: "127.0.0.1:7701", or "unix:/run/branchline/task"."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Addresses(_Section):
-    """Where each service listens and is reached by the others."""
 
     gateway: str = "127.0.0.1:7700"
     organization: str = ""
@@ -42,27 +39,6 @@ class Addresses(_Section):
     sandbox: str = ""
 
 
-class GithubSettings(_Section):
-    """How GitHub is reached."""
-
-    url: str = "https://api.github.com"
-    token: SecretStr = SecretStr("")
-
-
-class LocalSettings(_Section):
-    """The `local` sandbox provider."""
-
-    sandbox_agent: Path | None = None
-    """The sandbox-agent program; found on the PATH or in node_modules when not given."""
-
-    isolation: str = "auto"
-    agents: dict[str, list[str]] = {}
-    """Command lines of agents by name."""
-
-    writable_paths: list[Path] = []
-    stop_machines: bool = False
-
-
 class Settings(BaseSettings):
     """All settings of an installation."""
 
@@ -71,6 +47,7 @@ class Settings(BaseSettings):
         env_nested_delimiter="__",
         extra="forbid",
         frozen=True,
+        hide_input_in_errors=True,
         toml_file=os.environ.get(CONFIG_VARIABLE),
     )
 
@@ -80,10 +57,16 @@ class Settings(BaseSettings):
 
     log_level: str = "info"
     log_json: bool = False
-    calls_per_minute: int = 6000
     addresses: Addresses = Addresses()
-    github: GithubSettings = GithubSettings()
-    local: LocalSettings = LocalSettings()
+
+    gateway: dict[str, Any] = {}
+    organization: dict[str, Any] = {}
+    user: dict[str, Any] = {}
+    github_data: dict[str, Any] = {}
+    history: dict[str, Any] = {}
+    repository: dict[str, Any] = {}
+    task: dict[str, Any] = {}
+    sandbox: dict[str, Any] = {}
 
     @classmethod
     def settings_customise_sources(
@@ -92,6 +75,10 @@ class Settings(BaseSettings):
         """Read arguments first, then the environment, then the file."""
         given = sources or (named["init_settings"], named["env_settings"])
         return (*given[:2], TomlConfigSettingsSource(settings_cls))
+
+    def section(self, service: str) -> dict[str, Any]:
+        """Return what was set for one service."""
+        return dict(getattr(self, service))
 
 
 def load_settings(**given: Any) -> Settings:

@@ -1,30 +1,67 @@
-"""Runs all services in this process, or one of them, until it is told to stop."""
+"""Runs all services in this process, and gives an installation its first user."""
 
 import asyncio
-import signal
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
 
 import grpc
 from branchline.organization.v1 import organization_pb2, organization_pb2_grpc
+from rich.console import Console
 
-from cli.installation import SERVICES, Installation
+from cli import views
+from cli.installation import (
+    SERVICES,
+    Installation,
+    distributed_installation,
+    local_installation,
+    scripted_agents,
+)
+from cli.isolation import require_isolation
+from cli.server import configure, isolation_of, until_stopped
 from cli.settings import TOKEN_FILE, read_token
 from services.runtime.client import open_channel
-from services.runtime.principal import Signer
+from services.runtime.migrations import bring_up_to_date
+from services.runtime.principal import OPERATOR, Signer
 from services.runtime.retry import Backoff
+from services.runtime.service import Service
 
 _BOOTSTRAP_SECONDS = 30.0
 
 
+async def up(console: Console, data_dir: Path, agent: str, isolation: str | None) -> None:
+    """Run all services until the process is told to stop."""
+    given: dict[str, Any] = {} if isolation is None else {"isolation": isolation}
+    settings = configure(data_dir, sandbox={"local": given})
+    if not settings.section("sandbox").get("local", {}).get("agents"):
+        settings = configure(data_dir, sandbox={"local": {**given, "agents": scripted_agents()}})
+    installation = local_installation(settings)
+    await require_isolation(isolation_of(installation))
+    async with everything(installation) as services:
+        organization_id, token = await bootstrap(installation, agent)
+        addresses = {name: service.address for name, service in services.items()}
+        views.print_welcome(console, addresses, organization_id, token)
+        console.print("\nBranchline is up. Ctrl-C stops it; agents at work go on and are found again.")
+        await until_stopped()
+
+
+async def bootstrap_apart(console: Console, data_dir: Path, agent: str) -> None:
+    """Create the first user, organization and token of services that run apart."""
+    installation = distributed_installation(configure(data_dir))
+    organization_id, token = await bootstrap(installation, agent)
+    views.print_welcome(console, installation.addresses, organization_id, token)
+
+
 @asynccontextmanager
-async def everything(installation: Installation) -> AsyncGenerator[None, None]:
-    """Run all services for the length of the block."""
-    services = [installation.build(name) for name in SERVICES]
+async def everything(installation: Installation) -> AsyncGenerator[dict[str, Service], None]:
+    """Run all services for the length of the block, their databases brought up to date before; yield them by name."""
+    services = {name: installation.build(name) for name in SERVICES}
+    await bring_up_to_date(installation.databases())
     async with AsyncExitStack() as stack:
-        for service in services:
+        for service in services.values():
             await stack.enter_async_context(service.running())
-        yield
+        yield services
 
 
 async def bootstrap(installation: Installation, default_agent: str) -> tuple[str, str]:
@@ -33,16 +70,19 @@ async def bootstrap(installation: Installation, default_agent: str) -> tuple[str
     The token is kept in the data folder; it is empty if somebody removed it from there.
     """
     settings = installation.settings
-    signer = Signer(installation.signing_key.get_secret_value(), "cli")
-    async with open_channel(installation.addresses.organization, signer) as channel:
-        request = organization_pb2.BootstrapRequest(
-            slug="home",
-            organization_name="Home",
-            user_name="First User",
-            user_email="first.user@localhost",
-            default_agent=default_agent,
-        )
+    signer = Signer(installation.signing_key.get_secret_value(), OPERATOR)
+    channel: Any = open_channel(installation.addresses["organization"], signer)
+    request = organization_pb2.BootstrapRequest(
+        slug="home",
+        organization_name="Home",
+        user_name="First User",
+        user_email="first.user@localhost",
+        default_agent=default_agent,
+    )
+    try:
         answer = await _once_all_are_up(organization_pb2_grpc.OrganizationServiceStub(channel), request)
+    finally:
+        await channel.close()
     path = settings.data_dir / TOKEN_FILE
     if answer.api_token:
         path.touch(mode=0o600)
@@ -63,12 +103,3 @@ async def _once_all_are_up(
             if error.code() != grpc.StatusCode.UNAVAILABLE or asyncio.get_running_loop().time() > deadline:
                 raise
         await asyncio.sleep(backoff.next_seconds())
-
-
-async def until_stopped() -> None:
-    """Wait for SIGINT or SIGTERM."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for sign in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(sign, stop.set)
-    await stop.wait()

@@ -1,6 +1,6 @@
 """What people see in the terminal."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from branchline.client import Client
 from branchline.gateway.v1.tasks_pb2 import GetTaskResponse
@@ -8,13 +8,12 @@ from branchline.resource.v1 import session_pb2, watch_pb2
 from branchline.resource.v1.history_pb2 import HistoryEvent
 from branchline.resource.v1.repository_pb2 import Repository
 from branchline.resource.v1.session_pb2 import TranscriptEntry, TranscriptEntryKind
-from branchline.resource.v1.task_pb2 import ProvisioningStage, Task, TaskStatus
+from branchline.resource.v1.task_pb2 import ProvisioningStage, Task, TaskStatus, TaskSummary
+from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_TASK, ENTITY_KIND_TRANSCRIPT_ENTRY, EventKind
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
-
-from cli.settings import Addresses
 
 _COLOURS = {"running": "green", "error": "red", "waiting": "yellow", "idle": "cyan", "provisioning": "blue"}
 _MARKS = {
@@ -29,7 +28,7 @@ _MARKS = {
 }
 
 
-def status_words(task: Task) -> str:
+def status_words(task: Task | TaskSummary) -> str:
     """Return a task's status with its stage, in colour."""
     name = TaskStatus.Name(task.status).removeprefix("TASK_STATUS_").lower()
     stage = ProvisioningStage.Name(task.stage).removeprefix("PROVISIONING_STAGE_").lower() if task.stage else ""
@@ -37,7 +36,7 @@ def status_words(task: Task) -> str:
     return f"[{colour}]{name}[/{colour}]" + (f" ({stage})" if stage else "")
 
 
-def task_table(tasks: Iterable[Task]) -> Table:
+def task_table(tasks: Iterable[TaskSummary]) -> Table:
     """Return the sidebar as a table."""
     table = Table("task", "status", "branch", "commit", "title", box=None)
     for task in tasks:
@@ -80,10 +79,15 @@ def print_entry(console: Console, entry: TranscriptEntry) -> None:
             console.print(f"        [dim]{escape(line)}[/dim]")
 
 
+def event_words(event: HistoryEvent) -> str:
+    """Return what happened in short words, such as "task created"."""
+    return EventKind.Name(event.kind).removeprefix("EVENT_KIND_").replace("_", " ").lower()
+
+
 def print_event(console: Console, event: HistoryEvent) -> None:
     """Print a line of history."""
     time = event.event_time.ToDatetime().strftime("%H:%M:%S")
-    console.print(f"  [dim]{event.sequence:>4} {time}[/dim] {event.kind:<22} {escape(event.summary)}")
+    console.print(f"  [dim]{event.sequence:>4} {time}[/dim] {event_words(event):<22} {escape(event.summary)}")
 
 
 class TranscriptPrinter:
@@ -130,9 +134,9 @@ async def follow_task(console: Console, client: Client, task_id: str, *, until_i
     task, worked, shown = Task(), False, ""
     async for frame in client.watch_task(task_id):
         for change in frame.changes:
-            if change.kind == "transcript_entry":
+            if change.kind == ENTITY_KIND_TRANSCRIPT_ENTRY:
                 printer.show(TranscriptEntry.FromString(change.resource.value))
-            if change.kind == "task":
+            if change.kind == ENTITY_KIND_TASK:
                 task = Task.FromString(change.resource.value)
                 worked = worked or bool(task.active_sandbox_id)
                 words = status_words(task)
@@ -148,21 +152,23 @@ async def follow_task(console: Console, client: Client, task_id: str, *, until_i
 
 async def follow_sidebar(console: Console, client: Client, organization_id: str) -> None:
     """Show the sidebar and keep it up to date."""
-    tasks: dict[str, Task] = {}
+    tasks: dict[str, TaskSummary] = {}
     with Live(console=console, refresh_per_second=10) as live:
         async for frame in client.watch_organization(organization_id):
             if frame.kind == watch_pb2.WATCH_FRAME_KIND_RESET:
                 tasks.clear()
             for change in frame.changes:
-                if change.kind == "task":
-                    tasks[change.id] = Task.FromString(change.resource.value)
+                if change.kind == ENTITY_KIND_TASK and change.deleted:
+                    tasks.pop(change.id, None)
+                elif change.kind == ENTITY_KIND_TASK:
+                    tasks[change.id] = TaskSummary.FromString(change.resource.value)
             live.update(task_table(sorted(tasks.values(), key=lambda task: -task.update_time.ToNanoseconds())))
 
 
-def print_welcome(console: Console, addresses: Addresses, organization_id: str, token: str) -> None:
+def print_welcome(console: Console, addresses: Mapping[str, str], organization_id: str, token: str) -> None:
     """Say where everything is."""
     table = Table(box=None, show_header=False)
-    for name, address in addresses.model_dump().items():
+    for name, address in addresses.items():
         table.add_row(f"[bold]{name}[/bold]" if name == "gateway" else name, address)
     console.print(table)
     console.print(f"organization  {organization_id}")

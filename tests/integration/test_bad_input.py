@@ -27,9 +27,9 @@ async def test_unknown_ids_are_not_found_by_name(stack: Stack) -> None:  # ORG-5
     repository = await failure(stack.create_task("repo_x"))
     task = await failure(tasks.GetTask(tasks_pb2.GetTaskRequest(task_id="task_x")))
 
-    assert (organization.code, organization.resource) == (NOT_FOUND, "org_x")
-    assert (repository.code, repository.resource) == (NOT_FOUND, "repo_x")
-    assert (task.code, task.resource) == (NOT_FOUND, "task_x")
+    assert {one.code for one in (organization, repository, task)} == {NOT_FOUND}
+    assert {one.reason for one in (organization, repository, task)} == {"NOT_FOUND"}
+    assert [one.resource for one in (organization, repository, task)] == ["org_x", "repo_x", "task_x"]
 
 
 @pytest.mark.parametrize("token", ["", "wrong", "bl_wrong"])

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from branchline.gateway.v1 import tasks_pb2
 from branchline.resource.v1 import task_pb2
@@ -51,7 +52,7 @@ async def test_the_demo_ends_with_the_sidebar_and_the_remote_in_agreement(tmp_pa
     )
 
     assert code == 0, errors
-    for words in ("provisioning (sandbox)", "running", "Written by an agent", "agent.finished", "they agree"):
+    for words in ("provisioning (sandbox)", "running", "Written by an agent", "agent finished", "they agree"):
         assert words in out
     assert not (tmp_path / "data" / "sandbox" / "local" / "server.json").exists()
 
@@ -84,7 +85,7 @@ async def test_grpcurl_lists_creates_and_watches_without_protos(stack: Stack) ->
     assert "branchline.gateway.v1.TaskService" in services.split()
     assert "SERVING" in health
     assert git("show", f"{made['task']['branch']}:NOTE.md", cwd=remote) == "hello"
-    for words in ("WATCH_FRAME_KIND_RESET", "WATCH_FRAME_KIND_SYNCED", "resumeToken", "transcript_entry"):
+    for words in ("WATCH_FRAME_KIND_RESET", "WATCH_FRAME_KIND_SYNCED", "resumeToken", "ENTITY_KIND_TRANSCRIPT_ENTRY"):
         assert words in watched
 
 
@@ -105,7 +106,7 @@ async def test_the_command_line_adds_creates_lists_shows_and_sends(stack: Stack)
     assert "good morning" in created
     assert task_id in listed
     assert "good night" in shown
-    assert json.loads(history.splitlines()[0])["kind"] == "task.created"
+    assert json.loads(history.splitlines()[0])["kind"] == "EVENT_KIND_TASK_CREATED"
 
 
 async def test_the_command_line_says_what_is_wrong(stack: Stack) -> None:
@@ -151,3 +152,53 @@ async def test_a_task_that_is_killed_at_its_birth_leaves_no_sandbox(
     folder = stack.installation.settings.data_dir / "sandbox" / "local"
     assert all(not (folder / sandbox.id).exists() for sandbox in answer.sandboxes)
     assert answer.task.status == task_pb2.TASK_STATUS_KILLED
+
+
+@pytest.fixture
+def path_without_bubblewrap(tmp_path: Path) -> str:
+    """A PATH that has everything of this host but bwrap."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    for directory in os.environ["PATH"].split(os.pathsep):
+        for program in Path(directory).glob("*") if Path(directory).is_dir() else ():
+            if program.name != "bwrap" and not (folder / program.name).exists():
+                (folder / program.name).symlink_to(program)
+    return str(folder)
+
+
+async def test_up_refuses_to_start_without_isolation_and_says_how_to(
+    tmp_path: Path, path_without_bubblewrap: str
+) -> None:  # F14
+    code, _, errors = await run(
+        str(BIN / "branchline"), "up", "--data-dir", str(tmp_path / "data"), PATH=path_without_bubblewrap
+    )
+
+    assert code == 2
+    assert "apt-get install bubblewrap" in errors
+    assert "--isolation none" in errors
+
+
+async def test_the_demo_runs_its_scripted_agent_without_bubblewrap_and_says_so(
+    tmp_path: Path, path_without_bubblewrap: str
+) -> None:  # F14
+    work = tmp_path / "project"
+    git("clone", "--quiet", str(make_remote(tmp_path)), str(work))
+
+    code, out, errors = await run(
+        *(str(BIN / "branchline"), "demo", "--source", str(work), "--data-dir", str(tmp_path / "data")),
+        PATH=path_without_bubblewrap,
+    )
+
+    assert code == 0, errors
+    assert "--isolation none" in out
+    assert "they agree" in out
+
+
+async def test_only_the_gateway_has_a_port(stack: Stack) -> None:  # F13
+    listening = {
+        connection.laddr.port
+        for connection in psutil.Process().net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+
+    assert listening == {int(stack.address.rpartition(":")[2])}

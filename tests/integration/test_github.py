@@ -2,12 +2,12 @@
 
 import asyncio
 import shutil
+import uuid
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import grpc
 import httpx
-import pytest
 import pytest_asyncio
 from branchline.gateway.v1 import organizations_pb2, repositories_pb2, tasks_pb2
 from branchline.resource.v1 import organization_pb2, repository_pb2
@@ -28,23 +28,21 @@ async def github() -> AsyncGenerator[None, None]:
         node, str(SIMULATOR), str(GITHUB_PORT), stdout=asyncio.subprocess.PIPE
     )
     assert process.stdout is not None
-    assert b"listening" in await asyncio.wait_for(process.stdout.readline(), 60)
+    async with asyncio.timeout(60):
+        assert b"listening" in await process.stdout.readline()
     yield
     process.kill()
     await process.wait()
 
 
-async def connected_organization(stack: Stack, login: str) -> str:
-    organization_id = await stack.new_organization()
-    await stack.client.organizations.UpdateOrganization(
-        organizations_pb2.UpdateOrganizationRequest(
-            request_id=request_id(),
-            organization_id=organization_id,
-            organization=Organization(github_login=login),
-            update_mask=FieldMask(paths=["github_login"]),
-        )
-    )
-    return organization_id
+@pytest_asyncio.fixture(loop_scope="session")
+async def acme(stack: Stack, github: None) -> AsyncGenerator[str, None]:
+    """An organization that the operator bound to GitHub's "acme", for one test."""
+    slug = f"acme-{uuid.uuid4().hex[:8]}"
+    organization_id = await stack.new_organization(slug)
+    await stack.bind_github(slug, "acme")
+    yield organization_id
+    await stack.bind_github(slug, "")
 
 
 async def set_pull_requests(pulls: list[dict[str, object]]) -> None:
@@ -70,15 +68,14 @@ async def sync(stack: Stack, organization_id: str) -> organization_pb2.GithubSta
     return await eventually(ended)
 
 
-@pytest.mark.usefixtures("github")
-async def test_repositories_are_imported_with_branches_and_pull_requests(stack: Stack) -> None:  # GHD-7, ORG-4, REP-6
-    organization_id = await connected_organization(stack, "acme")
-
-    status = await sync(stack, organization_id)
+async def test_repositories_are_imported_with_branches_and_pull_requests(
+    stack: Stack, acme: str
+) -> None:  # GHD-7, REP-6
+    status = await sync(stack, acme)
 
     async def imported() -> list[repository_pb2.Repository] | None:
         answer = await stack.client.repositories.ListRepositories(
-            repositories_pb2.ListRepositoriesRequest(organization_id=organization_id)
+            repositories_pb2.ListRepositoriesRequest(organization_id=acme)
         )
         return list(answer.repositories) if len(answer.repositories) == 2 else None
 
@@ -99,8 +96,7 @@ async def test_repositories_are_imported_with_branches_and_pull_requests(stack: 
     assert all(len(one.branch.head_commit) == 40 for one in branches)
 
 
-@pytest.mark.usefixtures("github")
-async def test_a_task_carries_its_branchs_pull_request_while_it_is_open(stack: Stack) -> None:  # ORG-6, GHD-9
+async def test_a_task_carries_its_branchs_pull_request_while_it_is_open(stack: Stack, acme: str) -> None:  # GHD-9
     pull = {
         "number": 7,
         "title": "Sell more",
@@ -113,18 +109,17 @@ async def test_a_task_carries_its_branchs_pull_request_while_it_is_open(stack: S
         "updated_at": "2026-01-02T03:04:05Z",
     }
     await set_pull_requests([pull])
-    organization_id = await connected_organization(stack, "acme")
-    await sync(stack, organization_id)
+    await sync(stack, acme)
 
     async def shop() -> str | None:
         answer = await stack.client.repositories.ListRepositories(
-            repositories_pb2.ListRepositoriesRequest(organization_id=organization_id)
+            repositories_pb2.ListRepositoriesRequest(organization_id=acme)
         )
         return next((one.id for one in answer.repositories if one.full_name == "acme/shop"), None)
 
     async def listed(*, has_pull_request: bool) -> list[str]:
         answer = await stack.client.tasks.ListTasks(
-            tasks_pb2.ListTasksRequest(organization_id=organization_id, has_pull_request=has_pull_request)
+            tasks_pb2.ListTasksRequest(organization_id=acme, has_pull_request=has_pull_request)
         )
         return [task.branch for task in answer.tasks]
 
@@ -143,7 +138,7 @@ async def test_a_task_carries_its_branchs_pull_request_while_it_is_open(stack: S
     assert await listed(has_pull_request=False) == ["other"]
 
     await set_pull_requests([pull | {"head": {"ref": "other"}}])
-    await resync(stack, organization_id)
+    await resync(stack, acme)
 
     async def moved() -> bool:
         return await listed(has_pull_request=True) == ["other"]
@@ -153,15 +148,13 @@ async def test_a_task_carries_its_branchs_pull_request_while_it_is_open(stack: S
     await set_pull_requests([])
 
 
-@pytest.mark.usefixtures("github")
-async def test_a_second_sync_changes_nothing(stack: Stack) -> None:  # GHD-3
-    organization_id = await connected_organization(stack, "acme")
-    await sync(stack, organization_id)
-    await sync(stack, organization_id)
+async def test_a_second_sync_changes_nothing(stack: Stack, acme: str) -> None:  # GHD-3
+    await sync(stack, acme)
+    await sync(stack, acme)
 
     async def imported() -> set[str] | None:
         answer = await stack.client.repositories.ListRepositories(
-            repositories_pb2.ListRepositoriesRequest(organization_id=organization_id)
+            repositories_pb2.ListRepositoriesRequest(organization_id=acme)
         )
         return {one.full_name for one in answer.repositories} if len(answer.repositories) >= 2 else None
 
@@ -178,3 +171,23 @@ async def test_without_a_login_nothing_is_synced(stack: Stack) -> None:  # GHD-2
     )
 
     assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "GITHUB_NOT_CONNECTED")
+
+
+async def test_a_login_is_one_organizations_and_no_administrator_can_take_it(stack: Stack, acme: str) -> None:  # F15
+    slug = f"other-{uuid.uuid4().hex[:8]}"
+    other = await stack.new_organization(slug)
+
+    bound = await failure(stack.bind_github(slug, "ACME"))
+    named = await failure(
+        stack.client.organizations.UpdateOrganization(
+            organizations_pb2.UpdateOrganizationRequest(
+                request_id=request_id(),
+                organization_id=other,
+                organization=Organization(github_login="acme"),
+                update_mask=FieldMask(paths=["github_login"]),
+            )
+        )
+    )
+
+    assert (bound.code, bound.reason) == (grpc.StatusCode.ALREADY_EXISTS, "GITHUB_LOGIN_TAKEN")
+    assert named.code == grpc.StatusCode.INVALID_ARGUMENT

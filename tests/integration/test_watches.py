@@ -9,16 +9,21 @@ from branchline.client import Client
 from branchline.gateway.v1 import organizations_pb2, tasks_pb2, users_pb2
 from branchline.resource.v1 import task_pb2, watch_pb2
 from branchline.resource.v1.session_pb2 import TranscriptEntry
-from branchline.resource.v1.task_pb2 import Task
+from branchline.resource.v1.task_pb2 import Task, TaskSummary
 from branchline.resource.v1.user_pb2 import Draft, UserTaskState
+from branchline.resource.v1.vocabulary_pb2 import (
+    ENTITY_KIND_TASK,
+    ENTITY_KIND_TRANSCRIPT_ENTRY,
+    ENTITY_KIND_USER_TASK_STATE,
+)
 from branchline.resource.v1.watch_pb2 import WatchChange, WatchFrame
 
-from services.runtime.spine.tokens import parse_resume_token, resume_token
+from services.runtime.spine.tokens import Position, parse_resume_token, resume_token
 from tests.support.stack import Stack, eventually, failure, request_id
 
 RESET, SYNCED = watch_pb2.WATCH_FRAME_KIND_RESET, watch_pb2.WATCH_FRAME_KIND_SYNCED
 IDLE = task_pb2.TASK_STATUS_IDLE
-STATE = "user_task_state"
+STATE = ENTITY_KIND_USER_TASK_STATE
 
 
 async def opening(call: Any) -> list[WatchFrame]:
@@ -50,7 +55,8 @@ async def test_a_watch_begins_with_what_the_sidebar_lists(stack: Stack) -> None:
     frames = await opening(watch(stack.client, stack.organization_id))
 
     assert frames[0].kind == RESET
-    held = {change.id: Task.FromString(change.resource.value) for change in changes(frames) if change.kind == "task"}
+    tasks = [change for change in changes(frames) if change.kind == ENTITY_KIND_TASK]
+    held = {change.id: TaskSummary.FromString(change.resource.value) for change in tasks}
     listed = await stack.client.tasks.ListTasks(
         tasks_pb2.ListTasksRequest(
             organization_id=stack.organization_id, page_size=1000, statuses=list(task_pb2.TaskStatus.values())[1:]
@@ -83,7 +89,7 @@ async def test_a_returning_watcher_gets_exactly_what_it_missed(stack: Stack) -> 
     missed = await opening(watch(stack.client, stack.organization_id, before[-1].resume_token))
 
     assert RESET not in {frame.kind for frame in missed}
-    assert ("task", task.id) in {(change.kind, change.id) for change in changes(missed)}
+    assert (ENTITY_KIND_TASK, task.id) in {(change.kind, change.id) for change in changes(missed)}
     assert all(change.revision > held.get((change.kind, change.id), 0) for change in changes(missed))
 
 
@@ -93,8 +99,10 @@ async def test_a_token_that_is_too_old_or_of_another_life_gives_a_reset(stack: S
     point = parse_resume_token(frames[-1].resume_token, topic)
     assert point is not None
 
-    other_life = await opening(watch(stack.client, stack.organization_id, resume_token(topic, "before", 1)))
-    future = await failure(opening(watch(stack.client, stack.organization_id, resume_token(topic, point.epoch, 10**9))))
+    other_life = await opening(watch(stack.client, stack.organization_id, resume_token(topic, Position("before", 1))))
+    future = await failure(
+        opening(watch(stack.client, stack.organization_id, resume_token(topic, Position(point.epoch, 10**9))))
+    )
 
     assert other_life[0].kind == RESET
     assert (future.code, future.reason) == (grpc.StatusCode.UNAVAILABLE, "INDEX_BEHIND")
@@ -117,7 +125,7 @@ async def test_a_task_is_watched_with_its_transcript_as_it_streams(stack: Stack)
     async def collect() -> None:
         async for frame in stack.client.watch_task(task.id):
             for change in frame.changes:
-                if change.kind == "transcript_entry":
+                if change.kind == ENTITY_KIND_TRANSCRIPT_ENTRY:
                     entry = TranscriptEntry.FromString(change.resource.value)
                     seen.setdefault(entry.id, []).append((entry.revision, entry.text))
 
@@ -176,7 +184,7 @@ async def test_many_watchers_share_one_upstream_and_end_equal(stack: Stack) -> N
         async for frame in stack.client.watch_task(task.id):
             for change in frame.changes:
                 held[change.id] = change.revision
-                if change.kind == "task" and Task.FromString(change.resource.value).head_commit:
+                if change.kind == ENTITY_KIND_TASK and Task.FromString(change.resource.value).head_commit:
                     return held
         raise AssertionError("a watch does not end")
 

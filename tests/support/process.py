@@ -15,11 +15,11 @@ import psutil
 from branchline.client import Client
 from branchline.gateway.v1 import users_pb2
 
-from cli.demo import scripted_agents
-from tests.support.stack import eventually, free_port
+from cli.installation import SERVICES, scripted_agents, socket_folder
+from tests.support.ports import free_port
+from tests.support.stack import eventually
 
 PROGRAM = Path(sys.executable).with_name("branchline")
-SERVICES = ("organization", "user", "github_data", "history", "repository", "task", "sandbox", "gateway")
 
 
 @dataclass
@@ -60,7 +60,8 @@ class Processes:
                 process.send_signal(signal.SIGTERM)
         for process in self.running.values():
             try:
-                await asyncio.wait_for(process.wait(), 20)
+                async with asyncio.timeout(20):
+                    await process.wait()
             except TimeoutError:
                 process.kill()
         self.running.clear()
@@ -115,14 +116,16 @@ def one_process(folder: Path) -> Processes:
 
 def own_processes(folder: Path) -> Processes:
     """Prepare `branchline serve` for each service."""
-    addresses = {name: f"127.0.0.1:{free_port()}" for name in SERVICES}
+    sockets = socket_folder(folder / "data")
+    addresses = {name: f"unix:{sockets / name}" for name in SERVICES}
+    addresses["gateway"] = f"127.0.0.1:{free_port()}"
     environment = {f"BRANCHLINE_ADDRESSES__{name.upper()}": address for name, address in addresses.items()}
     environment["BRANCHLINE_SIGNING_KEY"] = "a key for tests, long enough for HS256"
-    environment["BRANCHLINE_LOCAL__AGENTS"] = json.dumps(scripted_agents())
+    environment["BRANCHLINE_SANDBOX__LOCAL__AGENTS"] = json.dumps(scripted_agents())
     return Processes(folder, {**environment, **_common(folder)}, addresses["gateway"])
 
 
 def _common(folder: Path) -> dict[str, str]:
     remotes = folder / "remotes"
     remotes.mkdir(parents=True, exist_ok=True)
-    return {"BRANCHLINE_LOCAL__WRITABLE_PATHS": json.dumps([str(remotes)])}
+    return {"BRANCHLINE_SANDBOX__LOCAL__WRITABLE_PATHS": json.dumps([str(remotes)])}

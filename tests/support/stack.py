@@ -1,37 +1,34 @@
 """A whole installation in this process, and what tests do with it."""
 
 import asyncio
-import socket
 import subprocess
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
 from branchline.client import Client
 from branchline.gateway.v1 import organizations_pb2, repositories_pb2, sessions_pb2, tasks_pb2
+from branchline.organization.v1 import organization_pb2 as internal_organization_pb2
+from branchline.organization.v1.organization_pb2_grpc import OrganizationServiceStub
 from branchline.resource.v1 import organization_pb2, task_pb2
 from branchline.resource.v1.session_pb2 import TranscriptEntry
 from branchline.resource.v1.task_pb2 import Task
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from cli.demo import scripted_agents
-from cli.installation import SERVICES, Installation, local_installation
-from cli.settings import Addresses, GithubSettings, Settings
-from cli.up import bootstrap
-from services.runtime.interceptors import AroundInterceptor, Call
+from cli.calls import operating
+from cli.installation import Installation, local_installation, scripted_agents
+from cli.settings import Addresses, Settings
+from cli.up import bootstrap, everything
+from services.runtime.service import Service
+from tests.support.ports import free_port
 
 DEADLINE_SECONDS = 60.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 GITHUB_PORT = free_port()
@@ -52,19 +49,6 @@ async def eventually(look: Callable[[], Awaitable[T | None]], seconds: float = D
             if seen:
                 return seen
             await asyncio.sleep(0.02)
-
-
-class Recorder(AroundInterceptor):
-    """Writes down every call that a service serves."""
-
-    def __init__(self, service: str, calls: list[tuple[str, str]]) -> None:
-        self._service = service
-        self._calls = calls
-
-    @asynccontextmanager
-    async def around(self, call: Call) -> AsyncGenerator[None, None]:
-        self._calls.append((self._service, call.method))
-        yield
 
 
 def git(*arguments: str, cwd: Path | None = None) -> str:
@@ -89,15 +73,18 @@ class Stack:
     """A running installation with a client of its first user."""
 
     installation: Installation
+    services: dict[str, Service]
     client: Client
     token: str
     organization_id: str
     remotes: Path
     calls: list[tuple[str, str]] = field(default_factory=list)
+    """Every call that a service took, as (service, full method name)."""
 
     @property
     def address(self) -> str:
-        return self.installation.addresses.gateway
+        """Where the gateway listens."""
+        return self.services["gateway"].address
 
     async def add_repository(self, remote: Path | None = None, url: str = "") -> str:
         remote_url = url or f"file://{remote or make_remote(self.remotes)}"
@@ -159,22 +146,35 @@ class Stack:
         self, role: int = organization_pb2.ROLE_MEMBER, organization_id: str = ""
     ) -> tuple[Client, str]:
         """Add a member; return a client of theirs and their user id."""
+        email = f"{uuid.uuid4().hex}@example.com"
         answer = await self.client.organizations.AddMember(
             organizations_pb2.AddMemberRequest(
                 request_id=request_id(),
                 organization_id=organization_id or self.organization_id,
-                email=f"{uuid.uuid4().hex}@example.com",
+                email=email,
                 display_name="Someone",
                 role=role,
             )
         )
-        return Client(self.address, answer.api_token), answer.member.user_id
+        return Client(self.address, await self.issue_token(email)), answer.member.user_id
 
-    async def new_organization(self) -> str:
+    async def issue_token(self, email: str) -> str:
+        """Make a token for a person, as the operator."""
+        async with operating(self.installation, "organization", OrganizationServiceStub) as organization:
+            request = internal_organization_pb2.IssueTokenRequest(email=email, name="a test's")
+            return (await organization.IssueToken(request)).api_token
+
+    async def bind_github(self, slug: str, login: str) -> None:
+        """Bind a GitHub login to an organization, as the operator."""
+        async with operating(self.installation, "organization", OrganizationServiceStub) as organization:
+            request = internal_organization_pb2.BindGithubLoginRequest(slug=slug, github_login=login)
+            await organization.BindGithubLogin(request)
+
+    async def new_organization(self, slug: str = "") -> str:
         answer = await self.client.organizations.CreateOrganization(
             organizations_pb2.CreateOrganizationRequest(
                 request_id=request_id(),
-                slug=f"o{uuid.uuid4().hex[:12]}",
+                slug=slug or f"o{uuid.uuid4().hex[:12]}",
                 display_name="Other",
                 kind=organization_pb2.ORGANIZATION_KIND_TEAM,
             )
@@ -184,28 +184,29 @@ class Stack:
 
 @asynccontextmanager
 async def running_stack(folder: Path, **settings: Any) -> AsyncGenerator[Stack, None]:
-    """Run an installation with its data in a folder."""
+    """Run an installation with its data in a folder. `settings` are sections, such as `task={...}`."""
     remotes = folder / "remotes"
     remotes.mkdir(parents=True, exist_ok=True)
-    local = {"agents": scripted_agents(), "writable_paths": [remotes], "stop_machines": True}
-    made = Settings(
-        data_dir=folder / "data",
-        local=local,
-        addresses=Addresses(gateway=""),
-        github=GithubSettings(url=f"http://127.0.0.1:{GITHUB_PORT}", token="token"),
-        calls_per_minute=10**6,
-        **settings,
-    )
+    sections = {
+        "gateway": {"calls_per_minute": 10**6},
+        "github_data": {"github_url": f"http://127.0.0.1:{GITHUB_PORT}", "github_token": "token"},
+        "sandbox": {"local": {"agents": scripted_agents(), "writable_paths": [remotes]}, "stop_machines": True},
+    }
+    for name, section in settings.items():
+        sections[name] = {**sections.get(name, {}), **section}
+    made = Settings(data_dir=folder / "data", addresses=Addresses(gateway="127.0.0.1:0"), **sections)
     installation = local_installation(made)
     calls: list[tuple[str, str]] = []
-    async with AsyncExitStack() as stack:
-        for name in SERVICES:
-            service = installation.build(name)
-            service.interceptors = [Recorder(name, calls), *service.interceptors]
-            await stack.enter_async_context(service.running())
+    async with everything(installation) as services:
+        for name, service in services.items():
+            service.serving.observers.append(partial(_write_down, calls, name))
         organization_id, token = await bootstrap(installation, "mock")
-        client = await stack.enter_async_context(Client(installation.addresses.gateway, token))
-        yield Stack(installation, client, token, organization_id, remotes, calls)
+        async with Client(services["gateway"].address, token) as client:
+            yield Stack(installation, services, client, token, organization_id, remotes, calls)
+
+
+def _write_down(calls: list[tuple[str, str]], service: str, method: str) -> None:
+    calls.append((service, method))
 
 
 @dataclass(frozen=True)

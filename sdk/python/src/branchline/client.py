@@ -22,7 +22,7 @@ from branchline.gateway.v1 import (
 from branchline.resource.v1.watch_pb2 import WatchFrame
 
 _SILENCE_SECONDS = 30.0
-_MESSAGE_BYTES = 16 * 1024 * 1024
+_MESSAGE_BYTES = 4 * 1024 * 1024  # the gateway sends no larger one
 _RETRY_SECONDS = (0.1, 5.0)
 _TRANSIENT = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED})
 _OPTIONS = (
@@ -98,7 +98,8 @@ async def _watch(connect: Callable[[str], Any], resume_token: str) -> AsyncItera
         call = connect(resume_token)
         try:
             while True:
-                response = await asyncio.wait_for(call.read(), _SILENCE_SECONDS)
+                async with asyncio.timeout(_SILENCE_SECONDS):
+                    response = await call.read()
                 if response is grpc.aio.EOF:
                     break
                 pause = _RETRY_SECONDS[0]

@@ -1,0 +1,67 @@
+"""How commands call: the gateway as any client, the services as the installation's operator."""
+
+import os
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from branchline.client import Client
+from branchline.gateway.v1 import users_pb2
+
+from cli.installation import Installation, known_installation
+from cli.settings import SettingsError, load_settings, read_token
+from cli.terminal import run
+from services.runtime.client import open_channel
+from services.runtime.principal import OPERATOR, Signer
+
+S = TypeVar("S")
+
+Job = Callable[[Client, str], Awaitable[int | None]]
+
+
+def request_id() -> str:
+    """Make an id for a command."""
+    return uuid.uuid4().hex
+
+
+def run_as_client(data_dir: Path, job: Job) -> None:
+    """Run a job with a client and the caller's first organization."""
+    run(_as_client(data_dir, job))
+
+
+async def _as_client(data_dir: Path, job: Job) -> int | None:
+    address = os.environ.get("BRANCHLINE_ADDRESS", "127.0.0.1:7700")
+    token = os.environ.get("BRANCHLINE_TOKEN") or read_token(data_dir)
+    if not token:
+        raise SettingsError("set BRANCHLINE_TOKEN, or name the data folder of a running `branchline up`")
+    async with Client(address, token) as client:
+        me = await client.users.WhoAmI(users_pb2.WhoAmIRequest())
+        return await job(client, me.memberships[0].organization_id if me.memberships else "")
+
+
+async def pages(call: Callable[[Any], Awaitable[Any]], request: Any) -> AsyncIterator[Any]:
+    """Yield a list's answers, page by page."""
+    while True:
+        answer = await call(request)
+        yield answer
+        if not answer.next_page_token:
+            return
+        request.page_token = answer.next_page_token
+
+
+def operated(data_dir: Path) -> Installation:
+    """Return the installation whose operator runs this command: who can read its key."""
+    return known_installation(load_settings(data_dir=data_dir))
+
+
+@asynccontextmanager
+async def operating(installation: Installation, service: str, stub: Callable[[Any], S]) -> AsyncGenerator[S, None]:
+    """Give a stub of a service that signs calls as the operator."""
+    signer = Signer(installation.signing_key.get_secret_value(), OPERATOR)
+    channel = open_channel(installation.addresses[service], signer)
+    try:
+        yield stub(channel)
+    finally:
+        await channel.close()

@@ -1,0 +1,1 @@
+"""Groups of commands, a module each, which has the group as its `app`."""

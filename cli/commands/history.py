@@ -1,0 +1,38 @@
+"""`branchline history`."""
+
+import sys
+from typing import Annotated
+
+import typer
+from branchline.client import Client
+from branchline.gateway.v1 import history_pb2
+from google.protobuf.json_format import MessageToJson
+
+from cli import views
+from cli.calls import pages, run_as_client
+from cli.terminal import DEFAULT_DATA, DataDir, console
+
+app = typer.Typer()
+
+
+@app.command()
+def history(
+    task: Annotated[str, typer.Option(help="Only this task.")] = "",
+    json: Annotated[bool, typer.Option(help="All events as JSON lines, oldest first.")] = False,
+    data_dir: DataDir = DEFAULT_DATA,
+) -> None:
+    """Show what happened."""
+
+    async def job(client: Client, organization_id: str) -> None:
+        request = history_pb2.ListHistoryRequest(
+            organization_id=organization_id, task_id=task, oldest_first=json, page_size=1000 if json else 50
+        )
+        if not json:
+            for event in reversed((await client.history.ListHistory(request)).events):
+                views.print_event(console, event)
+            return
+        async for page in pages(client.history.ListHistory, request):
+            for event in page.events:
+                sys.stdout.write(MessageToJson(event, indent=None) + "\n")
+
+    run_as_client(data_dir, job)

@@ -1,0 +1,115 @@
+"""How services are built from settings, and where they listen."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr, ValidationError
+
+from cli.installation import (
+    SERVICES,
+    Installation,
+    distributed_installation,
+    known_installation,
+    local_installation,
+    socket_folder,
+)
+from cli.settings import Addresses, Settings, SettingsError
+
+ROOT = Path(__file__).parents[3]
+KEY = "a key for tests, long enough for HS256"
+LONGEST_SOCKET_PATH = 107
+
+BUILD = """
+import json, sys
+from pathlib import Path
+import cli.main
+from cli import server
+from cli.settings import Addresses, Settings
+from cli.installation import SERVICES, Installation
+addresses = {name: f"unix:{sys.argv[2]}/{name}.sock" for name in SERVICES}
+settings = Settings(data_dir=Path(sys.argv[2]), sandbox={"local": {"sandbox_agent": "/bin/false"}})
+from pydantic import SecretStr
+Installation(settings, addresses, SecretStr("a key for tests, long enough for HS256")).build(sys.argv[1])
+print(json.dumps(list(sys.modules)))
+"""
+
+
+def modules_of(service: str, folder: Path) -> set[str]:
+    """Return what a process has imported that was to serve one service."""
+    ended = subprocess.run(
+        [sys.executable, "-c", BUILD, service, str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "GRPC_ENABLE_FORK_SUPPORT": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return set(json.loads(ended.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_service_alone_imports_its_own_room_and_no_migrations(service: str, tmp_path: Path) -> None:  # C7
+    modules = modules_of(service, tmp_path)
+
+    rooms = {name for name in SERVICES if f"services.{name}.service" in modules or f"{name}.service" in modules}
+    assert rooms == {service}
+    assert not modules & {"alembic", "cli.commands", "cli.demo", "cli.views"}
+    assert service == "task" or "dbos" not in modules
+
+
+def test_a_setting_that_a_service_does_not_have_is_refused_without_its_value(tmp_path: Path) -> None:  # C7
+    settings = Settings(data_dir=tmp_path, history={"tokn": "a secret"})
+    installation = Installation(settings, dict.fromkeys(SERVICES, "unix:/nowhere"), SecretStr(KEY))
+
+    with pytest.raises(ValidationError, match="tokn") as refused:
+        installation.build("history")
+    assert "a secret" not in str(refused.value)
+
+
+def test_inside_services_listen_on_sockets_that_only_their_user_reaches(tmp_path: Path) -> None:  # F13
+    installation = local_installation(Settings(data_dir=tmp_path, addresses=Addresses(gateway="127.0.0.1:0")))
+
+    inside = {name: address for name, address in installation.addresses.items() if name != "gateway"}
+    folders = {Path(address.removeprefix("unix:")).parent for address in inside.values()}
+    assert all(address.startswith("unix:/") for address in inside.values())
+    assert [folder.stat().st_mode & 0o777 for folder in folders] == [0o700]
+
+
+@pytest.mark.parametrize("depth", [1, 40])
+def test_a_sockets_path_is_never_too_long_and_found_again(tmp_path: Path, depth: int) -> None:  # F13
+    data_dir = tmp_path.joinpath(*["deeper"] * depth)
+
+    folder = socket_folder(data_dir)
+
+    assert len(os.fsencode(folder / max(SERVICES, key=len))) <= LONGEST_SOCKET_PATH
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert socket_folder(data_dir) == folder
+
+
+def test_a_link_to_a_folder_that_others_can_enter_is_not_followed(tmp_path: Path) -> None:  # F13
+    data_dir = tmp_path.joinpath(*["deeper"] * 40)
+    first = socket_folder(data_dir)
+    first.chmod(0o755)
+
+    assert socket_folder(data_dir) != first
+
+
+def test_an_operator_finds_a_running_installation_and_makes_none(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="no installation"):
+        known_installation(Settings(data_dir=tmp_path))
+    running = local_installation(Settings(data_dir=tmp_path))
+
+    found = known_installation(Settings(data_dir=tmp_path))
+
+    assert found.addresses == running.addresses
+    assert found.signing_key == running.signing_key
+
+
+def test_services_that_run_apart_are_told_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"addresses\.task.*signing_key"):
+        distributed_installation(Settings(data_dir=tmp_path))
