@@ -130,8 +130,9 @@ async def _(stack: Stack) -> Prepared:
 
 @prepares("SyncGithub")
 async def _(stack: Stack) -> Prepared:
-    organization_id = await stack.new_organization()
-    await stack.bind_github(organization_id, f"octo{uuid.uuid4().hex[:8]}")
+    slug = f"o{uuid.uuid4().hex[:12]}"
+    organization_id = await stack.new_organization(slug)
+    await stack.bind_github(slug, f"octo{uuid.uuid4().hex[:8]}")
     request = repositories_pb2.SyncGithubRequest(request_id=request_id(), organization_id=organization_id)
     return stack.client.repositories.SyncGithub, request, ""
 
