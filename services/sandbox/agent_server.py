@@ -7,13 +7,19 @@ are posted, everything the agent says comes as numbered server-sent events that 
 import base64
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import PurePosixPath
 from typing import Any
 
 import httpx
+from branchline.resource.v1.vocabulary_pb2 import (
+    ENTITY_KIND_FILE,
+    ERROR_REASON_COMMAND_NOT_STARTED,
+    ERROR_REASON_FILE_TOO_LARGE,
+    ERROR_REASON_SANDBOX_UNREACHABLE,
+)
 from httpx_sse import aconnect_sse
 
 from services.runtime.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
@@ -25,6 +31,17 @@ _TIMEOUT_SECONDS = 30.0
 _CONNECT_SECONDS = 5.0
 _DISCONNECT_SECONDS = 1.0
 _STOP_MS = 2000
+_IDLE_CONNECTIONS = 64
+_DETAIL_CHARACTERS = 2000
+
+FILE_BYTES = 1024 * 1024
+"""Largest file that is read or written whole."""
+
+
+def open_http() -> httpx.AsyncClient:
+    """Return the one client that speaks to all servers. Streams and prompts hold connections: these are not bounded."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=_IDLE_CONNECTIONS)
+    return httpx.AsyncClient(limits=limits, trust_env=False, verify=False)  # noqa: S501 - plain HTTP on this host
 
 
 class AgentError(Exception):
@@ -33,6 +50,15 @@ class AgentError(Exception):
 
 class AgentUnknownError(AgentError):
     """The server knows no such agent."""
+
+
+class Unreachable(Unavailable):
+    """The server does not answer, or broke off."""
+
+    def __init__(self, error: httpx.HTTPError) -> None:
+        super().__init__(ERROR_REASON_SANDBOX_UNREACHABLE, f"the sandbox does not answer: {error!r}")
+        self.sent = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
+        """Whether the request may have arrived."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,25 +109,17 @@ class AgentEvent:
 class AgentServer:
     """The server of one running machine."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, http: httpx.AsyncClient) -> None:
         self.machine = machine
-        self._http = httpx.AsyncClient(
-            base_url=machine.url,
-            headers={"Authorization": f"Bearer {machine.token}"},
-            timeout=httpx.Timeout(_TIMEOUT_SECONDS, connect=_CONNECT_SECONDS),
-            trust_env=False,
-        )
-
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._http.aclose()
+        self._http = http
+        self._headers = {"Authorization": f"Bearer {machine.token}"}
 
     async def start_process(self, command: Sequence[str], directory: str, environment: Mapping[str, str]) -> str:
         """Start a process and return its id. Raise FailedPrecondition if it cannot be started."""
         body = {"command": command[0], "args": list(command[1:]), "cwd": directory, "env": dict(environment)}
         answer = await self._send("POST", "/v1/processes", json=body)
         if answer.is_error:
-            raise FailedPrecondition("COMMAND_NOT_STARTED", _detail(answer))
+            raise FailedPrecondition(ERROR_REASON_COMMAND_NOT_STARTED, _detail(answer))
         return str(answer.json()["id"])
 
     async def process(self, process_id: str) -> ProcessState:
@@ -118,14 +136,15 @@ class AgentServer:
     async def follow_output(self, process_id: str) -> AsyncGenerator[ProcessOutput, None]:
         """Follow a process's output from its start. It does not end when the process does."""
         wait = httpx.Timeout(None, connect=_CONNECT_SECONDS)
-        path = f"/v1/processes/{process_id}/logs"
+        url = self._url(f"/v1/processes/{process_id}/logs")
+        options: Json = {"params": {"follow": "true"}, "headers": self._headers, "timeout": wait}
         try:
-            async with aconnect_sse(self._http, "GET", path, params={"follow": "true"}, timeout=wait) as source:
+            async with aconnect_sse(self._http, "GET", url, **options) as source:
                 async for event in source.aiter_sse():
                     if event.data:
                         yield _output(json.loads(event.data))
         except httpx.HTTPError as error:
-            raise _unreachable(error) from error
+            raise Unreachable(error) from error
 
     async def stop_process(self, process_id: str) -> None:
         """Ask a process to end, and forget it."""
@@ -152,8 +171,12 @@ class AgentServer:
         await self._file("POST", "/v1/fs/move", path, json={"from": path, "to": new_path, "overwrite": overwrite})
 
     async def read_file(self, path: str) -> bytes:
-        """Read a file. Raise NotFound."""
-        return (await self._file("GET", "/v1/fs/file", path)).content
+        """Read a file. Raise NotFound, or FailedPrecondition if it is too large."""
+        size = (await self.stat_file(path)).size_bytes
+        if size > FILE_BYTES:
+            words = f"{PurePosixPath(path).name} has {size} bytes, more than 1 MiB"
+            raise FailedPrecondition(ERROR_REASON_FILE_TOO_LARGE, words)
+        return (await self._file("GET", "/v1/fs/file", path)).content[:FILE_BYTES]
 
     async def write_file(self, path: str, content: bytes) -> None:
         """Write a file, its directories included."""
@@ -171,16 +194,40 @@ class AgentServer:
     async def connections(self) -> set[str]:
         """Return the ids of the open agent connections."""
         answer = await self._send("GET", "/v1/acp")
+        if answer.is_error:
+            raise AgentError(_detail(answer))
         return {server["serverId"] for server in answer.json()["servers"]}
 
     async def disconnect(self, connection: str) -> None:
-        """Stop the agent of a connection.
+        """Have the server forget a connection. Its agent's processes may go on.
 
-        The server forgets the connection at once and may not answer until the process is gone, so the answer is
-        not waited for.
+        The server does not answer until the agent has ended, so the answer is not waited for.
         """
-        with suppress(httpx.ReadTimeout):
-            await self._http.delete(f"/v1/acp/{connection}", timeout=_DISCONNECT_SECONDS)
+        try:
+            await self._send("DELETE", f"/v1/acp/{connection}", _DISCONNECT_SECONDS)
+        except Unreachable as error:
+            if not error.sent:
+                raise
+
+    async def ask(
+        self,
+        connection: str,
+        method: str,
+        params: Json,
+        rpc_id: int,
+        agent: str = "",
+        timeout_seconds: float | None = _TIMEOUT_SECONDS,
+    ) -> Json:
+        """Make a request to the agent and return its answer, good or bad. Raise AgentError if the server refuses."""
+        message = {"jsonrpc": "2.0", "id": rpc_id, "method": method, "params": params}
+        query = {"agent": agent} if agent else {}
+        answer = await self._send("POST", f"/v1/acp/{connection}", timeout_seconds, json=message, params=query)
+        if not answer.is_success:
+            if "unsupported_agent" in answer.text:
+                raise AgentUnknownError(_detail(answer))
+            raise AgentError(_detail(answer))
+        body: Json = answer.json()
+        return body
 
     async def request(
         self,
@@ -192,15 +239,7 @@ class AgentServer:
         timeout_seconds: float | None = _TIMEOUT_SECONDS,
     ) -> Json:
         """Make a request to the agent and return its result. Raise AgentError."""
-        message = {"jsonrpc": "2.0", "id": rpc_id, "method": method, "params": params}
-        wait = httpx.Timeout(timeout_seconds, connect=_CONNECT_SECONDS)
-        query = {"agent": agent} if agent else {}
-        answer = await self._send("POST", f"/v1/acp/{connection}", json=message, params=query, timeout=wait)
-        if not answer.is_success:
-            if "unsupported_agent" in answer.text:
-                raise AgentUnknownError(_detail(answer))
-            raise AgentError(_detail(answer))
-        body: Json = answer.json()
+        body = await self.ask(connection, method, params, rpc_id, agent, timeout_seconds)
         if "error" in body:
             raise AgentError(rpc_error(body["error"]))
         return body.get("result") or {}
@@ -212,33 +251,54 @@ class AgentServer:
             raise AgentError(_detail(answer))
 
     @asynccontextmanager
-    async def events(self, connection: str, after: int) -> AsyncGenerator[AsyncIterator[AgentEvent], None]:
-        """Follow what the agent says after an event number. Raise AgentError if there is no such connection."""
-        wait = httpx.Timeout(None, connect=_CONNECT_SECONDS)
-        headers = {"Last-Event-ID": str(after)}
-        path = f"/v1/acp/{connection}"
-        async with aconnect_sse(self._http, "GET", path, headers=headers, timeout=wait) as source:
-            if source.response.is_error:
-                await source.response.aread()
-                raise AgentError(_detail(source.response))
+    async def events(
+        self, connection: str, after: int, silence_seconds: float
+    ) -> AsyncGenerator[AsyncIterator[AgentEvent], None]:
+        """Follow what the agent says after an event number.
 
-            async def parsed() -> AsyncIterator[AgentEvent]:
-                async for event in source.aiter_sse():
-                    if event.id and event.data:
-                        yield AgentEvent(int(event.id), json.loads(event.data))
-
-            yield parsed()
-
-    async def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
+        Raise AgentError if there is no such connection, Unreachable if the stream breaks or is silent, without even a
+        heartbeat, for too long.
+        """
+        wait = httpx.Timeout(_TIMEOUT_SECONDS, connect=_CONNECT_SECONDS, read=silence_seconds)
+        headers = {**self._headers, "Last-Event-ID": str(after)}
         try:
-            return await self._http.request(method, path, **options)
+            async with aconnect_sse(
+                self._http, "GET", self._url(f"/v1/acp/{connection}"), headers=headers, timeout=wait
+            ) as source:
+                if source.response.is_error:
+                    await source.response.aread()
+                    raise AgentError(_detail(source.response))
+
+                async def parsed() -> AsyncIterator[AgentEvent]:
+                    async for event in source.aiter_sse():
+                        if event.id and event.data:
+                            yield AgentEvent(int(event.id), json.loads(event.data))
+
+                yield parsed()
         except httpx.HTTPError as error:
-            raise _unreachable(error) from error
+            raise Unreachable(error) from error
+
+    def _url(self, path: str) -> str:
+        return f"{self.machine.url}{path}"
+
+    async def _send(
+        self, method: str, path: str, timeout_seconds: float | None = _TIMEOUT_SECONDS, **options: Any
+    ) -> httpx.Response:
+        try:
+            return await self._http.request(
+                method,
+                self._url(path),
+                headers=self._headers,
+                timeout=httpx.Timeout(timeout_seconds, connect=_CONNECT_SECONDS),
+                **options,
+            )
+        except httpx.HTTPError as error:
+            raise Unreachable(error) from error
 
     async def _process(self, method: str, process_id: str, what: str = "", **options: Any) -> httpx.Response:
         answer = await self._send(method, f"/v1/processes/{process_id}{what}", **options)
         if answer.is_error:
-            raise Unavailable("SANDBOX_UNREACHABLE", f"the sandbox lost the process: {_detail(answer)}")
+            raise Unavailable(ERROR_REASON_SANDBOX_UNREACHABLE, f"the sandbox lost the process: {_detail(answer)}")
         return answer
 
     async def _file(self, method: str, api: str, path: str, **options: Any) -> httpx.Response:
@@ -247,12 +307,8 @@ class AgentServer:
             return answer
         detail = _detail(answer)
         if "not found" in detail:
-            raise NotFound("file", path)
+            raise NotFound(ENTITY_KIND_FILE, path)
         raise InvalidArgument("path", detail)
-
-
-def _unreachable(error: httpx.HTTPError) -> Unavailable:
-    return Unavailable("SANDBOX_UNREACHABLE", f"the sandbox does not answer: {error!r}")
 
 
 def _file_entry(name: str, entry: Json) -> FileEntry:
@@ -273,7 +329,7 @@ def rpc_error(error: Json) -> str:
     """Return words for a JSON-RPC error."""
     words = str(error.get("message") or "error")
     data = error.get("data")
-    return f"{words}: {json.dumps(data)}" if data else words
+    return f"{words}: {json.dumps(data)}"[:_DETAIL_CHARACTERS] if data else words[:_DETAIL_CHARACTERS]
 
 
 def _detail(answer: httpx.Response) -> str:
@@ -281,4 +337,4 @@ def _detail(answer: httpx.Response) -> str:
         body: Json = answer.json()
     except ValueError:
         return answer.text[:500] or f"HTTP {answer.status_code}"
-    return str(body.get("detail") or body.get("title") or body)[:2000]
+    return str(body.get("detail") or body.get("title") or body)[:_DETAIL_CHARACTERS]

@@ -1,19 +1,120 @@
-"""Opens sessions with agents: start the agent, shake hands, choose the model.
+"""The agents of sessions: started, shaken hands with, given a model; and ended until nothing of them is left.
 
 Source: https://agentclientprotocol.com (initialization, session setup, session config options).
 """
 
-from dataclasses import dataclass
+import asyncio
+from dataclasses import dataclass, field
 from typing import Any
 
-from services.runtime.errors import InvalidArgument
-from services.sandbox.agent_server import AgentServer, AgentUnknownError
-from services.sandbox.store import SessionRecord
+import structlog
+from branchline.resource.v1.vocabulary_pb2 import (
+    ERROR_REASON_AGENT_NOT_STARTED,
+    ERROR_REASON_SANDBOX_UNREACHABLE,
+)
+
+from services.runtime.database import Database
+from services.runtime.errors import DomainError, FailedPrecondition, InvalidArgument, Unavailable
+from services.runtime.retry import Backoff
+from services.sandbox.agent_server import AgentError, AgentServer, AgentUnknownError
+from services.sandbox.lanes import Lanes
+from services.sandbox.machines import WORKSPACE, Machines
+from services.sandbox.providers.base import Condition
+from services.sandbox.sessions import SessionRecord, SessionStore
+
+log = structlog.get_logger()
 
 _PROTOCOL_VERSION = 1
 _START_SECONDS = 120.0
 _INITIALIZE, _NEW_SESSION, _SET_MODEL = 1, 2, 3
-FIRST_PROMPT_RPC_ID = 100
+
+
+@dataclass(slots=True)
+class Agents:
+    """Starts and ends agents. In one sandbox they start one after the other, so that processes can be told apart."""
+
+    database: Database
+    sessions: SessionStore
+    machines: Machines
+    end_seconds: float
+    _starting: Lanes = field(default_factory=Lanes)
+
+    async def start(self, record: SessionRecord) -> SessionRecord:
+        """Start the agent of a session that is to have one. What no session claims is ended before.
+
+        Raise InvalidArgument for an unknown agent or model, FailedPrecondition if the agent does not start, Overtaken
+        if the session has another agent by now.
+        """
+        async with self._starting.hold(record.sandbox_id):
+            provider = await self.machines.provider(record.sandbox_id)
+            server = await self.machines.use(record.sandbox_id, _reached)
+            claimed = await self._end_strays(record.sandbox_id)
+            try:
+                acp_session_id = await _open(server, record, f"{server.machine.home}/{WORKSPACE}")
+                found = await provider.agents(record.sandbox_id) - claimed
+                process = max(found, default="")
+                return await self.database.write(self.sessions.agent_opened, record, acp_session_id, process)
+            except (AgentError, DomainError) as error:
+                await self._withdraw(server, record)
+                if isinstance(error, DomainError):
+                    raise
+                words = f"{record.agent} did not start: {error}"
+                raise FailedPrecondition(ERROR_REASON_AGENT_NOT_STARTED, words) from error
+
+    async def end(self, record: SessionRecord) -> None:
+        """End the agent of a session: its connection is not listed any more and none of its processes is left.
+
+        Raise Unavailable if that could not be confirmed in time; what was tried can be tried again.
+        """
+        backoff = Backoff(first_seconds=0.1, most_seconds=2.0)
+        try:
+            async with asyncio.timeout(self.end_seconds):
+                while not await self._ended(record):  # noqa: ASYNC110 - nothing tells when a process has ended
+                    await asyncio.sleep(backoff.next_seconds())
+        except TimeoutError as error:
+            words = "the agent of the turn before could not be confirmed gone"
+            raise Unavailable(ERROR_REASON_SANDBOX_UNREACHABLE, words) from error
+
+    async def _ended(self, record: SessionRecord) -> bool:
+        probe = await self.machines.look(record.sandbox_id)
+        listed = probe.condition is Condition.UNKNOWN
+        if probe.machine is not None:
+            server = self.machines.server_of(probe.machine)
+            try:
+                await server.disconnect(record.connection)
+                listed = record.connection in await server.connections()
+            except (AgentError, DomainError) as error:
+                log.info("agent not disconnected", session=record.session_id, reason=str(error))
+                listed = True
+        if not record.process:
+            return not listed
+        provider = await self.machines.provider(record.sandbox_id)
+        return await provider.end_agent(record.sandbox_id, record.process) and not listed
+
+    async def _end_strays(self, sandbox_id: str) -> set[str]:
+        """End agents that no session claims; return the processes of the others."""
+        provider = await self.machines.provider(sandbox_id)
+        claimed = await self.database.read(self.sessions.processes, sandbox_id)
+        for stray in await provider.agents(sandbox_id) - claimed:
+            log.warning("agent without a session is ended", sandbox=sandbox_id, process=stray)
+            if not await provider.end_agent(sandbox_id, stray):
+                words = "an agent without a session does not end"
+                raise Unavailable(ERROR_REASON_SANDBOX_UNREACHABLE, words)
+        return claimed
+
+    async def _withdraw(self, server: AgentServer, record: SessionRecord) -> None:
+        """Leave nothing of an agent that did not start as it should."""
+        try:
+            await server.disconnect(record.connection)
+            await self._end_strays(record.sandbox_id)
+        except (AgentError, DomainError) as error:
+            log.info("agent not withdrawn", session=record.session_id, reason=str(error))
+
+
+async def _reached(server: AgentServer) -> AgentServer:
+    """Return the server once it has answered."""
+    await server.connections()
+    return server
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,34 +125,20 @@ class _ModelChoice:
     config_id: str
 
 
-async def open_agent(server: AgentServer, record: SessionRecord, directory: str) -> str:
-    """Start the agent of a session and return the agent's own id of the session.
-
-    Raise InvalidArgument for an unknown agent or model, AgentError if the agent does not start.
-    """
+async def _open(server: AgentServer, record: SessionRecord, directory: str) -> str:
+    """Start the agent of a session and return the agent's own id of the session."""
+    hello = {
+        "protocolVersion": _PROTOCOL_VERSION,
+        "clientCapabilities": {},
+        "clientInfo": {"name": "branchline", "version": "1"},
+    }
     try:
-        await server.request(
-            record.connection,
-            "initialize",
-            {
-                "protocolVersion": _PROTOCOL_VERSION,
-                "clientCapabilities": {},
-                "clientInfo": {"name": "branchline", "version": "1"},
-            },
-            _INITIALIZE,
-            agent=record.agent,
-            timeout_seconds=_START_SECONDS,
-        )
+        await server.request(record.connection, "initialize", hello, _INITIALIZE, record.agent, _START_SECONDS)
     except AgentUnknownError as error:
         known = ", ".join(agent.name for agent in await server.agents())
         raise InvalidArgument("agent", f'there is no agent "{record.agent}"; there are: {known}') from error
-    opened = await server.request(
-        record.connection,
-        "session/new",
-        {"cwd": directory, "mcpServers": []},
-        _NEW_SESSION,
-        timeout_seconds=_START_SECONDS,
-    )
+    where = {"cwd": directory, "mcpServers": []}
+    opened = await server.request(record.connection, "session/new", where, _NEW_SESSION, timeout_seconds=_START_SECONDS)
     session_id = str(opened["sessionId"])
     if record.model:
         await _choose_model(server, record, session_id, opened)

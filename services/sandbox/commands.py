@@ -9,6 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 import structlog
+from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_COMMAND_NOT_STARTED
 
 from services.runtime.errors import DomainError, FailedPrecondition
 from services.runtime.retry import Backoff
@@ -22,6 +23,7 @@ OUTPUT_BYTES = 1024 * 1024
 _KILL_SECONDS = 5
 _TIMED_OUT = (124, 137, None)
 _NOT_STARTED = (126, 127)
+_GUARD_SAYS = b"timeout: "
 _FIRST_LOOK_SECONDS, _MOST_BETWEEN_LOOKS_SECONDS = 0.01, 0.25
 
 
@@ -43,16 +45,45 @@ class CommandResult:
     stderr: str
 
 
-async def follow(
-    server: AgentServer, command: Sequence[str], directory: str, environment: Mapping[str, str], timeout_seconds: int
-) -> AsyncGenerator[ProcessOutput | CommandEnd, None]:
-    """Run a command and yield its output as it comes, then its end. It is stopped if the caller goes away.
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A command that was started."""
 
-    Raise FailedPrecondition if there is no such directory. A program that cannot be started ends with code 126 or
-    127, as a shell has it.
-    """
+    server: AgentServer
+    process: str
+    timeout_seconds: int
+
+
+async def start(
+    server: AgentServer, command: Sequence[str], directory: str, environment: Mapping[str, str], timeout_seconds: int
+) -> Running:
+    """Start a command. Raise FailedPrecondition if there is no such directory."""
     guarded = ["timeout", f"--kill-after={_KILL_SECONDS}", str(timeout_seconds), *command]
-    process = await server.start_process(guarded, directory, environment)
+    return Running(server, await server.start_process(guarded, directory, environment), timeout_seconds)
+
+
+async def follow(running: Running) -> AsyncGenerator[ProcessOutput | CommandEnd, None]:
+    """Yield a command's output as it comes, then its end. The command is stopped if the caller goes away.
+
+    Raise FailedPrecondition if its program cannot be started.
+    """
+    held: ProcessOutput | None = None  # what may be the words of `timeout` about a program that is not there
+    async with aclosing(_follow(running)) as pieces:
+        async for piece in pieces:
+            if held is not None:
+                if isinstance(piece, CommandEnd) and piece.exit_code in _NOT_STARTED:
+                    words = held.data.decode(errors="replace").removeprefix(_GUARD_SAYS.decode()).strip()
+                    raise FailedPrecondition(ERROR_REASON_COMMAND_NOT_STARTED, words)
+                yield held
+                held = None
+            if isinstance(piece, ProcessOutput) and piece.error and piece.data.startswith(_GUARD_SAYS):
+                held = piece
+                continue
+            yield piece
+
+
+async def _follow(running: Running) -> AsyncGenerator[ProcessOutput | CommandEnd, None]:
+    server, process = running.server, running.process
     ended = asyncio.ensure_future(_ended(server, process))
     try:
         seen = 0
@@ -74,7 +105,7 @@ async def follow(
         for piece in await server.output(process):
             if piece.number > seen:
                 yield piece
-        timed_out = state.exit_code in _TIMED_OUT and state.duration_ms >= timeout_seconds * 1000
+        timed_out = state.exit_code in _TIMED_OUT and state.duration_ms >= running.timeout_seconds * 1000
         exit_code = -1 if timed_out or state.exit_code is None else state.exit_code
         yield CommandEnd(exit_code, timed_out, state.duration_ms)
     finally:
@@ -90,9 +121,14 @@ async def run(
     server: AgentServer, command: Sequence[str], directory: str, environment: Mapping[str, str], timeout_seconds: int
 ) -> CommandResult:
     """Run a command to its end. Raise FailedPrecondition if it cannot be started."""
+    return await result(await start(server, command, directory, environment, timeout_seconds))
+
+
+async def result(running: Running) -> CommandResult:
+    """Wait for a command's end and return it with its output. Raise FailedPrecondition if it cannot be started."""
     stdout, stderr = bytearray(), bytearray()
     end = CommandEnd(-1, timed_out=False, duration_ms=0)
-    async with aclosing(follow(server, command, directory, environment, timeout_seconds)) as pieces:
+    async with aclosing(follow(running)) as pieces:
         async for piece in pieces:
             if isinstance(piece, CommandEnd):
                 end = piece
@@ -100,10 +136,7 @@ async def run(
             kept = stderr if piece.error else stdout
             kept += piece.data
             del kept[:-OUTPUT_BYTES]
-    errors = stderr.decode(errors="replace")
-    if end.exit_code in _NOT_STARTED and errors.startswith("timeout: "):
-        raise FailedPrecondition("COMMAND_NOT_STARTED", errors.removeprefix("timeout: ").strip())
-    return CommandResult(end, stdout.decode(errors="replace"), errors)
+    return CommandResult(end, stdout.decode(errors="replace"), stderr.decode(errors="replace"))
 
 
 async def _ended(server: AgentServer, process: str) -> ProcessState:

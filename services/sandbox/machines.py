@@ -1,146 +1,225 @@
 """The life of sandboxes: creation, wake-up, destruction, and what a restart must put right.
 
-The row says what must be so before the provider is asked to make it so; every step can be repeated. A service that
-was killed in between goes on from the rows.
+The row says what must be so before the provider is asked to make it so; every step can be repeated. What concerns one
+sandbox waits in its lane. A machine is used as if it were there, and looked at only when that fails.
 """
 
 import asyncio
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
+import httpx
 import structlog
 from branchline.resource.v1 import sandbox_pb2
 from branchline.resource.v1.sandbox_pb2 import Sandbox
+from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_SANDBOX_NOT_STARTED, ERROR_REASON_SANDBOX_UNREACHABLE
 
-from services.runtime.errors import FailedPrecondition, InvalidArgument
-from services.runtime.service import Chassis
-from services.sandbox.agent_server import AgentServer
-from services.sandbox.providers.base import Machine, ProviderError, SandboxProvider
+from services.runtime.clock import Clock
+from services.runtime.database import Database
+from services.runtime.errors import FailedPrecondition, InvalidArgument, Unavailable, reason_of
+from services.sandbox.agent_server import AgentServer, Unreachable
+from services.sandbox.lanes import Lanes
+from services.sandbox.providers.base import Condition, Machine, Probe, ProviderError, SandboxProvider
 from services.sandbox.store import GONE, SandboxStore
 
 log = structlog.get_logger()
 
-_PARALLEL_STOPS = 8
+_PARALLEL = 8
+_AWAIT_SECONDS = 20.0
+_LOOK_SECONDS = 0.25
+_INTERRUPTED_SECONDS = 120.0
 
 WORKSPACE = "workspace"
 """Directory of the working tree, below the sandbox's home."""
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
 class Machines:
     """All sandboxes of this service."""
 
-    chassis: Chassis
+    database: Database
     store: SandboxStore
+    clock: Clock
+    http: httpx.AsyncClient
     providers: Mapping[str, SandboxProvider]
-    _locks: defaultdict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
+    orphans: dict[str, str] = field(default_factory=dict[str, str])
+    """Sandboxes that providers have and the database does not know, with their provider. Their files are kept."""
+
+    _lanes: Lanes = field(default_factory=Lanes)
     _servers: dict[str, AgentServer] = field(default_factory=dict[str, AgentServer])
+
+    async def start(self) -> None:
+        """Prepare the providers. Raise ProviderError if one cannot do what is wanted."""
+        for provider in self.providers.values():
+            await provider.start()
 
     async def create(self, sandbox_id: str, task_id: str, organization_id: str, provider: str) -> Sandbox:
         """Create a sandbox, once. Raise InvalidArgument for an unknown provider, FailedPrecondition if it fails."""
         if provider not in self.providers:
             known = ", ".join(sorted(self.providers))
             raise InvalidArgument("sandbox_provider", f'there is no provider "{provider}"; there are: {known}')
-        async with self.chassis.database.transaction() as tx:
-            now = self.chassis.clock.timestamp()
-            sandbox = Sandbox(
-                id=sandbox_id,
-                task_id=task_id,
-                provider=provider,
-                status=sandbox_pb2.SANDBOX_STATUS_CREATING,
-                status_time=now,
-                create_time=now,
-            )
-            await self.store.add_sandbox(tx, sandbox, organization_id)
-        await self.server(sandbox_id)
-        async with self.chassis.database.read() as connection:
-            return await self.store.sandbox(connection, sandbox_id)
+        now = self.clock.timestamp()
+        sandbox = Sandbox(
+            id=sandbox_id,
+            task_id=task_id,
+            provider=provider,
+            status=sandbox_pb2.SANDBOX_STATUS_CREATING,
+            status_time=now,
+            create_time=now,
+        )
+        await self.database.write(self.store.add, sandbox, organization_id)
+        await self._wake(sandbox_id)
+        return await self.database.read(self.store.get, sandbox_id)
+
+    async def use(self, sandbox_id: str, call: Callable[[AgentServer], Awaitable[T]]) -> T:
+        """Do something with a sandbox's server. Its machine is started or woken if need be.
+
+        A call that never reached the server is made once more, after that. Raise what the call raises, NotFound, or
+        FailedPrecondition if the sandbox is gone or its machine does not start.
+        """
+        try:
+            return await call(await self.server(sandbox_id))
+        except Unreachable as error:
+            self._servers.pop(sandbox_id, None)
+            if error.sent:
+                raise
+        return await call(await self._wake(sandbox_id))
 
     async def server(self, sandbox_id: str) -> AgentServer:
-        """Return the running server of a sandbox; start or wake its machine if need be.
+        """Return the server of a sandbox as it was last known, or else started. See `use` for what is raised."""
+        return self._servers.get(sandbox_id) or await self._wake(sandbox_id)
 
-        Raise NotFound, or FailedPrecondition if the sandbox is gone or its machine does not start.
-        """
-        async with self._locks[sandbox_id]:
-            async with self.chassis.database.read() as connection:
-                sandbox = await self.store.sandbox(connection, sandbox_id)
-            if sandbox.status in GONE:
-                raise FailedPrecondition("SANDBOX_GONE", f"the sandbox {sandbox_id} is destroyed")
-            provider = self.providers[sandbox.provider]
-            machine = await provider.probe(sandbox_id)
-            if machine is None:
-                machine = await self._start(sandbox, provider)
-            if sandbox.status != sandbox_pb2.SANDBOX_STATUS_RUNNING:
-                running = sandbox_pb2.SANDBOX_STATUS_RUNNING
-                await self.store.change_sandbox(sandbox_id, running, isolation=machine.isolation)
-            server = self._servers.get(sandbox_id)
-            if server is None or server.machine != machine:
-                await self._forget(sandbox_id)
-                server = self._servers[sandbox_id] = AgentServer(machine)
-            return server
+    def known(self, sandbox_id: str) -> AgentServer | None:
+        """Return the server of a sandbox as it was last known, if it was."""
+        return self._servers.get(sandbox_id)
 
-    async def _start(self, sandbox: Sandbox, provider: SandboxProvider) -> Machine:
-        new = sandbox.status == sandbox_pb2.SANDBOX_STATUS_CREATING
-        try:
-            return await (provider.create(sandbox.id) if new else provider.resume(sandbox.id))
-        except (ProviderError, OSError) as error:
-            reason = f"the machine did not start: {error}"
-            await self.store.change_sandbox(sandbox.id, sandbox_pb2.SANDBOX_STATUS_ERROR, reason)
-            raise FailedPrecondition("SANDBOX_NOT_STARTED", reason) from error
+    async def look(self, sandbox_id: str) -> Probe:
+        """Look whether a sandbox's machine is there. One that is destroyed is gone."""
+        sandbox = await self.database.read(self.store.get, sandbox_id)
+        if sandbox.status in GONE:
+            return Probe(Condition.GONE)
+        return await self.providers[sandbox.provider].probe(sandbox_id)
 
-    async def is_running(self, sandbox_id: str) -> bool:
-        """Say whether the sandbox's machine runs and answers."""
-        async with self.chassis.database.read() as connection:
-            sandbox = await self.store.sandbox(connection, sandbox_id)
-        return await self.providers[sandbox.provider].probe(sandbox_id) is not None
+    async def provider(self, sandbox_id: str) -> SandboxProvider:
+        """Return the provider of a sandbox; raise NotFound."""
+        return self.providers[(await self.database.read(self.store.get, sandbox_id)).provider]
+
+    def server_of(self, machine: Machine) -> AgentServer:
+        """Return the server of a machine that is known to run."""
+        return AgentServer(machine, self.http)
 
     async def destroy(self, sandbox_id: str) -> None:
         """Destroy a sandbox and its files, once."""
-        sandbox = await self.store.change_sandbox(sandbox_id, sandbox_pb2.SANDBOX_STATUS_DESTROYING)
-        async with self._locks[sandbox_id]:
-            await self._forget(sandbox_id)
-            await self.providers[sandbox.provider].destroy(sandbox_id)
-            await self.store.change_sandbox(sandbox_id, sandbox_pb2.SANDBOX_STATUS_DESTROYED)
+        await self.database.write(self.store.move, sandbox_id, sandbox_pb2.SANDBOX_STATUS_DESTROYING)
+        async with self._lanes.hold(sandbox_id):
+            sandbox = await self.database.read(self.store.get, sandbox_id)
+            if sandbox.status == sandbox_pb2.SANDBOX_STATUS_DESTROYED:
+                return
+            self._servers.pop(sandbox_id, None)
+            try:
+                await self.providers[sandbox.provider].destroy(sandbox_id)
+            except ProviderError as error:
+                raise Unavailable(ERROR_REASON_SANDBOX_UNREACHABLE, f"it is not destroyed yet: {error}") from error
+            await self.database.write(self.store.move, sandbox_id, sandbox_pb2.SANDBOX_STATUS_DESTROYED)
 
     async def reconcile(self) -> None:
-        """Put right what a stop in between left: finish destructions, note stopped machines, remove orphans."""
-        async with self.chassis.database.read() as connection:
-            held = {sandbox.id: sandbox for sandbox in await self.store.all_sandboxes(connection)}
+        """Put right what a stop in between left.
+
+        What the database does not know is stopped, reported and kept: after a restore it may be people's work. Only
+        what is known to be destroyed is removed.
+        """
+        held = {sandbox.id: sandbox for sandbox in await self.database.read(self.store.there)}
+        destroyed = await self.database.read(self.store.destroyed)
         for provider in self.providers.values():
-            for orphan in await provider.list_running() - held.keys():
-                log.warning("orphaned sandbox destroyed", sandbox=orphan, provider=provider.name)
-                await provider.destroy(orphan)
-        for sandbox in held.values():
-            if sandbox.status == sandbox_pb2.SANDBOX_STATUS_DESTROYING:
-                await self.destroy(sandbox.id)
+            for stray in await provider.known() - held.keys():
+                if stray in destroyed:
+                    await provider.destroy(stray)
+                    continue
+                log.warning("sandbox unknown to the database is stopped, its files kept", sandbox=stray)
+                self.orphans[stray] = provider.name
+                await provider.pause(stray)
+        limit = asyncio.Semaphore(_PARALLEL)
+
+        async def look_at(sandbox: Sandbox) -> None:
+            async with limit:
+                await self._note_stopped(sandbox)
+
+        await asyncio.gather(*(look_at(sandbox) for sandbox in held.values()))
+
+    async def _note_stopped(self, sandbox: Sandbox) -> None:
+        if sandbox.status != sandbox_pb2.SANDBOX_STATUS_RUNNING:
+            return
+        if (await self.providers[sandbox.provider].probe(sandbox.id)).condition is Condition.GONE:
+            log.warning("machine of a running sandbox is missing", sandbox=sandbox.id)
+            reason = "its machine stopped; it starts again when it is needed"
+            await self.database.write(self.store.move, sandbox.id, sandbox_pb2.SANDBOX_STATUS_PAUSED, reason)
+
+    async def sweep(self) -> None:
+        """Move on what is in a passing state and nobody is at work on."""
+        for sandbox in await self.database.read(self.store.there):
+            if self._lanes.busy(sandbox.id):
                 continue
-            running = sandbox.status == sandbox_pb2.SANDBOX_STATUS_RUNNING
-            if running and await self.providers[sandbox.provider].probe(sandbox.id) is None:
-                log.warning("machine of a running sandbox is missing", sandbox=sandbox.id)
-                reason = "its machine stopped; it starts again when it is needed"
-                await self.store.change_sandbox(sandbox.id, sandbox_pb2.SANDBOX_STATUS_PAUSED, reason)
+            if sandbox.status == sandbox_pb2.SANDBOX_STATUS_DESTROYING:
+                await self._attempt(sandbox.id, self.destroy(sandbox.id))
+            elif sandbox.status == sandbox_pb2.SANDBOX_STATUS_CREATING:
+                since = self.clock.seconds() - sandbox.status_time.seconds
+                if since > _INTERRUPTED_SECONDS:
+                    reason = "its creation was interrupted; it is tried again when the sandbox is needed"
+                    await self.database.write(self.store.move, sandbox.id, sandbox_pb2.SANDBOX_STATUS_ERROR, reason)
+
+    async def _attempt(self, sandbox_id: str, work: Awaitable[None]) -> None:
+        try:
+            await work
+        except Exception as error:  # noqa: BLE001 - the next sweep tries again
+            log.warning("sandbox not moved on", sandbox=sandbox_id, reason=reason_of(error))
 
     async def stop_all(self) -> None:
         """Stop every running machine and keep the files."""
-        async with self.chassis.database.read() as connection:
-            held = await self.store.all_sandboxes(connection)
-        running = [sandbox for sandbox in held if sandbox.status == sandbox_pb2.SANDBOX_STATUS_RUNNING]
-        limit = asyncio.Semaphore(_PARALLEL_STOPS)
+        held = await self.database.read(self.store.there)
+        limit = asyncio.Semaphore(_PARALLEL)
 
         async def stop(sandbox: Sandbox) -> None:
             async with limit:
                 await self.providers[sandbox.provider].pause(sandbox.id)
-            await self.store.change_sandbox(sandbox.id, sandbox_pb2.SANDBOX_STATUS_PAUSED, "the backend stopped")
+            paused = sandbox_pb2.SANDBOX_STATUS_PAUSED
+            await self.database.write(self.store.move, sandbox.id, paused, "the backend stopped")
 
+        running = [sandbox for sandbox in held if sandbox.status == sandbox_pb2.SANDBOX_STATUS_RUNNING]
         await asyncio.gather(*(stop(sandbox) for sandbox in running))
 
-    async def close(self) -> None:
-        """Close all connections. The machines go on."""
-        for sandbox_id in list(self._servers):
-            await self._forget(sandbox_id)
+    async def _wake(self, sandbox_id: str) -> AgentServer:
+        """Return the server of a machine that runs; start it, or wait until it is known whether it does."""
+        async with self._lanes.hold(sandbox_id):
+            known = self._servers.get(sandbox_id)
+            if known is not None:
+                return known
+            sandbox = await self.database.read(self.store.present, sandbox_id)
+            provider = self.providers[sandbox.provider]
+            machine = await self._settled(provider, sandbox_id) or await self._start(sandbox, provider)
+            workspace = f"{machine.home}/{WORKSPACE}"
+            await self.database.write(self.store.started, sandbox_id, machine.isolation, workspace)
+            server = self._servers[sandbox_id] = self.server_of(machine)
+            return server
 
-    async def _forget(self, sandbox_id: str) -> None:
-        server = self._servers.pop(sandbox_id, None)
-        if server is not None:
-            await server.close()
+    async def _settled(self, provider: SandboxProvider, sandbox_id: str) -> Machine | None:
+        """Return the machine if it runs, None if it is gone. What is unknown is waited for, and never ended."""
+        deadline = asyncio.get_running_loop().time() + _AWAIT_SECONDS
+        while True:
+            probe = await provider.probe(sandbox_id)
+            if probe.condition is not Condition.UNKNOWN:
+                return probe.machine
+            if asyncio.get_running_loop().time() > deadline:
+                words = "the sandbox's machine is there and does not answer"
+                raise Unavailable(ERROR_REASON_SANDBOX_UNREACHABLE, words)
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    async def _start(self, sandbox: Sandbox, provider: SandboxProvider) -> Machine:
+        try:
+            return await (provider.resume(sandbox.id) if sandbox.workspace else provider.create(sandbox.id))
+        except (ProviderError, OSError) as error:
+            reason = f"the machine did not start: {error}"
+            await self.database.write(self.store.move, sandbox.id, sandbox_pb2.SANDBOX_STATUS_ERROR, reason)
+            raise FailedPrecondition(ERROR_REASON_SANDBOX_NOT_STARTED, reason) from error

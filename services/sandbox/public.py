@@ -1,33 +1,35 @@
 """The public commands on a task's machine, as the gateway forwards them."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from branchline.gateway.v1 import sandboxes_pb2, sandboxes_pb2_grpc
+from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_NO_SANDBOX
 
+from services.runtime.database import Database
 from services.runtime.errors import FailedPrecondition, InvalidArgument
 from services.runtime.principal import current_principal
-from services.runtime.service import Chassis
 from services.sandbox.agent_server import AgentServer, FileEntry
-from services.sandbox.commands import CommandEnd, follow, run
+from services.sandbox.commands import CommandEnd, Running, follow, result, start
 from services.sandbox.machines import WORKSPACE, Machines
 from services.sandbox.store import SandboxStore
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 _DEFAULT_SECONDS = 60
-_FILE_BYTES = 4 * 1024 * 1024
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class PublicSandboxServicer(sandboxes_pb2_grpc.SandboxServiceServicer):
     """Commands and files."""
 
-    chassis: Chassis
+    database: Database
     store: SandboxStore
     machines: Machines
 
@@ -35,25 +37,20 @@ class PublicSandboxServicer(sandboxes_pb2_grpc.SandboxServiceServicer):
         self, request: sandboxes_pb2.RunCommandRequest, context: Context
     ) -> sandboxes_pb2.RunCommandResponse:
         """Run one command."""
-        server = await self._server(request.task_id)
-        directory = _inside(server, request.directory, "directory")
-        result = await run(server, request.command, directory, {}, request.timeout_seconds or _DEFAULT_SECONDS)
+        ran = await result(await self._start(request))
         return sandboxes_pb2.RunCommandResponse(
-            exit_code=result.end.exit_code,
-            stdout=result.stdout,
-            stderr=result.stderr,
-            timed_out=result.end.timed_out,
-            duration_ms=result.end.duration_ms,
+            exit_code=ran.end.exit_code,
+            stdout=ran.stdout,
+            stderr=ran.stderr,
+            timed_out=ran.end.timed_out,
+            duration_ms=ran.end.duration_ms,
         )
 
     async def StreamCommand(
         self, request: sandboxes_pb2.StreamCommandRequest, context: Context
     ) -> AsyncIterator[sandboxes_pb2.StreamCommandResponse]:
         """Run one command and pass its output on while it comes."""
-        server = await self._server(request.task_id)
-        directory = _inside(server, request.directory, "directory")
-        seconds = request.timeout_seconds or _DEFAULT_SECONDS
-        async with aclosing(follow(server, request.command, directory, {}, seconds)) as pieces:
+        async with aclosing(follow(await self._start(request))) as pieces:
             async for piece in pieces:
                 if isinstance(piece, CommandEnd):
                     end = sandboxes_pb2.CommandEnd(
@@ -69,11 +66,11 @@ class PublicSandboxServicer(sandboxes_pb2_grpc.SandboxServiceServicer):
         self, request: sandboxes_pb2.ListAgentsRequest, context: Context
     ) -> sandboxes_pb2.ListAgentsResponse:
         """List the agents that the sandbox knows."""
-        server = await self._server(request.task_id)
+        agents = await self._use(request.task_id, lambda server: server.agents())
         return sandboxes_pb2.ListAgentsResponse(
             agents=[
                 sandboxes_pb2.AgentInfo(name=agent.name, installed=agent.installed, capabilities=agent.capabilities)
-                for agent in await server.agents()
+                for agent in agents
             ]
         )
 
@@ -81,62 +78,70 @@ class PublicSandboxServicer(sandboxes_pb2_grpc.SandboxServiceServicer):
         self, request: sandboxes_pb2.ListFilesRequest, context: Context
     ) -> sandboxes_pb2.ListFilesResponse:
         """List one directory."""
-        server = await self._server(request.task_id)
-        answer = sandboxes_pb2.ListFilesResponse()
-        for entry in await server.list_files(_inside(server, request.path, "path")):
-            answer.files.append(_file_info(entry))
-        return answer
+        found = await self._use(
+            request.task_id, lambda server: server.list_files(_inside(server, request.path, "path"))
+        )
+        return sandboxes_pb2.ListFilesResponse(files=[_file_info(entry) for entry in found])
 
     async def StatFile(
         self, request: sandboxes_pb2.StatFileRequest, context: Context
     ) -> sandboxes_pb2.StatFileResponse:
         """Look at one file."""
-        server = await self._server(request.task_id)
-        entry = await server.stat_file(_inside(server, request.path, "path"))
-        return sandboxes_pb2.StatFileResponse(file=_file_info(entry))
+        found = await self._use(request.task_id, lambda server: server.stat_file(_inside(server, request.path, "path")))
+        return sandboxes_pb2.StatFileResponse(file=_file_info(found))
 
     async def MoveFile(
         self, request: sandboxes_pb2.MoveFileRequest, context: Context
     ) -> sandboxes_pb2.MoveFileResponse:
         """Move one file."""
-        server = await self._server(request.task_id)
-        path, new_path = _inside(server, request.path, "path"), _inside(server, request.new_path, "new_path")
-        await server.move_file(path, new_path, overwrite=request.overwrite)
+
+        async def move(server: AgentServer) -> None:
+            path, new_path = _inside(server, request.path, "path"), _inside(server, request.new_path, "new_path")
+            await server.move_file(path, new_path, overwrite=request.overwrite)
+
+        await self._use(request.task_id, move)
         return sandboxes_pb2.MoveFileResponse()
 
     async def ReadFile(
         self, request: sandboxes_pb2.ReadFileRequest, context: Context
     ) -> sandboxes_pb2.ReadFileResponse:
         """Read one file."""
-        server = await self._server(request.task_id)
-        content = await server.read_file(_inside(server, request.path, "path"))
-        if len(content) > _FILE_BYTES:
-            raise FailedPrecondition("FILE_TOO_LARGE", f"{request.path} has {len(content)} bytes, more than 4 MiB")
+        content = await self._use(
+            request.task_id, lambda server: server.read_file(_inside(server, request.path, "path"))
+        )
         return sandboxes_pb2.ReadFileResponse(content=content)
 
     async def WriteFile(
         self, request: sandboxes_pb2.WriteFileRequest, context: Context
     ) -> sandboxes_pb2.WriteFileResponse:
         """Write one file."""
-        server = await self._server(request.task_id)
-        await server.write_file(_inside(server, request.path, "path"), request.content)
+        await self._use(
+            request.task_id,
+            lambda server: server.write_file(_inside(server, request.path, "path"), request.content),
+        )
         return sandboxes_pb2.WriteFileResponse()
 
     async def DeleteFile(
         self, request: sandboxes_pb2.DeleteFileRequest, context: Context
     ) -> sandboxes_pb2.DeleteFileResponse:
         """Delete one file."""
-        server = await self._server(request.task_id)
-        await server.delete_file(_inside(server, request.path, "path"))
+        await self._use(request.task_id, lambda server: server.delete_file(_inside(server, request.path, "path")))
         return sandboxes_pb2.DeleteFileResponse()
 
-    async def _server(self, task_id: str) -> AgentServer:
-        async with self.chassis.database.read() as connection:
-            organization_id = current_principal().organization_id
-            sandbox = await self.store.active_sandbox(connection, task_id, organization_id)
+    async def _start(self, request: sandboxes_pb2.RunCommandRequest | sandboxes_pb2.StreamCommandRequest) -> Running:
+        seconds = request.timeout_seconds or _DEFAULT_SECONDS
+
+        async def begin(server: AgentServer) -> Running:
+            return await start(server, request.command, _inside(server, request.directory, "directory"), {}, seconds)
+
+        return await self._use(request.task_id, begin)
+
+    async def _use(self, task_id: str, call: Callable[[AgentServer], Awaitable[T]]) -> T:
+        organization_id = current_principal().organization_id
+        sandbox = await self.database.read(self.store.active, task_id, organization_id)
         if sandbox is None:
-            raise FailedPrecondition("NO_SANDBOX", f"the task {task_id} has no sandbox now")
-        return await self.machines.server(sandbox.id)
+            raise FailedPrecondition(ERROR_REASON_NO_SANDBOX, f"the task {task_id} has no sandbox now")
+        return await self.machines.use(sandbox.id, call)
 
 
 def _file_info(entry: FileEntry) -> sandboxes_pb2.FileInfo:

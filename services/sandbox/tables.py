@@ -1,19 +1,20 @@
 """Tables of the sandbox service."""
 
-from sqlalchemy import Boolean, Column, Index, Integer, LargeBinary, MetaData, String, Table
+from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, LargeBinary, MetaData, String, Table
 
-from services.runtime.spine.tables import spine_tables
+from services.runtime.spine.tables import add_spine_tables
 
 metadata = MetaData()
-spine = spine_tables(metadata)
+add_spine_tables(metadata)
 
 sandboxes = Table(
     "sandboxes",
     metadata,
     Column("id", String, primary_key=True),
     Column("task_id", String, nullable=False),
-    Column("organization_id", String, nullable=False),
+    Column("organization_id", String, nullable=False, server_default=""),
     Column("status", Integer, nullable=False),
+    Column("revision", BigInteger, nullable=False),
     Column("payload", LargeBinary, nullable=False),
     Index("sandboxes_task", "task_id"),
     comment="Every sandbox there ever was",
@@ -29,29 +30,43 @@ agent_sessions = Table(
     Column("model", String, nullable=False),
     Column("generation", Integer, nullable=False),
     Column("acp_session_id", String, nullable=False),
-    Column("last_event_id", Integer, nullable=False),
-    Column("turn", Integer, nullable=False),
-    Column("prompt", LargeBinary, nullable=True),
-    Column("prompt_rpc_id", Integer, nullable=False),
-    Column("prompt_event_id", Integer, nullable=False),
-    Column("cancel_wanted", Boolean, nullable=False),
+    Column("process", String, nullable=False),
+    Column("ending", Boolean, nullable=False),
+    Column("closing", Boolean, nullable=False),
+    Column("last_event", BigInteger, nullable=False),
     Column("entry_count", Integer, nullable=False),
+    Column("turn", Integer, nullable=False),
+    Column("turn_time", Float, nullable=False),
+    Column("posts", Integer, nullable=False),
+    Column("prompt_rpc_id", BigInteger, nullable=False),
+    Column("mark", BigInteger, nullable=False),
+    Column("accepted", Boolean, nullable=False),
+    Column("cancel_turn", Integer, nullable=False),
     Column("status", Integer, nullable=False),
-    Column("revision", Integer, nullable=False),
+    Column("revision", BigInteger, nullable=False),
+    Index("agent_sessions_sandbox", "sandbox_id"),
+    Index("agent_sessions_status", "status"),
     comment="Agent sessions: the ACP connection, how far its events are read, and the turn it works on",
 )
 
-entries = Table(
-    "entries",
+prompts = Table(
+    "prompts",
+    metadata,
+    Column("session_id", String, primary_key=True),
+    Column("payload", LargeBinary, nullable=False),
+    comment="What agents are working on; apart from their sessions, which change twenty times a second",
+)
+
+drafts = Table(
+    "drafts",
     metadata,
     Column("id", String, primary_key=True),
     Column("session_id", String, nullable=False),
     Column("number", Integer, nullable=False),
-    Column("streaming", Boolean, nullable=False),
     Column("tool_call_id", String, nullable=False),
     Column("payload", LargeBinary, nullable=False),
-    Index("entries_streaming", "session_id", "streaming"),
-    comment="Transcript entries read from agents; the task numbers them",
+    Index("drafts_session", "session_id"),
+    comment="Transcript entries that may still change; what is complete is the outbox's, then the task's",
 )
 
 permissions = Table(
@@ -62,6 +77,6 @@ permissions = Table(
     Column("rpc_id", String, nullable=False),
     Column("option_id", String, nullable=False),
     Column("user_id", String, nullable=False),
-    Column("delivered", Boolean, nullable=False),
-    comment="Permission requests of agents, with their answers",
+    Index("permissions_session", "session_id"),
+    comment="Open permission requests of agents; one with an option is answered and the agent not yet told",
 )

@@ -15,6 +15,9 @@ from google.protobuf.timestamp_pb2 import Timestamp
 ENTRY_CHARACTERS = 4096
 OUTPUT_BYTES = 16 * 1024
 
+_WORD_CHARACTERS = 256
+_MOST_OPTIONS = 32
+
 _CHUNKS = {
     "agent_message_chunk": session_pb2.TRANSCRIPT_ENTRY_KIND_AGENT_MESSAGE,
     "agent_thought_chunk": session_pb2.TRANSCRIPT_ENTRY_KIND_REASONING,
@@ -59,17 +62,19 @@ class TranscriptBuilder:
         self.seal_messages()
         call = params.get("toolCall") or {}
         draft = self._begin(session_pb2.TRANSCRIPT_ENTRY_KIND_PERMISSION)
-        draft.entry.text = str(call.get("title") or "The agent asks for permission")
+        draft.entry.text = cut(str(call.get("title") or "The agent asks for permission"))
         draft.entry.state = "pending"
-        for option in params.get("options") or []:
-            draft.entry.options.append(PermissionOption(id=str(option["optionId"]), name=str(option.get("name", ""))))
+        for option in (params.get("options") or [])[:_MOST_OPTIONS]:
+            option_id, name = str(option.get("optionId", "")), str(option.get("name", ""))
+            if option_id and len(option_id) <= _WORD_CHARACTERS:  # one that is cut could not be answered with
+                draft.entry.options.append(PermissionOption(id=option_id, name=name[:_WORD_CHARACTERS]))
         return draft.entry
 
     def note(self, kind: session_pb2.TranscriptEntryKind.ValueType, text: str, state: str = "") -> None:
         """Add an entry that is complete at once."""
         draft = self._begin(kind)
-        draft.entry.text = text
-        draft.entry.state = state
+        draft.entry.text = cut(text)
+        draft.entry.state = state[:_WORD_CHARACTERS]
         self._seal(draft)
 
     def answer(self, entry_id: str, state: str, user_id: str) -> None:
@@ -86,20 +91,32 @@ class TranscriptBuilder:
             if draft.entry.kind in _CHUNKS.values():
                 self._seal(draft)
 
+    @property
+    def calls_open(self) -> bool:
+        """Whether a tool call has not ended."""
+        return any(draft.tool_call_id for draft in self.open.values())
+
+    def seal_others(self, abandoned: str) -> None:
+        """Close what turns before this one left open."""
+        for draft in list(self.open.values()):
+            if draft.entry.turn != self.turn:
+                self._abandon(draft, abandoned)
+
     def seal_all(self, abandoned: str) -> None:
         """Close everything; what had not ended gets the given state."""
         for draft in list(self.open.values()):
-            if draft.entry.state and draft.entry.state not in _ENDED_TOOL_STATES:
-                draft.entry.state = abandoned
-            self._seal(draft)
+            self._abandon(draft, abandoned)
 
     def take_changed(self) -> list[Draft]:
-        """Return the entries that changed since the last call, each with its next revision."""
-        drafts = list(self.changed.values())
-        self.changed.clear()
-        for draft in drafts:
+        """Return copies of the entries that changed since the last call, each with its next revision."""
+        taken: list[Draft] = []
+        for draft in self.changed.values():
             draft.entry.revision += 1
-        return drafts
+            entry = TranscriptEntry()
+            entry.CopyFrom(draft.entry)
+            taken.append(Draft(entry, draft.number, draft.tool_call_id))
+        self.changed.clear()
+        return taken
 
     def _chunk(self, kind: session_pb2.TranscriptEntryKind.ValueType, text: str) -> None:
         if not text:
@@ -121,16 +138,16 @@ class TranscriptBuilder:
                 draft.entry.message_id = message_id
 
     def _tool_call(self, update: dict[str, Any]) -> None:
-        call_id = str(update.get("toolCallId", ""))
+        call_id = str(update.get("toolCallId", ""))[:_WORD_CHARACTERS]
         draft = next((draft for draft in self.open.values() if draft.tool_call_id == call_id), None)
         if draft is None:
             self.seal_messages()
             draft = self._begin(session_pb2.TRANSCRIPT_ENTRY_KIND_TOOL_CALL, call_id)
             draft.entry.state = "pending"
         if update.get("title"):
-            draft.entry.text = str(update["title"])
+            draft.entry.text = cut(str(update["title"]))
         if update.get("status"):
-            draft.entry.state = str(update["status"])
+            draft.entry.state = str(update["status"])[:_WORD_CHARACTERS]
         output = tool_output(update)
         if output:
             draft.entry.output = cut(output)
@@ -145,7 +162,7 @@ class TranscriptBuilder:
             f"{_PLAN_MARKS.get(str(step.get('status')), '[ ]')} {step.get('content', '')}"
             for step in update.get("entries") or []
         ]
-        draft.entry.text = "\n".join(lines)
+        draft.entry.text = cut("\n".join(lines))
         self.changed[draft.entry.id] = draft
 
     def _begin(self, kind: session_pb2.TranscriptEntryKind.ValueType, tool_call_id: str = "") -> Draft:
@@ -163,6 +180,11 @@ class TranscriptBuilder:
         self.open[entry.id] = draft
         self.changed[entry.id] = draft
         return draft
+
+    def _abandon(self, draft: Draft, state: str) -> None:
+        if draft.entry.state and draft.entry.state not in _ENDED_TOOL_STATES:
+            draft.entry.state = state
+        self._seal(draft)
 
     def _seal(self, draft: Draft) -> None:
         draft.entry.streaming = False

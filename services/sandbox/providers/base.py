@@ -1,6 +1,7 @@
 """What a sandbox provider must do. All of it is idempotent by the sandbox's id."""
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 
@@ -21,6 +22,24 @@ class Machine:
     """How the machine is kept apart from the host, such as "bubblewrap" or "none"."""
 
 
+class Condition(Enum):
+    """Whether a machine is there."""
+
+    ALIVE = "alive"
+    GONE = "gone"
+    UNKNOWN = "unknown"
+    """It does not answer, and nobody knows that it is gone: it may be paused, or slow. It is waited for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What a look at a machine showed."""
+
+    condition: Condition
+    machine: Machine | None = None
+    """The machine, if it is alive."""
+
+
 class ProviderError(Exception):
     """The machine could not be made or started; the message says why, with the output's tail."""
 
@@ -29,6 +48,10 @@ class SandboxProvider(Protocol):
     """Makes, stops and destroys machines of one kind."""
 
     name: str
+
+    async def start(self) -> None:
+        """Prepare, before anything else is asked. Raise ProviderError if machines cannot be kept apart as wanted."""
+        ...
 
     async def create(self, sandbox_id: str) -> Machine:
         """Make the machine, or return it if it runs. Raise ProviderError."""
@@ -46,10 +69,18 @@ class SandboxProvider(Protocol):
         """Stop the machine and remove everything of it."""
         ...
 
-    async def probe(self, sandbox_id: str) -> Machine | None:
-        """Return the machine if it runs and its server answers, else None."""
+    async def probe(self, sandbox_id: str) -> Probe:
+        """Look whether the machine runs and its server answers."""
         ...
 
-    async def list_running(self) -> set[str]:
+    async def known(self) -> set[str]:
         """Return the ids of all sandboxes that run or have files, known to the service or not."""
+        ...
+
+    async def agents(self, sandbox_id: str) -> set[str]:
+        """Return names of the agents' processes, one for each agent that runs. A name is never used again."""
+        ...
+
+    async def end_agent(self, sandbox_id: str, process: str) -> bool:
+        """End an agent's process with all its descendants; say whether none of them is left."""
         ...

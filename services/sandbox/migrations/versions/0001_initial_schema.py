@@ -1,4 +1,4 @@
-"""Initial schema.
+"""initial schema.
 
 Revision ID: 0001
 Revises:
@@ -25,59 +25,57 @@ def upgrade() -> None:
         sa.Column("model", sa.String(), nullable=False),
         sa.Column("generation", sa.Integer(), nullable=False),
         sa.Column("acp_session_id", sa.String(), nullable=False),
-        sa.Column("last_event_id", sa.Integer(), nullable=False),
-        sa.Column("turn", sa.Integer(), nullable=False),
-        sa.Column("prompt", sa.LargeBinary(), nullable=True),
-        sa.Column("prompt_rpc_id", sa.Integer(), nullable=False),
-        sa.Column("prompt_event_id", sa.Integer(), nullable=False),
-        sa.Column("cancel_wanted", sa.Boolean(), nullable=False),
+        sa.Column("process", sa.String(), nullable=False),
+        sa.Column("ending", sa.Boolean(), nullable=False),
+        sa.Column("closing", sa.Boolean(), nullable=False),
+        sa.Column("last_event", sa.BigInteger(), nullable=False),
         sa.Column("entry_count", sa.Integer(), nullable=False),
+        sa.Column("turn", sa.Integer(), nullable=False),
+        sa.Column("turn_time", sa.Float(), nullable=False),
+        sa.Column("posts", sa.Integer(), nullable=False),
+        sa.Column("prompt_rpc_id", sa.BigInteger(), nullable=False),
+        sa.Column("mark", sa.BigInteger(), nullable=False),
+        sa.Column("accepted", sa.Boolean(), nullable=False),
+        sa.Column("cancel_turn", sa.Integer(), nullable=False),
         sa.Column("status", sa.Integer(), nullable=False),
-        sa.Column("revision", sa.Integer(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("session_id"),
         comment="Agent sessions: the ACP connection, how far its events are read, and the turn it works on",
     )
+    with op.batch_alter_table("agent_sessions", schema=None) as batch_op:
+        batch_op.create_index("agent_sessions_sandbox", ["sandbox_id"], unique=False)
+        batch_op.create_index("agent_sessions_status", ["status"], unique=False)
+
     op.create_table(
-        "change_sequences",
-        sa.Column("scope", sa.String(), nullable=False),
-        sa.Column("value", sa.Integer(), nullable=False),
-        sa.Column("horizon", sa.Integer(), nullable=False),
-        sa.Column("epoch", sa.String(), nullable=False),
-        sa.PrimaryKeyConstraint("scope"),
-        comment="Last change number of each scope; taking it first makes the scope's writers take turns",
-    )
-    op.create_table(
-        "entries",
+        "drafts",
         sa.Column("id", sa.String(), nullable=False),
         sa.Column("session_id", sa.String(), nullable=False),
         sa.Column("number", sa.Integer(), nullable=False),
-        sa.Column("streaming", sa.Boolean(), nullable=False),
         sa.Column("tool_call_id", sa.String(), nullable=False),
         sa.Column("payload", sa.LargeBinary(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
-        comment="Transcript entries read from agents; the task numbers them",
+        comment="Transcript entries that may still change; what is complete is the outbox's, then the task's",
     )
-    with op.batch_alter_table("entries", schema=None) as batch_op:
-        batch_op.create_index("entries_streaming", ["session_id", "streaming"], unique=False)
+    with op.batch_alter_table("drafts", schema=None) as batch_op:
+        batch_op.create_index("drafts_session", ["session_id"], unique=False)
 
     op.create_table(
         "outbox",
-        sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
         sa.Column("destination", sa.String(), nullable=False),
         sa.Column("type_url", sa.String(), nullable=False),
         sa.Column("entity_id", sa.String(), nullable=False),
-        sa.Column("revision", sa.Integer(), nullable=False),
+        sa.Column("seq", sa.BigInteger(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
         sa.Column("deleted", sa.Boolean(), nullable=False),
         sa.Column("payload", sa.LargeBinary(), nullable=False),
         sa.Column("mark_time", sa.Float(), nullable=False),
-        sa.Column("parked_reason", sa.String(), nullable=True),
-        sa.PrimaryKeyConstraint("seq"),
-        sa.UniqueConstraint("destination", "type_url", "entity_id"),
+        sa.Column("attempts", sa.Integer(), nullable=False),
+        sa.Column("parked_reason", sa.String(), nullable=False),
+        sa.PrimaryKeyConstraint("destination", "type_url", "entity_id"),
         comment="What must leave the service: the newest state of each changed entity, once per destination",
-        sqlite_autoincrement=True,
     )
     with op.batch_alter_table("outbox", schema=None) as batch_op:
-        batch_op.create_index("outbox_pending", ["destination", "seq"], unique=False)
+        batch_op.create_index("outbox_pending", ["destination", "parked_reason", "seq"], unique=False)
 
     op.create_table(
         "permissions",
@@ -86,27 +84,26 @@ def upgrade() -> None:
         sa.Column("rpc_id", sa.String(), nullable=False),
         sa.Column("option_id", sa.String(), nullable=False),
         sa.Column("user_id", sa.String(), nullable=False),
-        sa.Column("delivered", sa.Boolean(), nullable=False),
         sa.PrimaryKeyConstraint("entry_id"),
-        comment="Permission requests of agents, with their answers",
+        comment="Open permission requests of agents; one with an option is answered and the agent not yet told",
     )
+    with op.batch_alter_table("permissions", schema=None) as batch_op:
+        batch_op.create_index("permissions_session", ["session_id"], unique=False)
+
     op.create_table(
-        "requests",
-        sa.Column("caller", sa.String(), nullable=False),
-        sa.Column("method", sa.String(), nullable=False),
-        sa.Column("request_id", sa.String(), nullable=False),
-        sa.Column("fingerprint", sa.String(), nullable=False),
-        sa.Column("response", sa.LargeBinary(), nullable=False),
-        sa.Column("create_time", sa.Float(), nullable=False),
-        sa.PrimaryKeyConstraint("caller", "method", "request_id"),
-        comment="First answers of commands, by the client's request id",
+        "prompts",
+        sa.Column("session_id", sa.String(), nullable=False),
+        sa.Column("payload", sa.LargeBinary(), nullable=False),
+        sa.PrimaryKeyConstraint("session_id"),
+        comment="What agents are working on; apart from their sessions, which change twenty times a second",
     )
     op.create_table(
         "sandboxes",
         sa.Column("id", sa.String(), nullable=False),
         sa.Column("task_id", sa.String(), nullable=False),
-        sa.Column("organization_id", sa.String(), nullable=False),
+        sa.Column("organization_id", sa.String(), server_default="", nullable=False),
         sa.Column("status", sa.Integer(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
         sa.Column("payload", sa.LargeBinary(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
         comment="Every sandbox there ever was",
@@ -124,16 +121,22 @@ def downgrade() -> None:
         batch_op.drop_index("sandboxes_task")
 
     op.drop_table("sandboxes")
-    op.drop_table("requests")
+    op.drop_table("prompts")
+    with op.batch_alter_table("permissions", schema=None) as batch_op:
+        batch_op.drop_index("permissions_session")
+
     op.drop_table("permissions")
     with op.batch_alter_table("outbox", schema=None) as batch_op:
         batch_op.drop_index("outbox_pending")
 
     op.drop_table("outbox")
-    with op.batch_alter_table("entries", schema=None) as batch_op:
-        batch_op.drop_index("entries_streaming")
+    with op.batch_alter_table("drafts", schema=None) as batch_op:
+        batch_op.drop_index("drafts_session")
 
-    op.drop_table("entries")
-    op.drop_table("change_sequences")
+    op.drop_table("drafts")
+    with op.batch_alter_table("agent_sessions", schema=None) as batch_op:
+        batch_op.drop_index("agent_sessions_status")
+        batch_op.drop_index("agent_sessions_sandbox")
+
     op.drop_table("agent_sessions")
     # ### end Alembic commands ###

@@ -1,0 +1,71 @@
+"""Builds the sandbox service."""
+
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import httpx
+from branchline.gateway.v1 import sandboxes_pb2
+from branchline.sandbox.v1 import sandbox_pb2
+
+from services.runtime.config import ServiceConfig
+from services.runtime.service import Chassis, Service
+from services.sandbox.agent_server import open_http
+from services.sandbox.agents import Agents
+from services.sandbox.follower import Ground
+from services.sandbox.lanes import Lanes
+from services.sandbox.limits import Limits
+from services.sandbox.machines import Machines
+from services.sandbox.providers.base import SandboxProvider
+from services.sandbox.providers.local import LocalProvider, LocalProviderConfig
+from services.sandbox.public import PublicSandboxServicer
+from services.sandbox.servicer import SandboxServicer
+from services.sandbox.sessions import SessionStore
+from services.sandbox.status_sync import StatusSync
+from services.sandbox.store import SandboxStore
+
+PROVIDERS = "branchline.sandbox_providers"
+"""Entry point group of further providers: callables that take a data folder and return a SandboxProvider."""
+
+
+class SandboxConfig(ServiceConfig):
+    """Configuration of the sandbox service."""
+
+    local: LocalProviderConfig
+    limits: Limits = Limits()
+    stop_machines: bool = False
+    """Whether machines are stopped with the service. They outlive it otherwise, and agents go on working."""
+
+    sweep_seconds: float = 60.0
+    """How often it is looked for what is stuck in a passing state."""
+
+
+def build(config: SandboxConfig) -> Service:
+    """Build the service."""
+    chassis = Chassis("sandbox", config, Path(__file__).parent)
+    http = open_http()
+    store = SandboxStore(chassis.outbox, chassis.clock)
+    sessions = SessionStore(chassis.outbox, chassis.clock.timestamp)
+    machines = Machines(chassis.database, store, chassis.clock, http, _providers(config, http))
+    agents = Agents(chassis.database, sessions, machines, config.limits.end_seconds)
+    ground = Ground(chassis.database, chassis.clock, sessions, machines, agents, Lanes(), config.limits)
+    sync = StatusSync(ground)
+    chassis.serve(SandboxServicer(store, ground, sync), sandbox_pb2.DESCRIPTOR, "SandboxService")
+    chassis.serve(PublicSandboxServicer(chassis.database, store, machines), sandboxes_pb2.DESCRIPTOR, "SandboxService")
+    chassis.push_to("task")
+    service = chassis.service
+    service.before_start += [machines.start, machines.reconcile]
+    service.loops.append(sync.run)
+    service.every(config.sweep_seconds, "see to unfinished sessions", sync.sweep)
+    service.every(config.sweep_seconds, "see to sandboxes in a passing state", machines.sweep)
+    service.after_stop.insert(0, http.aclose)
+    if config.stop_machines:
+        service.after_stop.insert(0, machines.stop_all)
+    return service
+
+
+def _providers(config: SandboxConfig, http: httpx.AsyncClient) -> dict[str, SandboxProvider]:
+    providers: dict[str, SandboxProvider] = {"local": LocalProvider(config.data_dir / "local", config.local, http)}
+    for entry in entry_points(group=PROVIDERS):
+        provider: SandboxProvider = entry.load()(config.data_dir / entry.name)
+        providers[provider.name] = provider
+    return providers

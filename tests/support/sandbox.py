@@ -1,0 +1,253 @@
+"""The sandbox service alone, in a process of its own, with the test as its coordinator."""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+import psutil
+from branchline.resource.v1 import session_pb2
+from branchline.resource.v1.sandbox_pb2 import Sandbox
+from branchline.resource.v1.session_pb2 import TranscriptEntry
+from branchline.sandbox.v1 import sandbox_pb2, sandbox_pb2_grpc
+from branchline.sandbox.v1.sandbox_pb2 import AgentSession
+from branchline.spine.v1 import push_pb2, push_pb2_grpc
+
+from services.runtime.client import open_channel
+from services.runtime.principal import Principal, Signer, bind_principal
+from services.sandbox.limits import Limits
+from services.sandbox.providers.local import LocalProviderConfig
+from services.sandbox.service import SandboxConfig, build
+
+KEY = "a key for tests, long enough for HS256"
+SANDBOX, SESSION, TASK = "sbx_1", "ses_1", "task_1"
+AGENT_SERVER = Path("node_modules/@sandbox-agent/cli-linux-x64/bin/sandbox-agent").absolute()
+DEADLINE_SECONDS = 60.0
+
+T = TypeVar("T")
+
+
+async def eventually(look: Callable[[], T | None], what: Callable[[], Any] = lambda: "", seconds: float = 60.0) -> T:
+    """Look until there is something to see."""
+    try:
+        async with asyncio.timeout(seconds):
+            while True:
+                seen = look()
+                if seen:
+                    return seen
+                await asyncio.sleep(0.02)
+    except TimeoutError as error:
+        raise AssertionError(f"it did not come: {what()}") from error
+
+
+@dataclass
+class Coordinator(push_pb2_grpc.PushServiceServicer):
+    """Takes what the service pushes, as the task would: the newest state of each, and how the sessions went."""
+
+    entries: dict[str, TranscriptEntry] = field(default_factory=dict)
+    sessions: list[AgentSession] = field(default_factory=list)
+    sandboxes: list[Sandbox] = field(default_factory=list)
+    revisions: dict[str, int] = field(default_factory=dict)
+    largest: int = 0
+
+    async def Push(self, requests: Any, context: Any) -> AsyncGenerator[push_pb2.PushResponse, None]:
+        async for request in requests:
+            for entry in request.entries:
+                self._take(entry)
+            yield push_pb2.PushResponse(batch=request.batch)
+
+    def _take(self, entry: push_pb2.PushEntry) -> None:
+        key = f"{entry.state.type_url}/{entry.id}"
+        self.largest = max(self.largest, len(entry.state.value))
+        if self.revisions.get(key, 0) >= entry.revision:
+            return
+        self.revisions[key] = entry.revision
+        if entry.state.Is(TranscriptEntry.DESCRIPTOR):
+            self.entries[entry.id] = TranscriptEntry.FromString(entry.state.value)
+        elif entry.state.Is(AgentSession.DESCRIPTOR):
+            self.sessions.append(AgentSession.FromString(entry.state.value))
+        else:
+            self.sandboxes.append(Sandbox.FromString(entry.state.value))
+
+    def ended(self, turn: int, session: str = SESSION) -> AgentSession | None:
+        """Return how a turn ended, if it did."""
+        over = (session_pb2.SESSION_STATUS_IDLE, session_pb2.SESSION_STATUS_ERROR, session_pb2.SESSION_STATUS_CLOSED)
+        found = [state for state in self.sessions if state.session_id == session]
+        return next((state for state in found if state.turn == turn and state.status in over), None)
+
+    def said(self, session: str = SESSION) -> str:
+        """Return all that the agent said, in order."""
+        kind = session_pb2.TRANSCRIPT_ENTRY_KIND_AGENT_MESSAGE
+        found = [entry for entry in self.entries.values() if entry.session_id == session and entry.kind == kind]
+        return "".join(entry.text for entry in sorted(found, key=lambda entry: int(entry.id.rpartition("_")[2])))
+
+    def states(self) -> list[str]:
+        """Return the states of entries of the transcript."""
+        return [entry.state for entry in self.entries.values() if entry.state]
+
+
+@dataclass
+class Room:
+    """The service, its coordinator, and a stub."""
+
+    folder: Path
+    options: dict[str, Any]
+    coordinator: Coordinator
+    stub: Any
+    process: asyncio.subprocess.Process | None = None
+
+    async def start(self, kill_at: str = "") -> None:
+        """Start the service; have it killed at a moment."""
+        environment = {**os.environ, "BRANCHLINE_KILL_AT": kill_at, "GRPC_ENABLE_FORK_SUPPORT": "0"}
+        with (self.folder / "service.log").open("ab") as log:
+            self.process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "tests.support.sandbox", str(self.folder), json.dumps(self.options)),
+                env=environment,
+                stdout=log,
+                stderr=log,
+            )
+        await self.answering()
+
+    async def answering(self) -> None:
+        """Wait until the service answers."""
+        probe = sandbox_pb2.CancelTurnRequest(session_id="none", turn=1)
+        await self.stub.CancelTurn(probe, wait_for_ready=True, timeout=DEADLINE_SECONDS)
+
+    async def killed(self) -> None:
+        """Wait until the service was killed at its moment."""
+        assert self.process is not None
+        code = await asyncio.wait_for(self.process.wait(), DEADLINE_SECONDS)
+        assert code == -signal.SIGKILL, self.log()
+
+    async def kill(self) -> None:
+        """Kill the service now."""
+        assert self.process is not None
+        self.process.kill()
+        await self.process.wait()
+
+    async def stop(self) -> None:
+        """Stop the service politely."""
+        assert self.process is not None
+        if self.process.returncode is None:
+            self.process.terminate()
+            await asyncio.wait_for(self.process.wait(), 30)
+
+    def log(self) -> str:
+        return (self.folder / "service.log").read_text()[-6000:]
+
+    async def open(self, session: str = SESSION) -> None:
+        """Make the sandbox with a git repository in it, and open a session."""
+        await self.stub.CreateSandbox(
+            sandbox_pb2.CreateSandboxRequest(sandbox_id=SANDBOX, task_id=TASK, provider="local"), timeout=60
+        )
+        script = (
+            "git init -q workspace && cd workspace && git config user.name T && git config user.email t@localhost "
+            "&& git commit -q --allow-empty -m First"
+        )
+        made = await self.execute(script)
+        assert made.exit_code == 0, made.stderr
+        await self.stub.OpenSession(
+            sandbox_pb2.OpenSessionRequest(sandbox_id=SANDBOX, session_id=session, agent="mock", model="swift"),
+            timeout=60,
+        )
+
+    async def execute(self, script: str) -> sandbox_pb2.ExecuteResponse:
+        request = sandbox_pb2.ExecuteRequest(sandbox_id=SANDBOX, command=["sh", "-c", script], timeout_seconds=20)
+        return await self.stub.Execute(request, timeout=60)
+
+    async def prompt(self, turn: int, text: str, session: str = SESSION) -> None:
+        await self.stub.StartTurn(sandbox_pb2.StartTurnRequest(session_id=session, turn=turn, text=text), timeout=30)
+
+    async def cancel(self, turn: int) -> None:
+        await self.stub.CancelTurn(sandbox_pb2.CancelTurnRequest(session_id=SESSION, turn=turn), timeout=30)
+
+    async def turn(self, turn: int, text: str) -> AgentSession:
+        """Do a turn to its end."""
+        await self.prompt(turn, text)
+        return await self.ended(turn)
+
+    async def ended(self, turn: int, session: str = SESSION, seconds: float = DEADLINE_SECONDS) -> AgentSession:
+        return await eventually(lambda: self.coordinator.ended(turn, session), self.log, seconds)
+
+    async def until_said(self, words: str) -> None:
+        await eventually(lambda: words in self.coordinator.said(), self.log)
+
+    def processes(self, program: str) -> list[psutil.Process]:
+        """Return the sandbox's processes whose command holds a word."""
+        root = str(self.folder / "data" / "local")
+        found: list[psutil.Process] = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("HOME", "").startswith(root) and program in " ".join(process.cmdline()):
+                    found.append(process)
+            except (psutil.Error, OSError):
+                continue
+        return found
+
+    def agents(self) -> list[psutil.Process]:
+        """Return the agents that run, their launchers not counted."""
+        return [process for process in self.processes("scripted-agent") if "mock-acp" not in process.cmdline()[-1]]
+
+    def server(self) -> psutil.Process:
+        """Return the sandbox-agent server."""
+        return next(found for found in self.processes("sandbox-agent") if found.cmdline()[1:2] == ["server"])
+
+
+def config(folder: Path, options: dict[str, Any]) -> SandboxConfig:
+    """Return the service's configuration."""
+    program = Path(sys.executable).with_name("branchline-scripted-agent")
+    local = {"sandbox_agent": AGENT_SERVER, "agents": {"mock": [str(program)]}, **options.get("local", {})}
+    return SandboxConfig(
+        addresses={"sandbox": f"unix:{folder}/sandbox.sock", "task": f"unix:{folder}/task.sock"},
+        data_dir=folder / "data",
+        signing_key=KEY,  # pyright: ignore[reportArgumentType]
+        drain_seconds=0.2,
+        local=LocalProviderConfig.model_validate(local),
+        limits=Limits.model_validate(options.get("limits", {})),
+        stop_machines=options.get("stop_machines", False),
+        sweep_seconds=options.get("sweep_seconds", 60.0),
+    )
+
+
+@asynccontextmanager
+async def sandbox_room(folder: Path, **options: Any) -> AsyncGenerator[Room, None]:
+    """Prepare the service with its coordinator; the test starts it."""
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    coordinator = Coordinator()
+    server = grpc.aio.server()
+    push_pb2_grpc.add_PushServiceServicer_to_server(coordinator, server)
+    server.add_insecure_port(f"unix:{folder}/task.sock")
+    await server.start()
+    bind_principal(Principal(service="task", organization_id="org_1"))
+    channel = open_channel(f"unix:{folder}/sandbox.sock", Signer(KEY, "task"))
+    room = Room(folder, options, coordinator, sandbox_pb2_grpc.SandboxServiceStub(channel))  # pyright: ignore
+    try:
+        yield room
+    finally:
+        if room.process is not None and room.process.returncode is None:
+            room.process.kill()
+            await room.process.wait()
+        left = room.processes("")
+        for process in left:
+            process.kill()
+        psutil.wait_procs(left, timeout=5)
+        await channel.close()
+        await server.stop(0)
+
+
+async def _serve(folder: Path, options: dict[str, Any]) -> None:
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    async with build(config(folder, options)).running():
+        await stop.wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(_serve(Path(sys.argv[1]), json.loads(sys.argv[2])))
