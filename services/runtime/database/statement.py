@@ -15,10 +15,9 @@ from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.engine import Dialect
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.types import TypeEngine
 
 Parameters = Mapping[str, Any]
-Core = Select[Any] | CoreInsert | Update | Delete
+Core = Select[*tuple[Any, ...]] | CoreInsert | Update | Delete
 
 _SQLITE = SQLiteDialect_pysqlite(paramstyle="named")
 _POSTGRES = PGDialect_psycopg()
@@ -36,10 +35,11 @@ class Compiled:
         if compiled.post_compile_params:
             raise TypeError("an IN of unknown length: use is_in")
         self.text = str(compiled)
-        fixed = {name: bind.value for name, bind in compiled.binds.items() if not bind.required}
+        binds = {name: bind for bind, name in compiled.bind_names.items()}
+        fixed = {name: bind.value for name, bind in binds.items() if not bind.required}
         into = {
             name: process
-            for name, bind in compiled.binds.items()
+            for name, bind in binds.items()
             if (process := bind.type.dialect_impl(dialect).bind_processor(dialect))
             and not (dialect is _SQLITE and _python_type(bind.type) in _BY_DRIVER)
         }
@@ -108,7 +108,7 @@ class _List(TypeDecorator[Any]):
     cache_ok = True
 
     def load_dialect_impl(self, dialect: Dialect) -> Any:
-        kind: TypeEngine[Any] = ARRAY(String) if dialect.name == "postgresql" else String()
+        kind: Any = ARRAY(String) if dialect.name == "postgresql" else String()
         return dialect.type_descriptor(kind)
 
     def process_bind_param(self, value: Any, dialect: Dialect) -> Any:

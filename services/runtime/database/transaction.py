@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any, Protocol
 
 from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_DATABASE_BUSY, ERROR_REASON_DATABASE_UNAVAILABLE
@@ -10,7 +9,7 @@ from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_DATABASE_BUSY, ER
 from services.runtime.database.statement import Compiled, Parameters, Statement
 from services.runtime.errors import Unavailable
 
-_NONE: Parameters = MappingProxyType({})
+_NONE: Parameters = {}
 
 
 class DatabaseError(Unavailable):

@@ -1,6 +1,7 @@
 """Positions that clients carry.
 
-Consistency tokens name a command's effect, resume tokens a place in a watch, page tokens a place in a list. All are opaque to clients: a protobuf message in unpadded URL-safe base64.
+Consistency tokens name a command's effect, resume tokens a place in a watch, page tokens a place in a list. All are
+opaque to clients: a protobuf message in unpadded URL-safe base64.
 """
 
 import base64
