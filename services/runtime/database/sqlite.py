@@ -192,15 +192,24 @@ async def _open(path: Path, *, writes: bool) -> _Connection:
     return connection
 
 
-def _run_group(driver: _Driver, group: list[Job]) -> int:
-    """Run functions in one transaction, or each alone if that cannot be; return the number of commits."""
+def _run_group(driver: _Driver, group: list[Job], *, savepoints: bool = False) -> int:
+    """Run functions in one transaction, or each alone if that cannot be; return the number of commits.
+
+    Who raises has rarely written before. So functions run without savepoints, which cost as much as a statement each,
+    and the group is run again with them if one has.
+    """
     try:
         driver.execute("BEGIN IMMEDIATE")
     except sqlite3.Error as error:
         for job in group:
             job.error = _refusal(error)
         return 0
-    failure = _attempt(driver, group)
+    try:
+        failure = _attempt(driver, group, savepoints=savepoints)
+    except _UndoneTogether:
+        for job in group:
+            job.clear()
+        return _run_group(driver, group, savepoints=True)
     if failure is None:
         for job in group:
             job.error = _refusal(job.error)
@@ -213,21 +222,27 @@ def _run_group(driver: _Driver, group: list[Job]) -> int:
     return sum(_run_group(driver, [job]) for job in group)
 
 
-def _attempt(driver: _Driver, group: list[Job]) -> BaseException | None:
+class _UndoneTogether(Exception):
+    """A function raised after it had written, and can be undone only with all others."""
+
+
+def _attempt(driver: _Driver, group: list[Job], *, savepoints: bool) -> BaseException | None:
     """Run functions in the transaction that is open and commit it; return why that could not be."""
     sql, raw = driver.execute, driver.raw
-    together = len(group) > 1
     try:
         for job in group:
-            if together:
+            if savepoints:
                 sql("SAVEPOINT job")
+            written = raw.total_changes
             job.call(driver)
             if not raw.in_transaction:  # a full disk or an I/O error: SQLite has rolled everything back
                 return job.error or DatabaseUnavailable("the transaction was rolled back")
-            if together:
+            if savepoints:
                 if job.error is not None:
                     sql("ROLLBACK TO SAVEPOINT job")
                 sql("RELEASE SAVEPOINT job")
+            elif job.error is not None and raw.total_changes != written and len(group) > 1:
+                raise _UndoneTogether
         if any(job.error is None for job in group):
             sql("COMMIT")
     except sqlite3.Error as error:
