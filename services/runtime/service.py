@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -113,9 +113,14 @@ class Service:
                     for task in tasks:
                         task.cancel()
         finally:
-            for clean in self.after_stop:
-                await clean()
+            await self._clean_up()
             log.info("service stopped", service=self.name)
+
+    async def _clean_up(self) -> None:
+        """Take the last step first, and all of them whatever becomes of one."""
+        async with AsyncExitStack() as steps:
+            for clean in self.after_stop:
+                steps.push_async_callback(clean)
 
     async def _run(self, loop: Step) -> None:
         """Run a loop. Whatever ends it while the service is not stopping is fatal."""

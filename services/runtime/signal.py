@@ -26,7 +26,8 @@ class Signal:
         if self._count != ticket:
             return True
         try:
-            await asyncio.wait_for(self._changed.wait(), timeout_seconds)
+            async with asyncio.timeout(timeout_seconds):
+                await self._changed.wait()
         except TimeoutError:
             return False
         return True

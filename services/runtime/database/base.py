@@ -15,9 +15,25 @@ log = structlog.get_logger()
 
 P = ParamSpec("P")
 T = TypeVar("T")
+D = TypeVar("D", bound=Driver)
 
 RIDE_SECONDS = 5.0
 """Longest time that `ride` waits for a transaction to ride on."""
+
+
+def raisable(error: BaseException) -> BaseException:
+    """Return an error that a future can hold: StopIteration means something else there."""
+    if not isinstance(error, StopIteration):
+        return error
+    other = RuntimeError("a function of the database raised StopIteration")
+    other.__cause__ = error
+    return other
+
+
+def in_context(call: Callable[[D], T]) -> Callable[[D], T]:
+    """Return a call that sees the context variables of now."""
+    context = contextvars.copy_context()
+    return lambda driver: context.run(call, driver)
 
 
 class Job:
@@ -50,7 +66,7 @@ class Job:
             self.result = self.context.run(self.fn, tx, *self.args, **self.kwargs)
             self.told = tx.told
         except BaseException as error:  # noqa: BLE001 - it is the caller's
-            self.error = error
+            self.error = raisable(error)
 
     def deliver(self) -> None:
         """Tell what is committed, then the caller; in the event loop."""
@@ -96,7 +112,7 @@ class Database(ABC):
 
     @abstractmethod
     def _flush(self) -> None:
-        """Run what rides although nothing else happens."""
+        """Run what rides although nothing else happens, at the next opportunity."""
 
     @property
     @abstractmethod
@@ -120,7 +136,7 @@ class Database(ABC):
     def ride(self, fn: Callable[Concatenate[Tx, P], object], *args: P.args, **kwargs: P.kwargs) -> None:
         """Have a function run with the next transaction that happens anyway, in a few seconds at the latest.
 
-        For what may also be lost: nobody hears of its end.
+        For what may also be lost: nobody hears of its end, and a closed database does nothing.
         """
         self._riding.append(Job(fn, args, kwargs, None))
         if self._ride_timer is None:
@@ -130,6 +146,11 @@ class Database(ABC):
         self._ride_timer = None
         if self._riding:
             self._flush()
+
+    @property
+    def _ride_due(self) -> bool:
+        """Whether something rides whose time is over."""
+        return bool(self._riding) and self._ride_timer is None
 
     def _take_riding(self) -> list[Job]:
         riding, self._riding = self._riding, []

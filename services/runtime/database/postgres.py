@@ -1,12 +1,16 @@
 """PostgreSQL: some threads with a connection each; every function has a transaction of its own.
 
-A serialization failure or a deadlock is tried again; what needs a single writer takes its row first.
+A serialization failure or a deadlock is tried again; what needs a single writer takes its row first. Transactions
+commit side by side, but are announced in an order in which each comes behind those whose effects it has seen.
 """
 
 import asyncio
-import contextvars
+import random
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, Concatenate, LiteralString, ParamSpec, TypeVar, cast
@@ -14,41 +18,66 @@ from typing import Any, Concatenate, LiteralString, ParamSpec, TypeVar, cast
 import psycopg
 from psycopg.pq import TransactionStatus
 
-from services.runtime.database.base import Database, Job
+from services.runtime.database.base import Database, Job, in_context, raisable
 from services.runtime.database.statement import Compiled, Parameters, Statement
-from services.runtime.database.transaction import DatabaseError, DatabaseUnavailable, Reader
+from services.runtime.database.transaction import DatabaseBusy, DatabaseError, DatabaseUnavailable, Reader
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-CONNECTIONS = 8
-_ATTEMPTS = 4
+WRITERS = 8
+READERS = 4
+_ATTEMPTS = 8
+_ATTEMPTS_TAKEN = 3
+_PAUSE_SECONDS = 0.01
 _CONNECT_SECONDS = 10
-_AGAIN = frozenset({"40001", "40P01", "23505"})
-"""Serialization failure, deadlock, and a key that somebody else inserted at the same moment."""
+_PREPARED = 512
+_CONFLICTS = frozenset({"40001", "40P01"})
+"""Serialization failure, deadlock."""
+
+_TAKEN = "23505"
+"""A key that is taken: perhaps by somebody else at the same moment, so it is looked at again."""
+
+_BUSY = frozenset({*_CONFLICTS, "55P03"})
+_READ_ONLY = "25006"
 
 
 class _Driver:
-    """A connection, used by one thread at a time. It is opened again after a break."""
+    """A connection, used by one thread at a time. A transaction that begins opens it again after a break."""
 
     def __init__(self, url: str) -> None:
         self._url = url
         self._raw: psycopg.Connection[Any] | None = None
         self.statements = 0
+        self.attempt = 0
 
     @property
-    def raw(self) -> psycopg.Connection[Any]:
-        if self._raw is None or self._raw.closed:
-            self._raw = psycopg.connect(
-                self._url, autocommit=True, prepare_threshold=0, connect_timeout=_CONNECT_SECONDS
-            )
-        return self._raw
+    def status(self) -> TransactionStatus:
+        """Where the connection stands."""
+        return TransactionStatus.UNKNOWN if self._raw is None else self._raw.info.transaction_status
+
+    def begin(self, text: str) -> None:
+        """Begin a transaction. A connection that broke while it was idle is replaced."""
+        if self._raw is not None and not self._raw.closed:
+            try:
+                self._raw.execute(cast("LiteralString", text))
+                return
+            except psycopg.OperationalError:
+                self._raw.close()
+        self._raw = psycopg.connect(
+            self._url, autocommit=True, prepare_threshold=0, connect_timeout=_CONNECT_SECONDS, keepalives_idle=10
+        )
+        self._raw.prepared_max = _PREPARED
+        self._raw.execute("SET lock_timeout = '10s'")
+        self._raw.execute(cast("LiteralString", text))
 
     def execute(self, text: str, parameters: Parameters | None = None) -> Any:
-        return self.raw.execute(cast("LiteralString", text), parameters)
+        assert self._raw is not None
+        return self._raw.execute(cast("LiteralString", text), parameters)
 
     def execute_many(self, text: str, parameters: Sequence[Parameters]) -> int:
-        with self.raw.cursor() as cursor:
+        assert self._raw is not None
+        with self._raw.cursor() as cursor:
             cursor.executemany(cast("LiteralString", text), parameters)
             return cursor.rowcount
 
@@ -56,79 +85,37 @@ class _Driver:
         return statement.postgres
 
     def is_outage(self, error: BaseException) -> bool:
-        return isinstance(_refusal(error), DatabaseError) or getattr(error, "sqlstate", None) in _AGAIN
+        if self.status not in {TransactionStatus.INTRANS, TransactionStatus.INERROR}:
+            return True
+        if getattr(error, "sqlstate", None) == _TAKEN:
+            return self.attempt < _ATTEMPTS_TAKEN
+        return isinstance(_refusal(error), DatabaseError)
 
     def rollback(self) -> None:
-        raw = self._raw
-        if raw is not None and not raw.closed and raw.info.transaction_status != TransactionStatus.IDLE:
+        if self._raw is not None and not self._raw.closed and self.status != TransactionStatus.IDLE:
             try:
-                raw.execute("ROLLBACK")
+                self._raw.execute("ROLLBACK")
             except psycopg.Error:
-                raw.close()
+                self._raw.close()
 
     def close(self) -> None:
         if self._raw is not None:
             self._raw.close()
 
 
-class PostgresDatabase(Database):
-    """A service's database on a server."""
+class _Pool:
+    """Threads, each with a connection while it works."""
 
-    dialect = "postgresql"
-
-    def __init__(self, url: str, connections: int = CONNECTIONS) -> None:
-        super().__init__()
-        self._drivers = [_Driver(url) for _ in range(connections)]
+    def __init__(self, url: str, size: int) -> None:
+        self.drivers = [_Driver(url) for _ in range(size)]
         self._free: SimpleQueue[_Driver] = SimpleQueue()
-        for driver in self._drivers:
+        for driver in self.drivers:
             self._free.put(driver)
-        self._threads = ThreadPoolExecutor(connections, thread_name_prefix="postgres")
-        self._running: set[asyncio.Future[Any]] = set()
+        self._threads = ThreadPoolExecutor(size, thread_name_prefix="postgres")
 
-    async def start(self) -> None:
-        """See whether the server answers."""
-        await self.read(lambda reader: None)
-
-    async def close(self) -> None:
-        """Run what waits, then close."""
-        self._ride_now()
-        while self._running:
-            await asyncio.wait(self._running)
-        await asyncio.to_thread(self._threads.shutdown)
-        for driver in self._drivers:
-            driver.close()
-
-    @property
-    def statements(self) -> int:
-        """Statements run so far."""
-        return sum(driver.statements for driver in self._drivers)
-
-    def _submit(self, job: Job) -> None:
-        self._start([job])
-
-    def _flush(self) -> None:
-        self._start(self._take_riding())
-
-    def _start(self, jobs: list[Job]) -> None:
-        running = asyncio.get_running_loop().run_in_executor(self._threads, self._with_driver, partial(_run, jobs))
-        self._running.add(running)
-        running.add_done_callback(partial(self._ended, jobs))
-
-    def _ended(self, jobs: list[Job], ran: "asyncio.Future[Any]") -> None:
-        self._running.discard(ran)
-        error = ran.exception()
-        self.commits += ran.result() if error is None else 0
-        for job in jobs:
-            job.error = job.error or error
-            job.deliver()
-
-    async def read(self, fn: Callable[Concatenate[Reader, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a function that only reads, on one consistent state."""
-        call = partial(contextvars.copy_context().run, _read, fn, args, kwargs)
-        running = asyncio.get_running_loop().run_in_executor(self._threads, self._with_driver, call)
-        self._running.add(running)
-        running.add_done_callback(self._running.discard)
-        return await asyncio.shield(running)
+    def run(self, fn: Callable[[_Driver], T]) -> "asyncio.Future[T]":
+        """Have a function run; it is not begun if the future is cancelled before."""
+        return asyncio.get_running_loop().run_in_executor(self._threads, self._with_driver, fn)
 
     def _with_driver(self, fn: Callable[[_Driver], T]) -> T:
         driver = self._free.get()
@@ -138,49 +125,168 @@ class PostgresDatabase(Database):
             driver.rollback()
             self._free.put(driver)
 
+    async def close(self) -> None:
+        """Wait for what runs, then close the connections."""
+        await asyncio.to_thread(self._threads.shutdown)
+        for driver in self.drivers:
+            driver.close()
 
-def _run(jobs: list[Job], driver: _Driver) -> int:
-    """Run functions in one transaction, again after a conflict; return the number of commits."""
-    wanted = [job for job in jobs if job.wanted]
-    for attempt in range(1, _ATTEMPTS + 1):
-        for job in wanted:
-            job.clear()
-        error = _attempt(wanted, driver)
-        driver.rollback()
-        if error is None:
-            return 1 if wanted else 0
-        if getattr(error, "sqlstate", None) not in _AGAIN or attempt == _ATTEMPTS:
+
+@dataclass(slots=True)
+class _Commit:
+    """A transaction that commits now. Who has seen its effects takes its own place later."""
+
+    jobs: list[Job]
+    ended: bool = False
+
+
+@dataclass(slots=True)
+class _Work:
+    """Functions of one transaction, on their way."""
+
+    jobs: list[Job]
+    commits: "deque[_Commit]"
+    commit: _Commit | None = field(default=None)
+
+    def run(self, driver: _Driver) -> bool:
+        """Run the functions, again after a conflict; say whether they were committed."""
+        wanted = [job for job in self.jobs if job.wanted]
+        attempt = 0
+        while True:
+            attempt += 1
             for job in wanted:
-                job.error = _refusal(error)
-            return 0
-    return 0
+                job.clear()
+            driver.attempt = attempt
+            error = self._attempt(wanted, driver)
+            driver.rollback()
+            if error is None:
+                return bool(wanted)
+            if attempt >= _attempts(error):
+                for job in wanted:
+                    job.error = _refusal(error)
+                return False
+            time.sleep(random.uniform(0, _PAUSE_SECONDS * 2**attempt))
+
+    def _attempt(self, jobs: list[Job], driver: _Driver) -> BaseException | None:
+        try:
+            driver.begin("BEGIN")
+            for job in jobs:
+                job.call(driver)
+                if job.error is not None:
+                    return job.error
+            if driver.status == TransactionStatus.INERROR:  # COMMIT would answer ROLLBACK, and be no error
+                return psycopg.errors.InFailedSqlTransaction("the function went on after an error of the database")
+            self._take_place()
+            driver.execute("COMMIT")
+        except psycopg.Error as error:
+            return error
+        return None
+
+    def _take_place(self) -> None:
+        """Take the place in which this is announced, behind all that has been committed so far."""
+        self.leave()
+        self.commit = _Commit(self.jobs)
+        self.commits.append(self.commit)
+
+    def leave(self) -> None:
+        """Give up the place, if there is one."""
+        if self.commit is not None:
+            self.commit.jobs = []
+            self.commit.ended = True
 
 
-def _attempt(jobs: list[Job], driver: _Driver) -> BaseException | None:
+class PostgresDatabase(Database):
+    """A service's database on a server."""
+
+    dialect = "postgresql"
+
+    def __init__(self, url: str, writers: int = WRITERS, readers: int = READERS) -> None:
+        super().__init__()
+        self._writers = _Pool(url, writers)
+        self._readers = _Pool(url, readers)
+        self._running: set[asyncio.Future[bool]] = set()
+        self._commits: deque[_Commit] = deque()
+        self._closed = False
+
+    async def start(self) -> None:
+        """See whether the server answers."""
+        await self.read(lambda _: None)
+
+    async def close(self) -> None:
+        """Run what waits, then close."""
+        if self._closed:
+            return
+        self._ride_now()
+        while self._running:
+            await asyncio.wait(self._running)
+        self._closed = True
+        await self._writers.close()
+        await self._readers.close()
+
+    @property
+    def statements(self) -> int:
+        """Statements run so far by transactions that write."""
+        return sum(driver.statements for driver in self._writers.drivers)
+
+    def _submit(self, job: Job) -> None:
+        if self._closed:
+            raise DatabaseUnavailable("it is closed")
+        self._start([job])
+
+    def _flush(self) -> None:
+        riding = self._take_riding()
+        if riding and not self._closed:
+            self._start(riding)
+
+    def _start(self, jobs: list[Job]) -> None:
+        work = _Work(jobs, self._commits)
+        running = self._writers.run(work.run)
+        self._running.add(running)
+        running.add_done_callback(partial(self._ended, work))
+
+    def _ended(self, work: _Work, ran: "asyncio.Future[bool]") -> None:
+        self._running.discard(ran)
+        error = ran.exception()
+        if error is None and ran.result() and work.commit is not None:
+            self.commits += 1
+            work.commit.ended = True
+        else:
+            work.leave()
+            for job in work.jobs:
+                job.error = job.error or error
+                job.deliver()
+        while self._commits and self._commits[0].ended:
+            for job in self._commits.popleft().jobs:
+                job.deliver()
+
+    async def read(self, fn: Callable[Concatenate[Reader, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a function that only reads, on one consistent state."""
+        if self._closed:
+            raise DatabaseUnavailable("it is closed")
+        return await self._readers.run(in_context(partial(_read, fn, args, kwargs)))
+
+
+def _read(fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any], driver: _Driver) -> T:
     try:
-        driver.execute("BEGIN")
-        for job in jobs:
-            job.call(driver)
-            if job.error is not None:
-                return job.error
-        driver.execute("COMMIT")
-    except psycopg.Error as error:
-        return error
-    return None
-
-
-def _read(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], driver: _Driver) -> Any:
-    try:
-        driver.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        driver.begin("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
         return fn(Reader(driver), *args, **kwargs)
     except psycopg.Error as error:
-        raise _refusal(error) from error
+        raise _refusal(error) from error.__cause__
+    except StopIteration as error:
+        raise raisable(error) from error
+
+
+def _attempts(error: BaseException) -> int:
+    """Return how often a function that fails so is run."""
+    state = getattr(error, "sqlstate", None)
+    return _ATTEMPTS if state in _CONFLICTS else _ATTEMPTS_TAKEN if state == _TAKEN else 1
 
 
 def _refusal(error: BaseException) -> BaseException:
     """Return the error as callers know it: what the server cannot do is a DatabaseError."""
-    if isinstance(error, DatabaseError) or not isinstance(error, psycopg.OperationalError):
+    state = getattr(error, "sqlstate", None)
+    if isinstance(error, DatabaseError) or not (isinstance(error, psycopg.OperationalError) or state == _READ_ONLY):
         return error
-    refusal = DatabaseUnavailable(str(error))
+    refusal = DatabaseBusy(str(error)) if state in _BUSY else DatabaseUnavailable(str(error))
     refusal.__cause__ = error
     return refusal

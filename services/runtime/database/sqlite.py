@@ -1,7 +1,7 @@
 """SQLite: one file per service, write-ahead log, one writer in aiosqlite's thread, readers beside it.
 
-While one group of transactions commits, the next gathers. Each runs in a savepoint; one that raises is undone alone.
-If a group cannot be committed together, its functions are run again, each in a transaction of its own.
+While one group of transactions commits, the next gathers. A function that raises is undone alone. If a group cannot be
+committed together, its functions are run again, each in a transaction of its own.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import aiosqlite
 
-from services.runtime.database.base import Database, Job
+from services.runtime.database.base import Database, Job, in_context, raisable
 from services.runtime.database.statement import Compiled, Parameters, Statement
 from services.runtime.database.transaction import DatabaseBusy, DatabaseError, DatabaseUnavailable, Reader
 
@@ -74,8 +74,7 @@ class SqliteDatabase(Database):
         self._idle_readers: deque[_Connection] = deque()
         self._waiting_reads: deque[tuple[asyncio.Future[Any], Callable[..., Any]]] = deque()
         self._readers: list[_Connection] = []
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._at_rest = asyncio.Event()
 
     async def start(self) -> None:
         """Open the connections."""
@@ -89,7 +88,9 @@ class SqliteDatabase(Database):
         if self._writer is None:
             return
         self._ride_now()
-        await self._idle.wait()
+        while self._busy or len(self._idle_readers) < len(self._readers):
+            self._at_rest.clear()
+            await self._at_rest.wait()
         writer, self._writer = self._writer, None
         for connection in (writer, *self._readers):
             await connection.close()
@@ -107,10 +108,11 @@ class SqliteDatabase(Database):
             self._next_group()
 
     def _flush(self) -> None:
-        if not self._busy:
+        if not self._busy and self._writer is not None:
             self._next_group()
 
     def _next_group(self) -> None:
+        """Have a group run, if there is one."""
         assert self._writer is not None
         group: list[Job] = []
         while self._waiting and len(group) < GROUP:
@@ -119,43 +121,38 @@ class SqliteDatabase(Database):
                 group.append(job)
         group += self._take_riding()
         self._busy = bool(group)
-        if not group:
-            self._idle.set()
-            return
-        self._idle.clear()
-        running = self._writer.run(_run_group, group)
-        running.add_done_callback(partial(self._group_ended, group))
+        if group:
+            self._writer.run(_run_group, group).add_done_callback(partial(self._group_ended, group))
 
     def _group_ended(self, group: list[Job], ran: "asyncio.Future[int]") -> None:
         error = ran.exception()
         if error is None:
             self.commits += ran.result()
+        self._busy = False
+        if self._waiting or self._ride_due:  # the next group commits while this one's callers go on
+            self._next_group()
         for job in group:
             job.error = job.error or error
-        if self._waiting:  # the next group commits while this one's callers go on
-            self._next_group()
-        else:
-            self._busy = False
-            self._idle.set()
-        for job in group:
             job.deliver()
+        self._at_rest.set()
 
     async def read(self, fn: Callable[Concatenate[Reader, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a function that only reads, on one consistent state."""
         if self._writer is None:
             raise DatabaseUnavailable("it is closed")
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._waiting_reads.append((future, partial(_read, fn, args, kwargs)))
+        call = in_context(partial(_read, fn, args, kwargs))
+        self._waiting_reads.append((future, call))
         self._start_reads()
         return await future
 
     def _start_reads(self) -> None:
         while self._waiting_reads and self._idle_readers:
-            future, fn = self._waiting_reads.popleft()
+            future, call = self._waiting_reads.popleft()
             if future.cancelled():
                 continue
             reader = self._idle_readers.pop()
-            reader.run(_in_thread, fn).add_done_callback(partial(self._read_ended, reader, future))
+            reader.run(_in_thread, call).add_done_callback(partial(self._read_ended, reader, future))
 
     def _read_ended(
         self,
@@ -165,6 +162,7 @@ class SqliteDatabase(Database):
     ) -> None:
         self._idle_readers.append(reader)
         self._start_reads()
+        self._at_rest.set()
         if future.done():
             return
         result, error = ran.result()
@@ -185,46 +183,38 @@ async def _open(path: Path, *, writes: bool) -> _Connection:
             raw.execute("PRAGMA query_only=ON")
         return raw
 
-    connection = await _Connection(connect, iter_chunk_size=64)
+    try:
+        connection = await _Connection(connect, iter_chunk_size=64)
+    except sqlite3.Error as error:
+        raise _refusal(error) from error
     assert isinstance(connection, _Connection)
     connection.driver = _Driver(connection._conn)  # pyright: ignore[reportPrivateUsage]
     return connection
 
 
-def _run_group(driver: _Driver, group: list[Job]) -> int:
-    """Run functions in one transaction, or each alone if that cannot be; return the number of commits."""
-    sql = driver.execute
+def _run_group(driver: _Driver, group: list[Job], *, savepoints: bool = False) -> int:
+    """Run functions in one transaction, or each alone if that cannot be; return the number of commits.
+
+    Who raises has rarely written before. So functions run without savepoints, which cost as much as a statement each,
+    and the group is run again with them if one has.
+    """
     try:
-        sql("BEGIN IMMEDIATE")
+        driver.execute("BEGIN IMMEDIATE")
     except sqlite3.Error as error:
         for job in group:
             job.error = _refusal(error)
         return 0
-    alone = len(group) == 1
-    failure: BaseException | None = None
-    for job in group:
-        if not alone:
-            sql("SAVEPOINT job")
-        job.call(driver)
-        if not driver.raw.in_transaction:  # a full disk or an I/O error: SQLite has rolled everything back
-            failure = DatabaseUnavailable(f"the transaction was lost: {job.error or 'rolled back'}")
-            break
-        if not alone:
-            if job.error is not None:
-                sql("ROLLBACK TO SAVEPOINT job")
-            sql("RELEASE SAVEPOINT job")
-    if failure is None and any(job.error is None for job in group):
-        try:
-            sql("COMMIT")
-        except sqlite3.Error as error:
-            failure = error
-    if driver.raw.in_transaction:
-        sql("ROLLBACK")
+    try:
+        failure = _attempt(driver, group, savepoints=savepoints)
+    except _UndoneTogether:
+        for job in group:
+            job.clear()
+        return _run_group(driver, group, savepoints=True)
     if failure is None:
         for job in group:
             job.error = _refusal(job.error)
-        return 1
-    if alone:
+        return int(any(job.error is None for job in group))
+    if len(group) == 1:
         group[0].error = _refusal(failure)
         return 0
     for job in group:
@@ -232,7 +222,38 @@ def _run_group(driver: _Driver, group: list[Job]) -> int:
     return sum(_run_group(driver, [job]) for job in group)
 
 
-def _read(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], driver: _Driver) -> Any:
+class _UndoneTogether(Exception):
+    """A function raised after it had written, and can be undone only with all others."""
+
+
+def _attempt(driver: _Driver, group: list[Job], *, savepoints: bool) -> BaseException | None:
+    """Run functions in the transaction that is open and commit it; return why that could not be."""
+    sql, raw = driver.execute, driver.raw
+    try:
+        for job in group:
+            if savepoints:
+                sql("SAVEPOINT job")
+            written = raw.total_changes
+            job.call(driver)
+            if not raw.in_transaction:  # a full disk or an I/O error: SQLite has rolled everything back
+                return job.error or DatabaseUnavailable("the transaction was rolled back")
+            if savepoints:
+                if job.error is not None:
+                    sql("ROLLBACK TO SAVEPOINT job")
+                sql("RELEASE SAVEPOINT job")
+            elif job.error is not None and raw.total_changes != written and len(group) > 1:
+                raise _UndoneTogether
+        if any(job.error is None for job in group):
+            sql("COMMIT")
+    except sqlite3.Error as error:
+        return error
+    finally:
+        if raw.in_transaction:
+            sql("ROLLBACK")
+    return None
+
+
+def _read(fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any], driver: _Driver) -> T:
     driver.execute("BEGIN")
     try:
         return fn(Reader(driver), *args, **kwargs)
@@ -244,13 +265,15 @@ def _in_thread(driver: _Driver, fn: Callable[[_Driver], Any]) -> tuple[Any, Base
     try:
         return fn(driver), None
     except BaseException as error:  # noqa: BLE001 - it is the caller's
-        return None, _refusal(error)
+        return None, _refusal(raisable(error))
 
 
 def _refusal(error: BaseException | None) -> Any:
     """Return the error as callers know it: what the database cannot do is a DatabaseError."""
-    if not isinstance(error, sqlite3.OperationalError) or isinstance(error, DatabaseError):
+    broken = type(error) is sqlite3.DatabaseError  # the file is no database, or damaged
+    if not (isinstance(error, sqlite3.OperationalError) or broken):
         return error
+    assert isinstance(error, sqlite3.Error)
     if error.sqlite_errorcode & _PRIMARY in _BUSY:
         refusal: DatabaseError = DatabaseBusy(str(error))
     elif error.sqlite_errorcode & _PRIMARY == sqlite3.SQLITE_ERROR:  # the statement is wrong, not the database

@@ -3,7 +3,7 @@
 import json
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from sqlalchemy import Boolean, Column, ColumnElement, Delete, Select, String, Table, TypeDecorator, Update, bindparam
 from sqlalchemy import Insert as CoreInsert
@@ -31,14 +31,15 @@ class Compiled:
     __slots__ = ("convert", "text", "values")
 
     def __init__(self, core: Core, dialect: Dialect) -> None:
-        compiled = cast("SQLCompiler", core.compile(dialect=dialect))
+        compiled = core.compile(dialect=dialect)
         if compiled.post_compile_params:
             raise TypeError("an IN of unknown length: use is_in")
         self.text = str(compiled)
-        fixed = {name: bind.value for name, bind in compiled.binds.items() if not bind.required}
+        binds = {name: bind for bind, name in compiled.bind_names.items()}
+        fixed = {name: bind.value for name, bind in binds.items() if not bind.required}
         into = {
             name: process
-            for name, bind in compiled.binds.items()
+            for name, bind in binds.items()
             if (process := bind.type.dialect_impl(dialect).bind_processor(dialect))
             and not (dialect is _SQLITE and _python_type(bind.type) in _BY_DRIVER)
         }
@@ -49,7 +50,7 @@ class Compiled:
             }
         columns = list(core.selected_columns) if isinstance(core, Select) else list(core.exported_columns)
         names = [column.key or f"column_{number}" for number, column in enumerate(columns)]
-        make = cast("Any", namedtuple("Row", names, rename=True))._make if columns else _same
+        make: Callable[[Sequence[Any]], Any] = _row_type(names) if columns else _same
         out = [
             (number, process)
             for number, column in enumerate(columns)
@@ -107,7 +108,8 @@ class _List(TypeDecorator[Any]):
     cache_ok = True
 
     def load_dialect_impl(self, dialect: Dialect) -> Any:
-        return dialect.type_descriptor(ARRAY(String) if dialect.name == "postgresql" else String())
+        kind: Any = ARRAY(String) if dialect.name == "postgresql" else String()
+        return dialect.type_descriptor(kind)
 
     def process_bind_param(self, value: Any, dialect: Dialect) -> Any:
         return list(value) if dialect.name == "postgresql" else json.dumps(list(value))
@@ -128,7 +130,7 @@ class is_in(ColumnElement[bool]):  # noqa: N801 - reads like a function of SQLAl
 @compiles(is_in, "sqlite")
 def _is_in_sqlite(element: is_in, compiler: SQLCompiler, **options: Any) -> str:
     column, bind = compiler.process(element.column, **options), compiler.process(element.bind, **options)
-    return f"{column} {'NOT IN' if element.negate else 'IN'} (SELECT value FROM json_each({bind}))"
+    return f"{column} {'NOT IN' if element.negate else 'IN'} (SELECT value FROM json_each({bind}))"  # noqa: S608
 
 
 @compiles(is_in, "postgresql")
@@ -136,6 +138,11 @@ def _is_in_postgres(element: is_in, compiler: SQLCompiler, **options: Any) -> st
     column, bind = compiler.process(element.column, **options), compiler.process(element.bind, **options)
     kind = compiler.dialect.type_compiler_instance.process(element.column.type)
     return f"{column} {'<> ALL' if element.negate else '= ANY'} (CAST({bind} AS {kind}[]))"
+
+
+def _row_type(names: Sequence[str]) -> Callable[[Sequence[Any]], Any]:
+    made = namedtuple("Row", names, rename=True)  # pyright: ignore[reportUntypedNamedTuple] - known at run time only
+    return made._make
 
 
 def _same(value: Any) -> Any:

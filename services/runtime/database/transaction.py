@@ -9,9 +9,14 @@ from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_DATABASE_BUSY, ER
 from services.runtime.database.statement import Compiled, Parameters, Statement
 from services.runtime.errors import Unavailable
 
+_NONE: Parameters = {}
+
 
 class DatabaseError(Unavailable):
-    """The database could not do it, whatever the function; nothing was done."""
+    """The database could not do it, whatever the function.
+
+    Nothing was done, unless the connection to a server broke in the middle of its COMMIT.
+    """
 
 
 class DatabaseBusy(DatabaseError):
@@ -59,7 +64,7 @@ class Reader:
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
 
-    def each(self, statement: Statement, parameters: Parameters = {}) -> Iterator[Any]:
+    def each(self, statement: Statement, parameters: Parameters = _NONE) -> Iterator[Any]:
         """Yield rows as named tuples, one after the other; stop when you have enough."""
         compiled = self._driver.compiled(statement)
         self._driver.statements += 1
@@ -67,14 +72,14 @@ class Reader:
         for row in self._driver.execute(compiled.text, compiled.values(parameters)):
             yield convert(row)
 
-    def rows(self, statement: Statement, parameters: Parameters = {}) -> list[Any]:
+    def rows(self, statement: Statement, parameters: Parameters = _NONE) -> list[Any]:
         """Return rows as named tuples."""
         compiled = self._driver.compiled(statement)
         self._driver.statements += 1
         found = self._driver.execute(compiled.text, compiled.values(parameters)).fetchall()
         return [compiled.convert(row) for row in found]
 
-    def row(self, statement: Statement, parameters: Parameters = {}) -> Any | None:
+    def row(self, statement: Statement, parameters: Parameters = _NONE) -> Any | None:
         """Return the first row, or None."""
         found = self.rows(statement, parameters)
         return found[0] if found else None
@@ -83,7 +88,7 @@ class Reader:
         """Say whether an error is the database's own, such as a full disk, and not the function's."""
         return self._driver.is_outage(error)
 
-    def value(self, statement: Statement, parameters: Parameters = {}) -> Any:
+    def value(self, statement: Statement, parameters: Parameters = _NONE) -> Any:
         """Return the first column of the first row, or None."""
         found = self.rows(statement, parameters)
         return found[0][0] if found else None
@@ -98,7 +103,7 @@ class Tx(Reader):
         super().__init__(driver)
         self.told: list[Callable[[], None]] = []
 
-    def change(self, statement: Statement, parameters: Parameters = {}) -> int:
+    def change(self, statement: Statement, parameters: Parameters = _NONE) -> int:
         """Return the number of rows that changed."""
         compiled = self._driver.compiled(statement)
         self._driver.statements += 1
@@ -119,10 +124,13 @@ class Tx(Reader):
         self._driver.execute("SAVEPOINT part")
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             del self.told[told:]
-            self._driver.execute("ROLLBACK TO SAVEPOINT part")
-            self._driver.execute("RELEASE SAVEPOINT part")
+            try:
+                self._driver.execute("ROLLBACK TO SAVEPOINT part")
+                self._driver.execute("RELEASE SAVEPOINT part")
+            except Exception:  # noqa: BLE001 - the whole transaction is lost, and the first error says why
+                raise error from error.__cause__
             raise
         self._driver.execute("RELEASE SAVEPOINT part")
 

@@ -202,10 +202,17 @@ class Index:
         if not entries:
             return []
         spec = self._tables[entries[0].kind]
-        fresh = _newer(tx, spec, entries)
-        numbers = _take_numbers(tx, [entry.scope for entry in fresh])
+        newest = _newest(entries)
+        numbers = _take_numbers(tx, [entry.scope for entry in newest])  # first: from here on the scopes are ours alone
+        held = _held(tx, spec, newest)
+        numbered = [
+            (entry, number)
+            for entry, number in zip(newest, numbers, strict=True)
+            if held.get((entry.id, entry.scope), -1) < entry.revision
+        ]
+        fresh = [entry for entry, _ in numbered]
         now = self._clock.seconds()
-        rows = [_row(entry, number, now) for entry, number in zip(fresh, numbers, strict=True)]
+        rows = [_row(entry, number, now) for entry, number in numbered]
         tx.change_many(spec.put, rows)
         changes: dict[str, list[WatchChange]] = {}
         for entry, row in zip(fresh, rows, strict=True):
@@ -395,16 +402,20 @@ def _incarnate(tx: Tx, epoch: str) -> str:
     return tx.value(_EPOCH)
 
 
-def _newer(tx: Reader, spec: IndexTable, entries: Sequence[Entry]) -> list[Entry]:
-    """Return the newest entry of each entity that is newer than what is held, in the order of arrival."""
+def _newest(entries: Sequence[Entry]) -> list[Entry]:
+    """Return the newest entry of each entity."""
     newest: dict[tuple[str, str], Entry] = {}
     for entry in entries:
         known = newest.get((entry.id, entry.scope))
         if known is None or known.revision < entry.revision:
             newest[(entry.id, entry.scope)] = entry
-    found: list[Any] = tx.rows(spec.held, {"ids": [key[0] for key in newest]})
-    held = {(row.id, row.scope): row.revision for row in found}
-    return [entry for key, entry in newest.items() if held.get(key, -1) < entry.revision]
+    return list(newest.values())
+
+
+def _held(tx: Reader, spec: IndexTable, entries: Sequence[Entry]) -> dict[tuple[str, str], int]:
+    """Return the revisions that are held of entities."""
+    rows: list[Any] = tx.rows(spec.held, {"ids": [entry.id for entry in entries]})
+    return {(row.id, row.scope): row.revision for row in rows}
 
 
 def _take_numbers(tx: Tx, scopes: Sequence[str]) -> list[int]:

@@ -6,6 +6,8 @@ Only what the database itself cannot do is no entry's fault; the child sends it 
 """
 
 import asyncio
+import contextvars
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -15,12 +17,13 @@ import structlog
 from branchline.spine.v1 import push_pb2, push_pb2_grpc
 from google.protobuf.message import Message
 
-from services.runtime.database import Database, DatabaseError, Tx
+from services.runtime.database import Database, Tx
 from services.runtime.errors import reason_of
 
 log = structlog.get_logger()
 
 _MERGED_ENTRIES = 1024
+_MERGED_BYTES = 8 * 1024 * 1024
 _AHEAD_BATCHES = 8
 
 M = TypeVar("M", bound=Message)
@@ -77,32 +80,31 @@ class Ingest:
         """Entries of a batch are applied type by type, in the order in which the handlers are given."""
         self._database = database
         self._handlers: Mapping[str, Handler] = {handler.type.DESCRIPTOR.full_name: handler for handler in handlers}
-        self._waiting: list[_Batch] = []
+        self._waiting: deque[_Batch] = deque()
         self._applying: asyncio.Task[None] | None = None
 
     def submit(self, entries: Entries) -> "asyncio.Future[Refused]":
         """Apply a batch; the future holds the refused entries' places with reasons, after the commit."""
         batch = _Batch(entries, asyncio.get_running_loop().create_future())
+        batch.done.add_done_callback(_looked_at)
         self._waiting.append(batch)
         if self._applying is None or self._applying.done():
-            self._applying = asyncio.create_task(self._apply_waiting())
+            self._applying = asyncio.create_task(self._apply_waiting(), context=contextvars.Context())
         return batch.done
 
     async def _apply_waiting(self) -> None:
         while self._waiting:
-            batches = [self._waiting.pop(0)]
-            count = len(batches[0].entries)
-            while self._waiting and count < _MERGED_ENTRIES:
-                batches.append(self._waiting.pop(0))
-                count += len(batches[-1].entries)
+            batches = self._merged()
             try:
                 refused = await self._database.write(
                     self._apply, [entry for batch in batches for entry in batch.entries]
                 )
-            except BaseException as error:  # noqa: BLE001 - the children will send it again
+            except BaseException as error:
                 for batch in batches:
                     if not batch.done.done():
                         batch.done.set_exception(error)
+                if not isinstance(error, Exception):
+                    raise
                 continue
             first = 0
             for batch in batches:
@@ -111,23 +113,35 @@ class Ingest:
                     batch.done.set_result({k - first: why for k, why in refused.items() if first <= k < last})
                 first = last
 
+    def _merged(self) -> list[_Batch]:
+        """Take batches that are applied together: one, and others as long as they are not too much."""
+        merged: list[_Batch] = []
+        entries = size = 0
+        while self._waiting:
+            batch = self._waiting[0]
+            entries += len(batch.entries)
+            size += sum(len(entry.state.value) for entry in batch.entries)
+            if merged and (entries > _MERGED_ENTRIES or size > _MERGED_BYTES):
+                break
+            merged.append(self._waiting.popleft())
+        return merged
+
     def _apply(self, tx: Tx, entries: Entries) -> Refused:
         try:
             with tx.savepoint():
                 self._apply_together(tx, entries)
                 return {}
-        except DatabaseError:
-            raise
         except Exception as error:
             if len(entries) == 1:
                 return {0: self._refuse(tx, entries[0], error)}
+            if tx.is_outage(error):
+                raise
         refused: Refused = {}
-        for place, entry in enumerate(entries):
+        order = list(self._handlers)
+        for place, entry in sorted(enumerate(entries), key=lambda found: _rank(order, found[1])):
             try:
                 with tx.savepoint():
                     self._apply_together(tx, [entry])
-            except DatabaseError:
-                raise
             except Exception as error:  # noqa: BLE001 - it is parked with its reason
                 refused[place] = self._refuse(tx, entry, error)
         return refused
@@ -145,7 +159,7 @@ class Ingest:
     def _apply_together(self, tx: Tx, entries: Entries) -> None:
         by_type: dict[str, list[push_pb2.PushEntry]] = {name: [] for name in self._handlers}
         for entry in entries:
-            name = entry.state.type_url.rpartition("/")[2]
+            name = _type_of(entry)
             if name not in by_type:
                 raise RejectedEntryError(f"this coordinator takes no {name}")
             by_type[name].append(entry)
@@ -153,6 +167,21 @@ class Ingest:
             if found:
                 handler = self._handlers[name]
                 handler.apply(tx, [_pushed(handler.type, entry) for entry in found])
+
+
+def _type_of(entry: push_pb2.PushEntry) -> str:
+    return entry.state.type_url.rpartition("/")[2]
+
+
+def _rank(order: list[str], entry: push_pb2.PushEntry) -> int:
+    name = _type_of(entry)
+    return order.index(name) if name in order else len(order)
+
+
+def _looked_at(done: "asyncio.Future[Refused]") -> None:
+    """Look at a future's error although the stream that waited for it may be gone."""
+    if not done.cancelled():
+        done.exception()
 
 
 def _pushed(state: type[Message], entry: push_pb2.PushEntry) -> Pushed[Message]:
@@ -169,30 +198,28 @@ class PushServicer(push_pb2_grpc.PushServiceServicer):
         self, request_iterator: AsyncIterator[push_pb2.PushRequest], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[push_pb2.PushResponse]:
         """Apply batches and acknowledge each after its commit, in order. Those that came meanwhile go together."""
-        applied: asyncio.Queue[tuple[push_pb2.PushRequest, asyncio.Future[Refused]] | None]
-        applied = asyncio.Queue(_AHEAD_BATCHES)
+        applied: asyncio.Queue[tuple[push_pb2.PushRequest, asyncio.Future[Refused]] | None] = asyncio.Queue()
+        ahead = asyncio.Semaphore(_AHEAD_BATCHES)
 
         async def read() -> None:
-            async for request in request_iterator:
-                await applied.put((request, self._ingest.submit(request.entries)))
-            await applied.put(None)
+            try:
+                async for request in request_iterator:
+                    await ahead.acquire()
+                    applied.put_nowait((request, self._ingest.submit(request.entries)))
+            finally:
+                applied.put_nowait(None)
 
         reading = asyncio.create_task(read())
         try:
-            while True:
-                getting = asyncio.ensure_future(applied.get())
-                await asyncio.wait({getting, reading}, return_when=asyncio.FIRST_COMPLETED)
-                if not getting.done():
-                    reading.result()  # raises if the stream broke
-                taken = await getting
-                if taken is None:
-                    return
+            while (taken := await applied.get()) is not None:
                 request, future = taken
                 refused = await future
+                ahead.release()
                 rejected = [
                     push_pb2.RejectedEntry(outbox_seq=request.entries[place].outbox_seq, reason=reason)
                     for place, reason in refused.items()
                 ]
                 yield push_pb2.PushResponse(batch=request.batch, rejected=rejected)
+            await reading  # raises if the stream broke
         finally:
             reading.cancel()

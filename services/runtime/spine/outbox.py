@@ -10,7 +10,7 @@ carrier reads that has just begun or has fallen behind. Rows that arrived are re
 import asyncio
 import itertools
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any as AnyValue
@@ -30,6 +30,8 @@ COORDINATOR = "coordinator"
 _LINE_ROWS = 4096
 _LINE_BYTES = 16 * 1024 * 1024
 _PAGE_ROWS = 256
+_PAGE_BYTES = 4 * 1024 * 1024
+_REASON = 2000
 
 Key = tuple[str, str]
 """Type and id of an entity."""
@@ -84,7 +86,9 @@ _THIS = (
 )
 _DROP = Statement(delete(outbox).where(*_THIS))
 _PARK = Statement(update(outbox).where(*_THIS).values(parked_reason=bindparam("reason"), attempts=bindparam("tried")))
-_COUNT_ATTEMPT = Statement(update(outbox).where(*_THIS).values(attempts=bindparam("tried")))
+_COUNT_ATTEMPT = Statement(
+    update(outbox).where(*_THIS, outbox.c.parked_reason == "").values(attempts=bindparam("tried"))
+)
 _PENDING = Statement(
     select(outbox)
     .where(outbox.c.destination == bindparam("to"), outbox.c.parked_reason == "", outbox.c.seq > bindparam("after"))
@@ -92,8 +96,9 @@ _PENDING = Statement(
     .limit(bindparam("most"))
 )
 _COUNTS = Statement(
-    select((outbox.c.parked_reason != "").label("parked"), func.count().label("rows")).group_by(
-        outbox.c.parked_reason != ""
+    select(
+        func.count().filter(outbox.c.parked_reason == "").label("waiting"),
+        func.count().filter(outbox.c.parked_reason != "").label("parked"),
     )
 )
 _LISTED = Statement(
@@ -123,18 +128,18 @@ _DROP_PARKED = Statement(delete(outbox).where(outbox.c.parked_reason != "", _OF_
 
 
 class Line:
-    """What waits for one destination, for the one who carries it there."""
+    """What waits for one destination, for the one who carries it there. At least once; bounded in memory."""
 
     def __init__(self, database: Database, destination: str) -> None:
         self.destination = destination
         self._database = database
         self._rows = _Rows()
-        self._late = _Rows()  # committed while the table is being read
-        self._gone: dict[Key, int] = {}  # delivered while the table is being read
         self._arrived = asyncio.Event()
-        self._behind = True
+        self._behind = True  # what lies behind `_after` is in the table, and not in memory
         self._after = 0
-        self._reading = 0
+        self._reading = False
+        self._late = _Rows()  # committed while the table is being read, which may not see them
+        self._begun = 0
 
     @property
     def waiting(self) -> bool:
@@ -143,25 +148,29 @@ class Line:
 
     def put(self, rows: Iterable[OutboxRow]) -> None:
         """Take rows that were committed."""
-        held = self._late if self._behind else self._rows
         for row in rows:
-            held.put(row)
-        if held.full:
-            self.fall_behind()
+            if not self._behind or row.seq <= self._after:
+                self._rows.put(row)
+            elif self._reading:
+                self._late.put(row)
+        if self._rows.full:
+            first = self._rows.first_seq
+            self._rows.clear()
+            self._read_from(first - 1)
+        elif self._late.full:
+            self._read_from(self._after)
         self._arrived.set()
 
     def fall_behind(self) -> None:
-        """Read the table from its beginning: something is not in memory."""
+        """Read the table from its beginning: something that was taken did not arrive."""
         self._rows.clear()
-        self._late.clear()
-        self._behind, self._after = True, 0
-        self._reading += 1
+        self._read_from(0)
         self._arrived.set()
 
-    def dropped(self, rows: Iterable[OutboxRow]) -> None:
-        """Note rows that need no delivery any more though the table may hold them for some time."""
-        if self._behind:
-            self._gone.update({row.key: row.seq for row in rows})
+    def _read_from(self, after: int) -> None:
+        self._late.clear()
+        self._behind, self._after = True, after
+        self._begun += 1
 
     async def take(self, most: int, most_bytes: int = PART_BYTES) -> list[OutboxRow]:
         """Return the next rows in order, at least one; wait until there are some."""
@@ -174,22 +183,20 @@ class Line:
         return self._rows.take(most, most_bytes)
 
     async def _read_on(self) -> None:
-        """Read a page of the table into memory. With the last one come the rows that were committed meanwhile."""
-        reading = self._reading
-        page = await self._database.read(_read_pending, self.destination, self._after, _PAGE_ROWS)
-        if self._reading != reading:  # fell behind anew
-            return
-        last = not page
-        self._after = page[-1].seq if page else self._after
-        late = [row for row in self._late.values() if last or row.seq <= self._after]
-        for row in sorted([*page, *late], key=lambda row: row.seq):
-            if self._gone.get(row.key, 0) < row.seq:
+        """Read a page of the table into memory, and with the last one what was committed meanwhile."""
+        begun, self._reading = self._begun, True
+        try:
+            page, more = await self._database.read(_read_pending, self.destination, self._after)
+            if self._begun != begun:
+                return
+            self._after = page[-1].seq if page else self._after
+            late = [row for row in self._late.values() if not more or row.seq <= self._after]
+            for row in sorted([*page, *late], key=lambda row: row.seq):
                 self._rows.put(row)
-        for row in late:
-            self._late.pop(row.key)
-        if last:
-            self._behind = False
-            self._gone.clear()
+            self._behind = more
+        finally:
+            self._reading = False
+            self._late.clear()
 
 
 class _Rows:
@@ -205,6 +212,10 @@ class _Rows:
     @property
     def full(self) -> bool:
         return len(self._rows) > _LINE_ROWS or self._bytes > _LINE_BYTES
+
+    @property
+    def first_seq(self) -> int:
+        return min(row.seq for row in self._rows.values())
 
     def values(self) -> list[OutboxRow]:
         return list(self._rows.values())
@@ -239,7 +250,9 @@ class Outbox:
     clock: Clock
     _lines: dict[str, Line] = field(default_factory=dict[str, Line])
     _numbers: "itertools.count[int]" = field(default_factory=lambda: itertools.count(time.time_ns()))
-    _awaited: dict[tuple[str, str], asyncio.Event] = field(default_factory=dict[tuple[str, str], asyncio.Event])
+    _awaited: dict[tuple[str, str], set[asyncio.Event]] = field(
+        default_factory=dict[tuple[str, str], set[asyncio.Event]]
+    )
 
     def line(self, destination: str) -> Line:
         """Return the line of a destination; only one carrier may take from it."""
@@ -277,19 +290,18 @@ class Outbox:
 
     def arrived(self, rows: Sequence[OutboxRow]) -> None:
         """Forget rows that were delivered; those that were marked again meanwhile stay."""
-        self._note_gone(rows)
         self.database.ride(_drop, rows)
+        self._settle(rows)
 
-    async def park(self, row: OutboxRow, reason: str) -> None:
+    async def park(self, row: OutboxRow, reason: str, attempts: int = 1) -> None:
         """Put a row aside that its receiver will not take: an operator decides."""
-        self._note_gone([row])
-        await self.database.write(_park, row, reason)
+        await self.database.write(_park, row, reason, attempts)
+        self._settle([row])
 
-    def _note_gone(self, rows: Sequence[OutboxRow]) -> None:
-        for row in rows:
-            self.line(row.destination).dropped([row])
-            awaited = self._awaited.pop((row.destination, row.entity_id), None)
-            if awaited is not None:
+    def _settle(self, rows: Sequence[OutboxRow]) -> None:
+        """Wake those who wait for a delivery."""
+        for row in rows if self._awaited else ():
+            for awaited in self._awaited.get((row.destination, row.entity_id), ()):
                 awaited.set()
 
     def count_attempt(self, row: OutboxRow, attempts: int) -> None:
@@ -298,17 +310,22 @@ class Outbox:
 
     async def await_delivery(self, destination: str, entity_id: str, timeout_seconds: float) -> None:
         """Wait until something that was just marked has arrived, or the time runs out. Call it in the same breath."""
-        event = self._awaited.setdefault((destination, entity_id), asyncio.Event())
+        key, event = (destination, entity_id), asyncio.Event()
+        waiting = self._awaited.setdefault(key, set())
+        waiting.add(event)
         try:
             async with asyncio.timeout(timeout_seconds):
                 await event.wait()
         except TimeoutError:
-            self._awaited.pop((destination, entity_id), None)
+            return
+        finally:
+            waiting.discard(event)
+            if not waiting:
+                self._awaited.pop(key, None)
 
     async def counts(self) -> tuple[int, int]:
         """Return how many rows wait and how many are parked."""
-        found: Mapping[bool, int] = dict(await self.database.read(_counts))
-        return found.get(False, 0), found.get(True, 0)
+        return await self.database.read(_counts)
 
     async def listed(self, *, parked: bool, destination: str, after_seq: int, most: int) -> list[AnyValue]:
         """Return what the outbox holds, oldest first, without the payloads."""
@@ -350,8 +367,8 @@ def _drop(tx: Tx, rows: Sequence[OutboxRow]) -> None:
     tx.change_many(_DROP, [_this(row) for row in rows])
 
 
-def _park(tx: Tx, row: OutboxRow, reason: str) -> None:
-    tx.change(_PARK, {**_this(row), "reason": reason[:2000] or "refused", "tried": row.attempts})
+def _park(tx: Tx, row: OutboxRow, reason: str, attempts: int) -> None:
+    tx.change(_PARK, {**_this(row), "reason": reason[:_REASON] or "refused", "tried": attempts})
 
 
 def _count_attempt(tx: Tx, row: OutboxRow, attempts: int) -> None:
@@ -362,27 +379,20 @@ def _unpark(tx: Tx, seqs: Sequence[int]) -> int:
     return tx.change(_UNPARK, {"seqs": seqs}) if seqs else tx.change(_UNPARK_ALL)
 
 
-def _counts(tx: Reader) -> list[tuple[bool, int]]:
-    return [(bool(row.parked), int(row.rows)) for row in tx.rows(_COUNTS)]
+def _counts(tx: Reader) -> tuple[int, int]:
+    found: AnyValue = tx.row(_COUNTS)
+    return found.waiting, found.parked
 
 
-def _read_pending(tx: Reader, destination: str, after: int, most: int) -> list[OutboxRow]:
-    found: list[OutboxRow] = []
-    size = 0
-    for row in tx.each(_PENDING, {"to": destination, "after": after, "most": most}):
-        found.append(
-            OutboxRow(
-                row.seq,
-                row.destination,
-                row.type_url,
-                row.entity_id,
-                row.revision,
-                row.deleted,
-                row.payload,
-                row.attempts,
-            )
-        )
-        size += len(row.payload)
-        if size > _LINE_BYTES:
-            break
-    return found
+def _read_pending(tx: Reader, destination: str, after: int) -> tuple[list[OutboxRow], bool]:
+    """Return a page of what waits behind a number, and whether there is more."""
+    rows = tx.each(_PENDING, {"to": destination, "after": after, "most": _PAGE_ROWS + 1})
+    pages = parts(map(_outbox_row, rows), lambda row: len(row.payload), _PAGE_ROWS, _PAGE_BYTES)
+    page = next(pages, [])
+    return page, next(pages, None) is not None
+
+
+def _outbox_row(row: AnyValue) -> OutboxRow:
+    return OutboxRow(
+        row.seq, row.destination, row.type_url, row.entity_id, row.revision, row.deleted, row.payload, row.attempts
+    )

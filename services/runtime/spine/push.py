@@ -6,6 +6,7 @@ guard makes the repetition harmless.
 
 import asyncio
 from collections import deque
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,7 @@ class PushClient:
     """Pushes a service's outbox to its coordinator for as long as the service runs."""
 
     outbox: Outbox
-    stub: "push_pb2_grpc.PushServiceAsyncStub"
+    stub: push_pb2_grpc.PushServiceStub
     child: str
     _backoff: Backoff = field(default_factory=Backoff)
 
@@ -50,8 +51,8 @@ class PushClient:
         in_flight: deque[list[OutboxRow]] = deque()
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._write(call, window, in_flight))
-                group.create_task(self._read(call, window, in_flight))
+                group.create_task(_until_it_breaks(self._write(call, window, in_flight)))
+                group.create_task(_until_it_breaks(self._read(call, window, in_flight)))
         except* Exception as errors:
             raise _first(errors) from errors
         finally:
@@ -88,6 +89,16 @@ def _entry(row: OutboxRow) -> push_pb2.PushEntry:
     return push_pb2.PushEntry(
         outbox_seq=row.seq, id=row.entity_id, revision=row.revision, deleted=row.deleted, state=row.state
     )
+
+
+async def _until_it_breaks(half: Coroutine[Any, Any, None]) -> None:
+    """Run one half of the stream. A call that gRPC cancels must end the other half, too."""
+    try:
+        await half
+    except asyncio.CancelledError as error:
+        if cancelled_from_outside(error):
+            raise
+        raise ConnectionError("the call was cancelled") from error
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:

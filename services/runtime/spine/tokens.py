@@ -1,7 +1,7 @@
-"""Positions that clients carry: consistency tokens (a command's effect), resume tokens (a place in a watch) and page
-tokens (a place in a list).
+"""Positions that clients carry.
 
-All are opaque to clients: a protobuf message in unpadded URL-safe base64.
+Consistency tokens name a command's effect, resume tokens a place in a watch, page tokens a place in a list. All are
+opaque to clients: a protobuf message in unpadded URL-safe base64.
 """
 
 import base64
