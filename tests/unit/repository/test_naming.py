@@ -3,7 +3,7 @@
 import subprocess
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.repository.naming import (
@@ -60,6 +60,7 @@ def test_a_unique_name_is_free_and_short(numbers: set[int]) -> None:
     assert len(name) <= BRANCH_LENGTH
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="ab./-~^: @{\\*[?_\x7f", min_size=1, max_size=8))
 def test_we_refuse_every_name_that_git_refuses(name: str) -> None:
     git = subprocess.run(["git", "check-ref-format", "--branch", name], capture_output=True, check=False)
@@ -68,3 +69,26 @@ def test_we_refuse_every_name_that_git_refuses(name: str) -> None:
     except InvalidArgument:
         return
     assert git.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("taken", "name"),
+    [
+        ({"feat"}, "feat-window"),
+        ({"feat/window/left"}, "feat/window-2"),
+        ({"feat/window", "feat/window-2/x"}, "feat/window-3"),
+        ({"feat", "feat-window"}, "feat-window-2"),
+    ],
+)
+def test_a_derived_name_is_nobodys_folder_and_has_none_above(taken: set[str], name: str) -> None:
+    assert unique_branch("feat/window", taken) == name
+
+
+@pytest.mark.parametrize("name", ["x" * 201, "ä" * 101, "ok/" + "y" * 198])
+def test_a_name_that_is_too_long_is_refused(name: str) -> None:
+    with pytest.raises(InvalidArgument, match="at most 200 bytes"):
+        check_branch(name)
+
+
+def test_a_name_may_have_200_bytes() -> None:
+    check_branch("x" * 200)

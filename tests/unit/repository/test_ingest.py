@@ -1,0 +1,161 @@
+"""What tasks push: it is followed whatever it is, with a number of statements that does not grow with the batch."""
+
+import pytest
+from branchline.resource.v1 import task_pb2
+from branchline.resource.v1 import vocabulary_pb2 as words
+from branchline.resource.v1.history_pb2 import HistoryEvent
+from branchline.resource.v1.repository_pb2 import Repository
+from branchline.resource.v1.sandbox_pb2 import Sandbox
+from branchline.resource.v1.session_pb2 import Session, TranscriptEntry
+from branchline.resource.v1.task_pb2 import Task, TaskSummary
+
+from services.runtime.errors import AlreadyExists
+from tests.unit.repository.conftest import PRINCIPAL, Room, newer
+
+
+async def states(room: Room, count: int) -> list[Task]:
+    return [await room.create(branch=f"branch-{room.clock.new_id('b')}") for _ in range(count)]
+
+
+async def test_a_batch_of_any_length_takes_the_same_number_of_statements(room: Room) -> None:
+    await room.add_repository()
+    few, many = await states(room, 2), await states(room, 40)
+
+    def pushed_by(tasks: list[Task], revision: int) -> list[object]:
+        pushed: list[object] = []
+        for task in tasks:
+            pushed.append(newer(task, status=task_pb2.TASK_STATUS_ARCHIVED))
+            pushed.append(Session(id=f"ses_{task.id}", task_id=task.id, revision=revision))
+            pushed.append(Sandbox(id=f"sbx_{task.id}", task_id=task.id, revision=revision))
+            pushed.append(HistoryEvent(id=f"evt_{task.id}", organization_id="org_1"))
+            pushed += [
+                TranscriptEntry(id=f"e{n}_{task.id}", task_id=task.id, session_id="s", position=n, revision=revision)
+                for n in range(3)
+            ]
+        return pushed
+
+    taken_by_few = await room.statements_of(lambda: room.push(*pushed_by(few, 1)))
+    taken_by_many = await room.statements_of(lambda: room.push(*pushed_by(many, 1)))
+
+    assert taken_by_many == taken_by_few
+    assert (await room.place(many[-1].id)).live is False
+
+
+async def test_an_archived_task_that_is_killed_never_takes_its_branch_back(room: Room) -> None:  # F9, F23
+    await room.add_repository()
+    first = await room.create(branch="topic")
+    archived = newer(first, status=task_pb2.TASK_STATUS_ARCHIVED)
+    await room.push(archived)
+    second = await room.create(branch="topic")
+
+    killing = newer(archived, status=task_pb2.TASK_STATUS_KILLING)
+    refused = await room.push(killing, newer(killing, status=task_pb2.TASK_STATUS_KILLED))
+
+    assert refused == {}
+    holders = await room.database.read(room.store.branch_holders, "repo_1")
+    assert holders == {"topic": second.id}
+    held = await room.database.read(room.workbench.task, first.id, PRINCIPAL)
+    assert held.status == task_pb2.TASK_STATUS_KILLED
+
+
+async def test_no_status_of_an_ended_task_takes_its_branch_back(room: Room) -> None:  # F9
+    await room.add_repository()
+    task = newer(await room.create(branch="topic"), status=task_pb2.TASK_STATUS_ARCHIVED)
+    await room.push(task)
+    holder = await room.create(branch="topic")
+
+    for status in task_pb2.TaskStatus.values():
+        task = newer(task, status=status)
+        assert await room.push(task) == {}
+
+    assert await room.database.read(room.store.branch_holders, "repo_1") == {"topic": holder.id}
+
+
+async def test_a_branch_that_another_task_holds_stays_with_it_and_the_conflict_is_in_the_feed(room: Room) -> None:
+    await room.add_repository()
+    holder, mover = await room.create(branch="taken"), await room.create(branch="topic")
+    before = len(await room.marked(HistoryEvent))
+
+    refused = await room.push(newer(mover, branch="taken"))
+
+    assert refused == {}
+    assert await room.database.read(room.store.branch_holders, "repo_1") == {"taken": holder.id, "topic": mover.id}
+    event, _ = (await room.marked(HistoryEvent))[before]
+    assert event.kind == words.EVENT_KIND_BRANCH_MOVED
+    assert dict(event.details) == {"from": "topic", "to": "taken", "holder_task_id": holder.id}
+
+    await room.push(newer(holder, status=task_pb2.TASK_STATUS_KILLED), newer(newer(mover, branch="taken")))
+
+    assert await room.database.read(room.store.branch_holders, "repo_1") == {"taken": mover.id}
+
+
+async def test_a_branch_follows_what_the_task_says(room: Room) -> None:  # F12
+    await room.add_repository()
+    task = await room.create(branch="topic")
+
+    await room.push(newer(task, branch="topic-7f3a"))
+
+    assert (await room.place(task.id)).branch == "topic-7f3a"
+    summary, _ = (await room.marked(TaskSummary))[-1]
+    assert summary.branch == "topic-7f3a"
+    assert (await room.create(branch="topic")).branch == "topic"
+    with pytest.raises(AlreadyExists):
+        await room.create(branch="topic-7f3a")
+
+
+async def test_one_batch_frees_a_branch_and_gives_it_away_in_any_order(room: Room) -> None:
+    await room.add_repository()
+    leaving, coming = await room.create(branch="a"), await room.create(branch="b")
+
+    refused = await room.push(newer(coming, branch="a"), newer(leaving, status=task_pb2.TASK_STATUS_ARCHIVED))
+
+    assert refused == {}
+    assert await room.database.read(room.store.branch_holders, "repo_1") == {"a": coming.id}
+
+
+async def test_the_organization_gets_a_summary_and_the_index_keeps_the_whole_task(room: Room) -> None:  # C11
+    await room.add_repository()
+    task = await room.create(text="Sell more\n" + "x" * 60_000)
+
+    await room.push(newer(task, status_reason="y" * 3000))
+
+    assert await room.marked(Task) == []
+    ((summary, deleted),) = await room.marked(TaskSummary)
+    assert not deleted
+    assert summary.ByteSize() < 1024
+    assert (await room.database.read(room.workbench.task, task.id, PRINCIPAL)).text == task.text
+
+
+async def test_the_repository_is_touched_once_for_a_batch(room: Room) -> None:
+    await room.add_repository()
+    tasks = await states(room, 5)
+    ((before, _),) = await room.marked(Repository)
+
+    await room.push(*(newer(task, status=task_pb2.TASK_STATUS_KILLED) for task in tasks))
+
+    ((after, _),) = await room.marked(Repository)
+    assert (before.live_task_count, after.live_task_count) == (5, 0)
+    assert after.revision == before.revision + 1
+
+
+async def test_a_task_of_somebody_else_is_refused_without_its_neighbours(room: Room) -> None:
+    await room.add_repository()
+    task = await room.create()
+
+    refused = await room.push(Task(id="task_x", repository_id="repo_1", revision=1), newer(task, title="New"))
+
+    assert list(refused) == [0]
+    assert (await room.database.read(room.workbench.task, task.id, PRINCIPAL)).title == "New"
+
+
+async def test_older_states_change_nothing(room: Room) -> None:
+    await room.add_repository()
+    task = await room.create(branch="topic")
+    archived = newer(task, status=task_pb2.TASK_STATUS_ARCHIVED)
+    await room.push(archived)
+    marked = len(await room.marked(TaskSummary))
+
+    await room.push(task, archived)
+
+    assert (await room.place(task.id)).live is False
+    assert len(await room.marked(TaskSummary)) == marked
