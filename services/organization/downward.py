@@ -83,4 +83,4 @@ class Children:
                 await self._forgotten(request.organization_id, TO_HISTORY)
 
     async def _forgotten(self, organization_id: str, child: str) -> None:
-        await self.database.write(self.stores.teardown.forgotten, organization_id, child)
+        await self.stores.teardown.forgotten(self.database, organization_id, child)

@@ -105,7 +105,7 @@ async def test_a_page_ends_at_a_mebibyte(room: Room) -> None:  # F22
 def plan(tx: Reader, statement: Statement, **given: object) -> str:
     """Return how SQLite would go about a query."""
     text = f"EXPLAIN QUERY PLAN {statement.sqlite.text}"
-    return " / ".join(str(row[3]) for row in tx._driver.execute(text, statement.sqlite.values(given)))  # noqa: SLF001
+    return " / ".join(str(row[3]) for row in tx._driver.execute(text, statement.sqlite.values(given)))
 
 
 def page_plan(tx: Reader, order: Order, *, after: bool, repository: bool) -> str:
@@ -132,9 +132,7 @@ async def test_the_tasks_of_a_repository_are_read_from_their_index(room: Room) -
 
 async def test_a_snapshot_passes_over_no_task_that_ended(room: Room) -> None:  # F27
     spec = room.stores.index._tables[ENTITY_KIND_TASK]
-    found = await room.database.read(
-        lambda tx: plan(tx, spec.snapshot, of="o", after=0, upto=9, viewer="*", most=5)
-    )
+    found = await room.database.read(lambda tx: plan(tx, spec.snapshot, of="o", after=0, upto=9, viewer="*", most=5))
 
     assert "USING INDEX task_summaries_shown" in found
     await fill(room, 5)
