@@ -8,6 +8,7 @@ import asyncio
 import sqlite3
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextvars import copy_context
 from functools import partial
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -145,7 +146,7 @@ class SqliteDatabase(Database):
         if self._writer is None:
             raise DatabaseUnavailable("it is closed")
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._waiting_reads.append((future, partial(_read, fn, args, kwargs)))
+        self._waiting_reads.append((future, partial(copy_context().run, _read, fn, args, kwargs)))
         self._start_reads()
         return await future
 
