@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-import grpc
 from branchline.github_data.v1.github_data_pb2 import DeleteOrganizationRequest, SyncOrganizationRequest
 from branchline.github_data.v1.github_data_pb2_grpc import GithubDataServiceStub
 from branchline.history.v1.history_pb2 import AppendEventsRequest, DeleteFeedRequest
@@ -18,7 +17,8 @@ from branchline.user.v1.user_pb2_grpc import UserServiceStub
 from services.organization.destinations import TO_GITHUB_DATA, TO_HISTORY, TO_REPOSITORY, TO_USER
 from services.organization.repositories import REPOSITORIES
 from services.organization.stores import Stores
-from services.runtime.database import Database, Tx
+from services.runtime.database import Database
+from services.runtime.principal import Principal, bind_principal
 from services.runtime.service import Chassis
 from services.runtime.spine.outbox import OutboxRow
 
@@ -42,22 +42,14 @@ class Children:
         chassis.batch_courier(TO_HISTORY, self.to_history)
 
     async def to_repository(self, row: OutboxRow) -> None:
-        """Create a repository, or have it deleted. One that the child does not know is gone."""
+        """Create a repository, or have it deleted in the name of its organization."""
         if row.holds(EnsureRepositoryRequest):
             await self.repository.EnsureRepository(EnsureRepositoryRequest.FromString(row.payload))
             return
-        try:
-            await self.repository.DeleteRepository(DeleteRepositoryRequest.FromString(row.payload))
-        except grpc.aio.AioRpcError as error:
-            if error.code() != grpc.StatusCode.NOT_FOUND:
-                raise
-            await self.database.write(self._gone, row.entity_id)
-
-    def _gone(self, tx: Tx, repository_id: str) -> None:
-        repository = REPOSITORIES.find(tx, repository_id)
+        repository = await self.database.read(REPOSITORIES.find, row.entity_id)
         if repository is not None:
-            self.stores.repositories.note_gone(tx, [repository])
-            self.stores.teardown.advance(tx, repository.organization_id)
+            bind_principal(Principal(service="organization", organization_id=repository.organization_id))
+        await self.repository.DeleteRepository(DeleteRepositoryRequest.FromString(row.payload))
 
     async def to_user(self, row: OutboxRow) -> None:
         """Mark tasks unread, or forget what people had open."""
@@ -91,4 +83,4 @@ class Children:
                 await self._forgotten(request.organization_id, TO_HISTORY)
 
     async def _forgotten(self, organization_id: str, child: str) -> None:
-        await self.database.write(self.stores.teardown.forgotten, organization_id, child)
+        await self.stores.teardown.forgotten(self.database, organization_id, child)

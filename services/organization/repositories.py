@@ -97,7 +97,7 @@ class Repositories:
         self.index.put(tx, _entry(repository))
 
     def take(self, tx: Tx, pushed: Sequence[Pushed[Repository]]) -> set[str]:
-        """Index pushed repositories, and bury those that are gone; return the organizations of the latter.
+        """Index pushed repositories, and bury those that are gone; return the organizations that are rid of some.
 
         One whose deletion was asked for shows that, also while it does not know of it yet.
         """
@@ -111,12 +111,9 @@ class Repositories:
                 one.state.delete_time.FromNanoseconds(int(asked.request_time * 1e9))
             entries.append(_entry(one.state))
         self.index.put_many(tx, entries)
-        gone = [one.state for one in pushed if one.deleted]
-        self.note_gone(tx, gone)
-        return {repository.organization_id for repository in gone}
+        return self._note_gone(tx, [one.state for one in pushed if one.deleted])
 
-    def note_gone(self, tx: Tx, gone: Sequence[Repository]) -> None:
-        """Note that repositories are gone, and bury them as far as one step goes."""
+    def _note_gone(self, tx: Tx, gone: Sequence[Repository]) -> set[str]:
         now = self.clock.seconds()
         tx.change_many(
             _GONE,
@@ -130,8 +127,7 @@ class Repositories:
                 for one in gone
             ],
         )
-        for one in gone:
-            self.bury(tx, one.id)
+        return {self.bury(tx, one.id) for one in gone} - {""}
 
     def begin_deletion(self, tx: Tx, repository: Repository) -> None:
         """Have a repository deleted by its owner."""

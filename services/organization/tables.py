@@ -137,7 +137,7 @@ _alive = task_summaries.c.deleted.is_(False)
 for _order in ("update_time", "create_time", "title"):
     _partial(task_summaries, _order, "scope", "ended", _order, "id", where=_alive)
 _partial(task_summaries, "repository", "scope", "repository_id", "ended", "update_time", "id", where=_alive)
-_partial(task_summaries, "shown", "scope", "change_seq", where=_alive & task_summaries.c.ended.is_(False))
+_partial(task_summaries, "shown", "scope", "ended", "change_seq", where=_alive)
 
 users = Table(
     "users",

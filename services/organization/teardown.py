@@ -93,8 +93,13 @@ class Teardown:
         tx.change_many(_TELL, [{"organization_id": organization_id, "child": child, "done": False} for child in told])
         self.outbox.mark(tx, [Mark(organization_id, 1, request, child) for child, request in told.items()])
 
-    def forgotten(self, tx: Tx, organization_id: str, child: str) -> bool:
-        """Note that a child has forgotten an organization, and go on; say whether another step can follow at once."""
+    async def forgotten(self, database: Database, organization_id: str, child: str) -> None:
+        """Note that a child has forgotten an organization, and go on."""
+        more = await database.write(self._forgotten, organization_id, child)
+        while more:
+            more = await database.write(self.advance, organization_id)
+
+    def _forgotten(self, tx: Tx, organization_id: str, child: str) -> bool:
         tx.change(_DONE, {"organization": organization_id, "of": child})
         return self.advance(tx, organization_id)
 

@@ -63,7 +63,9 @@ def show(rows: list[Row]) -> None:
     table = Table("what", "unit", "ours", "floor", "ratio", "target", "verdict")
     for row in rows:
         target = f"{'≥' if row.at_least else '≤'} {row.bound:.2f}"
-        table.add_row(row.name, row.unit, f"{row.ours:.2f}", f"{row.floor:.2f}", f"{row.ratio:.2f}", target, row.verdict)
+        table.add_row(
+            row.name, row.unit, f"{row.ours:.2f}", f"{row.floor:.2f}", f"{row.ratio:.2f}", target, row.verdict
+        )
     Console(width=140).print(table)
 
 

@@ -4,49 +4,76 @@ from pathlib import Path
 
 from branchline.resource.v1.history_pb2 import HistoryEvent
 from branchline.resource.v1.organization_pb2 import Organization
+from branchline.resource.v1.user_pb2 import User
+from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_HISTORY_EVENT
 from sqlalchemy import create_engine
 
-from services.organization.store import OrganizationStore
-from services.organization.tables import HISTORY, WATCHED, metadata, spine
+from services.organization import feed as feed_rules
+from services.organization.stores import Stores, open_stores
+from services.organization.tables import metadata
 from services.runtime.clock import Clock
-from services.runtime.database import Database
-from services.runtime.spine.index import Entry, Index
+from services.runtime.database import Database, Tx, open_database
+from services.runtime.spine.outbox import Outbox
+from services.runtime.spine.tokens import Position
+from services.runtime.spine.watch import Page
 
-DAY_SECONDS = 24 * 3600.0
+DAY_SECONDS = 24 * 3600
+
+
+async def caught_up(stores: Stores, scope: str, position: Position | None = None) -> list[Page]:
+    return [page async for page in stores.index.catch_up(scope, [ENTITY_KIND_HISTORY_EVENT], position, "*")]
+
+
+def found(tx: Tx, stores: Stores, days: tuple[int, ...]) -> str:
+    organization = Organization(slug="acme", display_name="Acme")
+    organization.settings.history_retention_days = 7
+    stores.organizations.found(tx, organization, User(id="usr_1", display_name="One"))
+    events: list[HistoryEvent] = []
+    for sequence, old in enumerate(days, start=1):
+        event = HistoryEvent(id=f"evt_{old}", organization_id=organization.id, sequence=sequence)
+        event.event_time.FromSeconds(int(stores.feed.clock.seconds()) - old * DAY_SECONDS)
+        events.append(event)
+    stores.feed.take(tx, events)
+    return organization.id
+
+
+async def opened(path: Path) -> tuple[Database, Stores]:
+    engine = create_engine(f"sqlite:///{path}")
+    metadata.create_all(engine)
+    engine.dispose()
+    database = open_database(f"sqlite:///{path}")
+    await database.start()
+    stores = open_stores(database, Outbox(database, Clock()), Clock())
+    await stores.index.start()
+    return database, stores
 
 
 async def test_events_older_than_the_retention_leave_the_feed_and_their_resume_tokens_with_them(
     tmp_path: Path,
 ) -> None:  # HIS-3
-    engine = create_engine(f"sqlite:///{tmp_path / 'organization.db'}")
-    metadata.create_all(engine)
-    engine.dispose()
-    database, clock = Database(tmp_path / "organization.db"), Clock()
-    index = Index(database, spine, [*WATCHED, HISTORY], clock)
-    store = OrganizationStore(database, index, clock)
-    organization = Organization(id="org_1", slug="acme", revision=1)
-    organization.settings.history_retention_days = 7
-    async with database.transaction() as tx:
-        await store.save_organization(tx, organization)
-        for sequence, days in enumerate((30, 8, 6, 0), start=1):
-            columns = {
-                "sequence": sequence,
-                "event_time": clock.seconds() - days * DAY_SECONDS,
-                "event_kind": "task.created",
-                "actor_user_id": "",
-                "repository_id": "",
-                "branch": "",
-            }
-            event = HistoryEvent(id=f"evt_{days}", sequence=sequence)
-            await index.put(tx, Entry(HISTORY.kind, "org_1", event.id, 1, event, columns=columns))
-    before = await index.view("org_1", [HISTORY.kind])
+    database, stores = await opened(tmp_path / "organization.sqlite")
+    scope = await database.write(found, stores, (30, 8, 6, 0))
+    before = (await caught_up(stores, scope))[-1].position
     assert before is not None
 
-    await store.expire_history()
+    await stores.feed.expire(database)
 
-    after = await index.view("org_1", [HISTORY.kind])
-    assert after is not None
-    assert [change.id for change in after.changes] == ["evt_6", "evt_0"]
-    assert await index.view("org_1", [HISTORY.kind], after=(before.epoch, 1)) is None
-    assert await index.view("org_1", [HISTORY.kind], after=(before.epoch, before.change_seq)) is not None
+    snapshot = await caught_up(stores, scope)
+    assert [change.id for page in snapshot for change in page.changes] == ["evt_6", "evt_0"]
+    oldest = await caught_up(stores, scope, Position(before.epoch, 1))
+    assert oldest[0].reset
+    newest = await caught_up(stores, scope, before)
+    assert not any(page.reset for page in newest)
+    await database.close()
+
+
+async def test_a_long_feed_expires_in_bounded_steps(tmp_path: Path) -> None:
+    database, stores = await opened(tmp_path / "organization.sqlite")
+    scope = await database.write(found, stores, tuple(range(400, 400 + feed_rules._FORGOTTEN_AT_ONCE + 20)))
+    commits = database.commits
+
+    await stores.feed.expire(database)
+
+    assert database.commits - commits >= 2
+    assert [change for page in await caught_up(stores, scope) for change in page.changes] == []
     await database.close()

@@ -1,0 +1,161 @@
+"""The organization's stores over a real SQLite file, without the other services."""
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from branchline.resource.v1 import organization_pb2, task_pb2
+from branchline.resource.v1.organization_pb2 import ROLE_OWNER, Organization, Role
+from branchline.resource.v1.repository_pb2 import Repository
+from branchline.resource.v1.task_pb2 import TaskSummary
+from branchline.resource.v1.user_pb2 import User
+from branchline.spine.v1.push_pb2 import PushEntry
+from google.protobuf.message import Message
+from sqlalchemy import bindparam, create_engine, select
+
+from services.organization.ingest import OrganizationIngest
+from services.organization.members import MEMBERS_OF
+from services.organization.public_organizations import PublicOrganizationServicer
+from services.organization.public_reads import PublicHistoryReader, PublicTaskReader, PublicUserReader
+from services.organization.public_repositories import PublicRepositoryServicer
+from services.organization.stores import Stores, open_stores
+from services.organization.tables import metadata
+from services.runtime.clock import Clock
+from services.runtime.database import Database, Statement, open_database
+from services.runtime.principal import Principal, bind_principal
+from services.runtime.spine.commands import Commands
+from services.runtime.spine.ingest import Ingest
+from services.runtime.spine.outbox import Outbox, OutboxRow
+from services.runtime.spine.tables import outbox as outbox_table
+
+NOBODY: Any = None
+_PENDING = Statement(
+    select(outbox_table).where(outbox_table.c.destination == bindparam("to")).order_by(outbox_table.c.seq)
+)
+
+
+@dataclass
+class Room:
+    """One organization service without its neighbours."""
+
+    path: Path
+    database: Database
+    outbox: Outbox
+    stores: Stores
+    ingest: Ingest
+
+    @property
+    def organizations(self) -> PublicOrganizationServicer:
+        return PublicOrganizationServicer(self.database, self.stores, self.commands, NOBODY)
+
+    @property
+    def repositories(self) -> PublicRepositoryServicer:
+        return PublicRepositoryServicer(self.database, self.stores, self.commands, self.outbox)
+
+    @property
+    def tasks(self) -> PublicTaskReader:
+        return PublicTaskReader(self.database, self.stores)
+
+    @property
+    def history(self) -> PublicHistoryReader:
+        return PublicHistoryReader(self.database, self.stores)
+
+    @property
+    def users(self) -> PublicUserReader:
+        return PublicUserReader(self.database, self.stores)
+
+    @property
+    def commands(self) -> Commands:
+        return Commands(self.database, Clock())
+
+    async def push(self, *entries: tuple[Message, bool]) -> dict[int, str]:
+        """Apply states as a child pushes them; return the reasons of those that were refused."""
+        return await self.ingest.submit([_entry(state, deleted) for state, deleted in entries])
+
+    async def found(self, slug: str = "acme", *, owner: str = "usr_owner") -> Organization:
+        """Found an organization; its owner is the caller from now on."""
+        organization = Organization(slug=slug, display_name=slug.title(), kind=organization_pb2.ORGANIZATION_KIND_TEAM)
+        user = User(id=owner, display_name=owner, email=f"{owner}@example.com", revision=1)
+        await self.push((user, False))
+        await self.database.write(self.stores.organizations.found, organization, user)
+        call_as(owner, organization.id)
+        return organization
+
+    async def join(self, organization_id: str, user_id: str, role: Role.ValueType) -> None:
+        user = User(id=user_id, display_name=user_id, email=f"{user_id}@example.com", revision=1)
+        await self.database.write(self.stores.members.join, organization_id, user, role)
+
+    async def repository(self, organization_id: str, name: str = "acme/shop") -> Repository:
+        repository = Repository(organization_id=organization_id, full_name=name, remote_url=f"https://git.test/{name}")
+        await self.database.write(self.stores.repositories.add, repository)
+        return repository
+
+    async def member_ids(self, organization_id: str) -> set[str]:
+        found = await self.database.read(lambda tx: MEMBERS_OF(tx, scope=organization_id))
+        return {member.user_id for member in found}
+
+    async def marks(self, destination: str, kind: type[Message]) -> list[Any]:
+        """Return what waits in the outbox for a destination."""
+        rows = await self.database.read(lambda tx: tx.rows(_PENDING, {"to": destination}))
+        kept = [_row(row) for row in rows]
+        return [kind.FromString(row.payload) for row in kept if row.holds(kind)]
+
+
+def _entry(state: Any, deleted: bool) -> PushEntry:
+    entity_id = getattr(state, "id", "") or getattr(state, "organization_id", "")
+    if hasattr(state, "api_token"):
+        entity_id = state.api_token.id
+    if hasattr(state, "open_session_id"):
+        entity_id = "/".join((state.user_id, state.task_id, state.session_id))
+    entry = PushEntry(id=entity_id, revision=getattr(state, "revision", 1), deleted=deleted)
+    entry.state.Pack(state)
+    return entry
+
+
+def call_as(user_id: str, organization_id: str, role: Role.ValueType = ROLE_OWNER) -> None:
+    """Make calls in the name of a user placed in an organization."""
+    bind_principal(Principal(user_id=user_id, organization_id=organization_id, role=role))
+
+
+def summary(organization_id: str, repository_id: str, number: int, **fields: Any) -> TaskSummary:
+    """Make a task's summary."""
+    task = TaskSummary(
+        id=f"task_{number:06}",
+        organization_id=organization_id,
+        repository_id=repository_id,
+        title=fields.pop("title", f"Task {number}"),
+        branch=f"feat/{number}",
+        status=fields.pop("status", task_pb2.TASK_STATUS_IDLE),
+        revision=fields.pop("revision", 1),
+        **fields,
+    )
+    task.create_time.seconds = task.update_time.seconds = 1_700_000_000 + number
+    return task
+
+
+async def open_room(path: Path) -> Room:
+    database = open_database(f"sqlite:///{path}")
+    await database.start()
+    clock = Clock()
+    outbox = Outbox(database, clock)
+    stores = open_stores(database, outbox, clock)
+    await stores.index.start()
+    return Room(path, database, outbox, stores, OrganizationIngest(outbox, stores).ingest(database))
+
+
+@pytest.fixture
+async def room(tmp_path: Path) -> AsyncGenerator[Room, None]:
+    path = tmp_path / "organization.sqlite"
+    engine = create_engine(f"sqlite:///{path}")
+    metadata.create_all(engine)
+    engine.dispose()
+    opened = await open_room(path)
+    yield opened
+    await opened.database.close()
+    bind_principal(None)
+
+
+def _row(row: Any) -> OutboxRow:
+    return OutboxRow(row.seq, row.destination, row.type_url, row.entity_id, row.revision, row.deleted, row.payload)

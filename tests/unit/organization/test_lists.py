@@ -1,0 +1,104 @@
+"""The catalogue and the feed in pages: from an index, bounded in bytes."""
+
+from typing import Any
+
+import pytest
+from branchline.gateway.v1 import history_pb2, repositories_pb2
+from branchline.resource.v1.history_pb2 import HistoryEvent
+from branchline.resource.v1.vocabulary_pb2 import EVENT_KIND_AGENT_FINISHED, EVENT_KIND_TASK_CREATED
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from services.organization.repositories import FIRST_PAGE, NEXT_PAGE
+from services.runtime.errors import InvalidArgument
+from tests.unit.organization.conftest import Room
+from tests.unit.organization.test_sidebar import plan
+
+CONTEXT: Any = None
+
+
+async def feed(room: Room, count: int, **fields: Any) -> str:
+    organization = await room.found()
+    events = [
+        HistoryEvent(
+            id=f"evt_{number:04}",
+            organization_id=organization.id,
+            sequence=number,
+            task_id=f"task_{number % 3}",
+            kind=EVENT_KIND_TASK_CREATED if number % 2 else EVENT_KIND_AGENT_FINISHED,
+            event_time=Timestamp(seconds=1_700_000_000 + number),
+            **fields,
+        )
+        for number in range(1, count + 1)
+    ]
+    assert not await room.push(*((event, False) for event in events))
+    return organization.id
+
+
+async def sequences(room: Room, organization_id: str, **fields: Any) -> list[int]:
+    found: list[int] = []
+    token = ""
+    while True:
+        request = history_pb2.ListHistoryRequest(organization_id=organization_id, page_token=token, **fields)
+        answer = await room.history.ListHistory(request, CONTEXT)
+        found += [event.sequence for event in answer.events]
+        token = answer.next_page_token
+        if not token:
+            return found
+
+
+@pytest.mark.parametrize("oldest_first", [True, False])
+async def test_the_feed_is_paged_both_ways(room: Room, oldest_first: bool) -> None:  # HIS-3
+    organization_id = await feed(room, 25)
+
+    found = await sequences(room, organization_id, page_size=7, oldest_first=oldest_first)
+
+    assert found == sorted(range(1, 26), reverse=not oldest_first)
+
+
+async def test_the_feed_is_filtered(room: Room) -> None:  # HIS-3
+    organization_id = await feed(room, 12)
+    since, before = Timestamp(seconds=1_700_000_004), Timestamp(seconds=1_700_000_008)
+
+    assert await sequences(room, organization_id, task_id="task_1", page_size=2) == [10, 7, 4, 1]
+    assert await sequences(room, organization_id, start_time=since, end_time=before) == [7, 6, 5, 4]
+    assert await sequences(room, organization_id, kinds=["agent.finished"]) == [12, 10, 8, 6, 4, 2]
+    assert await sequences(room, organization_id, kinds=["EVENT_KIND_TASK_CREATED"], task_id="task_0") == [9, 3]
+    with pytest.raises(InvalidArgument, match="kinds"):
+        await sequences(room, organization_id, kinds=["nonsense"])
+
+
+async def test_a_page_of_the_feed_ends_at_a_mebibyte(room: Room) -> None:  # F22
+    organization_id = await feed(room, 8, summary="x" * 300_000)
+
+    answer = await room.history.ListHistory(history_pb2.ListHistoryRequest(organization_id=organization_id), CONTEXT)
+
+    assert len(answer.events) == 3
+    assert await sequences(room, organization_id) == list(range(8, 0, -1))
+
+
+async def test_the_catalogue_is_paged_by_name(room: Room) -> None:  # ORG-4
+    organization = await room.found()
+    for name in ("c", "a", "b", "e", "d"):
+        await room.repository(organization.id, f"acme/{name}")
+    found: list[str] = []
+    token = ""
+
+    while True:
+        request = repositories_pb2.ListRepositoriesRequest(
+            organization_id=organization.id, page_size=2, page_token=token
+        )
+        answer = await room.repositories.ListRepositories(request, CONTEXT)
+        found += [repository.full_name[-1] for repository in answer.repositories]
+        token = answer.next_page_token
+        if not token:
+            break
+
+    assert found == ["a", "b", "c", "d", "e"]
+
+
+@pytest.mark.parametrize("statement", [FIRST_PAGE, NEXT_PAGE])
+async def test_the_catalogue_is_read_from_its_index(room: Room, statement: Any) -> None:
+    found = await room.database.read(lambda tx: plan(tx, statement, of="o", most=9, after_name="a", after_id="b"))
+
+    assert "USING INDEX repositories_name" in found
+    assert "TEMP B-TREE" not in found
