@@ -33,6 +33,7 @@ from services.task.lifecycle import PROVISION, Lifecycle
 from services.task.machine import Deadlines, Machine
 from services.task.open_task import OpenTask
 from services.task.permissions import Permissions
+from services.task.public import PublicTaskServicer
 from services.task.sessions import Sessions
 from services.task.status import Status
 from services.task.store import ENTRIES, TaskStore
@@ -40,6 +41,9 @@ from services.task.tables import metadata
 from services.task.turns import Turns
 
 M = TypeVar("M", bound=Message)
+
+NOWHERE: Any = None
+"""Stands for what a test never reaches."""
 
 CALLER = Principal(user_id="usr_ann", organization_id="org_1", role=ROLE_MEMBER)
 
@@ -50,8 +54,8 @@ def new_id(prefix: str = "r") -> str:
     return f"{prefix}_{uuid.uuid4().hex}"
 
 
-def git(*arguments: str, cwd: Path | None = None) -> str:
-    return subprocess.run(["git", *arguments], cwd=cwd, check=True, capture_output=True, text=True).stdout.strip()
+def git(*arguments: str, cwd: Path | None = None, check: bool = True) -> str:
+    return subprocess.run(["git", *arguments], cwd=cwd, check=check, capture_output=True, text=True).stdout.strip()
 
 
 def make_remote(folder: Path) -> Path:
@@ -116,8 +120,8 @@ class Room:
         self.lifecycle = Lifecycle(self.turns)
         self.commands = Commands(self.database, self.clock)
         self.ingest = TaskIngest(self.store, self.turns).ingest(self.database)
-        nowhere: Any = None
-        machine = Machine(nowhere, nowhere, Deadlines())
+        self.public = PublicTaskServicer(self.commands, self.store, self.lifecycle)
+        machine = Machine(NOWHERE, NOWHERE, Deadlines())
         self.sessions = Sessions(self.database, self.clock, self.store, self.turns, self.permissions, machine)
 
     async def task(self, status: Status = task_pb2.TASK_STATUS_IDLE, *, sessions: int = 1) -> OpenTask:

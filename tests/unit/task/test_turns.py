@@ -3,18 +3,18 @@
 import itertools
 
 import pytest
-from branchline.gateway.v1 import sessions_pb2
+from branchline.gateway.v1 import sessions_pb2, tasks_pb2
 from branchline.resource.v1 import sandbox_pb2, session_pb2, task_pb2
 from branchline.resource.v1.session_pb2 import Attachment, TranscriptEntry
 from branchline.resource.v1.session_pb2 import SessionStatus
 from branchline.resource.v1.task_pb2 import TaskStatus
-from branchline.sandbox.v1.sandbox_pb2 import AgentSession, CloseSessionRequest, StartTurnRequest
+from branchline.sandbox.v1.sandbox_pb2 import AgentSession, CancelTurnRequest, CloseSessionRequest, StartTurnRequest
 
 from services.runtime.errors import DomainError, InvalidArgument
 from services.task.lifecycle import PROVISION
 from services.task.open_task import OpenTask
 from services.task.store import DROPPED, QUEUED
-from tests.unit.task.room import Room, new_id, sandbox_of
+from tests.unit.task.room import NOWHERE, Room, new_id, sandbox_of
 from tests.unit.task.test_open_task import message
 
 IDLE, RUNNING, ERROR = task_pb2.TASK_STATUS_IDLE, task_pb2.TASK_STATUS_RUNNING, task_pb2.TASK_STATUS_ERROR
@@ -96,13 +96,9 @@ async def test_a_sandbox_that_fails_ends_its_turns_and_the_task_can_be_retried(r
         await send(room, task, session=1)
     assert await room.push(ended(task)) == {}
     assert (await room.read(task.task.id)).task.status == ERROR
-    await room.database.write(lambda tx: _retry(room, tx, task))
+    retry = tasks_pb2.RetryTaskRequest(request_id=new_id(), task_id=task.task.id)
+    await room.public.RetryTask(retry, NOWHERE)
     assert (await room.read(task.task.id)).row.workflow == PROVISION
-
-
-def _retry(room: Room, tx: object, task: OpenTask) -> None:
-    with room.store.open(tx, task.task.id) as opened:  # pyright: ignore[reportArgumentType]
-        room.lifecycle.retry(tx, opened, "", "")  # pyright: ignore[reportArgumentType]
 
 
 async def test_the_head_commit_comes_with_the_end_of_the_turn(room: Room) -> None:  # C3, F10
@@ -216,8 +212,6 @@ async def test_a_turn_that_ends_in_error_says_why_and_the_next_message_begins_an
 
 
 async def test_a_cancellation_names_its_turn_and_can_be_repeated(room: Room) -> None:  # F20
-    from branchline.sandbox.v1.sandbox_pb2 import CancelTurnRequest
-
     task = await room.task()
     await send(room, task)
 
