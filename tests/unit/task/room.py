@@ -95,7 +95,10 @@ def birth(task_id: str, **fields: Any) -> CreateTaskRequest:
     )
     task.status_time.GetCurrentTime()
     return CreateTaskRequest(
-        task=task, session=session, repository=Repository(remote_url="file:///none.git", default_branch="main"), **fields
+        task=task,
+        session=session,
+        repository=Repository(remote_url="file:///none.git", default_branch="main"),
+        **fields,
     )
 
 

@@ -108,9 +108,7 @@ async def test_a_retry_begins_with_a_new_workflow_and_may_name_another_agent(roo
 
 async def test_a_task_is_removed_in_bounded_steps_and_told_as_deleted(room: Room) -> None:
     task, other = await room.task(), await room.task()
-    said = [
-        TranscriptEntry(id=f"ent_{number}", session_id=task.sessions[0].id, revision=1) for number in range(1100)
-    ]
+    said = [TranscriptEntry(id=f"ent_{number}", session_id=task.sessions[0].id, revision=1) for number in range(1100)]
     await room.push(*said)
     await send(room, other)
     await room.database.write(lambda tx: _delete(room, tx, task.task.id))

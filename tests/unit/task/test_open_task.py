@@ -7,8 +7,8 @@ from branchline.resource.v1.session_pb2 import Session
 from branchline.resource.v1.task_pb2 import Task
 from branchline.sandbox.v1.sandbox_pb2 import StartTurnRequest
 
-from services.runtime.principal import Principal, bind_principal
 from services.runtime.errors import DomainError
+from services.runtime.principal import Principal, bind_principal
 from services.task.open_task import OpenTask
 from tests.unit.task.room import Room, new_id
 

@@ -33,9 +33,7 @@ async def asked(room: Room) -> tuple[OpenTask, TranscriptEntry]:
         options=[PermissionOption(id="yes"), PermissionOption(id="no")],
         revision=1,
     )
-    waits = AgentSession(
-        session_id=task.sessions[0].id, task_id=task.task.id, status=WAITING, turn=1, revision=1
-    )
+    waits = AgentSession(session_id=task.sessions[0].id, task_id=task.task.id, status=WAITING, turn=1, revision=1)
     await room.push(entry, waits)
     return task, entry
 

@@ -5,8 +5,7 @@ import itertools
 import pytest
 from branchline.gateway.v1 import sessions_pb2, tasks_pb2
 from branchline.resource.v1 import sandbox_pb2, session_pb2, task_pb2
-from branchline.resource.v1.session_pb2 import Attachment, TranscriptEntry
-from branchline.resource.v1.session_pb2 import SessionStatus
+from branchline.resource.v1.session_pb2 import Attachment, SessionStatus, TranscriptEntry
 from branchline.resource.v1.task_pb2 import TaskStatus
 from branchline.sandbox.v1.sandbox_pb2 import AgentSession, CancelTurnRequest, CloseSessionRequest, StartTurnRequest
 
@@ -216,9 +215,7 @@ async def test_a_cancellation_names_its_turn_and_can_be_repeated(room: Room) -> 
     await send(room, task)
 
     def request() -> sessions_pb2.CancelTurnRequest:
-        return sessions_pb2.CancelTurnRequest(
-            request_id=new_id(), task_id=task.task.id, session_id=task.sessions[0].id
-        )
+        return sessions_pb2.CancelTurnRequest(request_id=new_id(), task_id=task.task.id, session_id=task.sessions[0].id)
 
     await room.database.write(room.sessions.cancel, request())
     await room.database.write(room.sessions.cancel, request())
