@@ -1,8 +1,8 @@
 """The rules of the task room on a real database, without a server."""
 
 import asyncio
-import subprocess
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,22 +52,6 @@ _MARKS = Statement(select(outbox_table).order_by(outbox_table.c.seq))
 
 def new_id(prefix: str = "r") -> str:
     return f"{prefix}_{uuid.uuid4().hex}"
-
-
-def git(*arguments: str, cwd: Path | None = None, check: bool = True) -> str:
-    return subprocess.run(["git", *arguments], cwd=cwd, check=check, capture_output=True, text=True).stdout.strip()
-
-
-def make_remote(folder: Path) -> Path:
-    """Make a bare repository with one commit on main."""
-    remote, work = folder / f"{uuid.uuid4().hex[:8]}.git", folder / f"work-{uuid.uuid4().hex[:8]}"
-    git("init", "--quiet", "--bare", "--initial-branch=main", str(remote))
-    git("clone", "--quiet", str(remote), str(work))
-    (work / "README.md").write_text("hello\n")
-    git("add", "--all", cwd=work)
-    git("-c", "user.name=Test", "-c", "user.email=test@localhost", "commit", "--quiet", "-m", "First", cwd=work)
-    git("push", "--quiet", "origin", "HEAD:main", cwd=work)
-    return remote
 
 
 def birth(task_id: str, **fields: Any) -> CreateTaskRequest:
@@ -136,7 +120,7 @@ class Room:
         await self.change(task_id, lambda task: _provision(task, status))
         return await self.read(task_id)
 
-    async def change(self, task_id: str, change: Any) -> None:
+    async def change(self, task_id: str, change: Callable[[OpenTask], object]) -> None:
         """Open a task and do something with it."""
 
         def do(tx: Any) -> None:

@@ -9,7 +9,7 @@ from branchline.resource.v1.repository_pb2 import Repository
 from branchline.resource.v1.task_pb2 import Task
 
 from services.task.git import CHECKOUT, checkout_environment, credentials_line
-from tests.unit.task.room import git, make_remote
+from tests.support.stack import git, make_remote
 
 
 def check_out(
@@ -77,8 +77,7 @@ def test_a_derived_branch_that_the_remote_has_gets_a_suffix(home: Path, tmp_path
 
     assert (first.stdout, again.stdout) == ("feat/x-abcdef\n", "feat/x-abcdef\n")
     assert git("branch", "--show-current", cwd=home / "workspace") == "feat/x-abcdef"
-    tracked = git("config", "--get-regexp", "branch.feat/x-abcdef", cwd=home / "workspace", check=False)
-    assert tracked == ""
+    assert git("for-each-ref", "--format=%(upstream)", "refs/heads/feat", cwd=home / "workspace") == ""
 
 
 def test_a_derived_branch_is_new_where_the_remote_has_none_and_kept_once_it_is_pushed(

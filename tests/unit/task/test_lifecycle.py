@@ -16,7 +16,7 @@ from services.runtime.database import Tx
 from services.runtime.errors import DomainError
 from services.task.deletion import Deletion
 from services.task.lifecycle import END, PROVISION
-from services.task.status import status_name
+from services.task.status import Status, status_name
 from services.task.store import DELETE, DROPPED
 from tests.unit.task.room import NOWHERE, Room, new_id, sandbox_of
 from tests.unit.task.test_turns import send
@@ -36,7 +36,7 @@ def commands(room: Room, task_id: str) -> list[Callable[[], Any]]:
 
 
 @pytest.mark.parametrize("status", [status for status in STATUSES if status != KILLED], ids=status_name)
-async def test_from_every_status_a_public_command_leads_on(room: Room, status: int) -> None:  # issue item 4
+async def test_from_every_status_a_public_command_leads_on(room: Room, status: Status) -> None:  # issue item 4
     ways: list[str] = []
     for place in range(3):
         task = await room.task(status)
@@ -62,7 +62,9 @@ async def test_a_task_is_archived_with_its_turns_closed_and_its_queue_settled(ro
     after = await room.read(task.task.id)
     assert (after.row.workflow, after.sessions[0].status) == (END, session_pb2.SESSION_STATUS_CLOSED)
     assert (await room.entry(waiting.id)).state == DROPPED
-    late = AgentSession(session_id=task.sessions[0].id, task_id=task.task.id, status=2, turn=1, revision=1)
+    late = AgentSession(
+        session_id=task.sessions[0].id, task_id=task.task.id, status=session_pb2.SESSION_STATUS_IDLE, turn=1, revision=1
+    )
     assert await room.push(late) == {}
     assert (await room.read(task.task.id)).task.status == task_pb2.TASK_STATUS_ARCHIVING
 

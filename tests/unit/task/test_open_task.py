@@ -1,5 +1,7 @@
 """An open task writes each row once, whatever was done to it. C5."""
 
+from typing import Any
+
 import pytest
 from branchline.gateway.v1 import sessions_pb2
 from branchline.resource.v1 import task_pb2
@@ -13,9 +15,10 @@ from services.task.open_task import OpenTask
 from tests.unit.task.room import Room, new_id
 
 
-def message(task: OpenTask, **fields: object) -> sessions_pb2.SendMessageRequest:
+def message(task: OpenTask, **fields: Any) -> sessions_pb2.SendMessageRequest:
+    given: dict[str, Any] = {"text": "go on", **fields}
     return sessions_pb2.SendMessageRequest(
-        request_id=new_id(), task_id=task.task.id, session_id=task.sessions[0].id, **{"text": "go on", **fields}
+        request_id=new_id(), task_id=task.task.id, session_id=task.sessions[0].id, **given
     )
 
 

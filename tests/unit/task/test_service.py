@@ -2,18 +2,18 @@
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 import pytest
 import pytest_asyncio
 from branchline.gateway.v1 import sessions_pb2, sessions_pb2_grpc, tasks_pb2, tasks_pb2_grpc
 from branchline.repository.v1 import repository_pb2_grpc
-from branchline.resource.v1 import task_pb2
+from branchline.resource.v1 import session_pb2, task_pb2
 from branchline.resource.v1.task_pb2 import Task
 from branchline.sandbox.v1 import sandbox_pb2, sandbox_pb2_grpc
 from branchline.sandbox.v1.sandbox_pb2 import AgentSession
@@ -32,21 +32,15 @@ from services.runtime.spine.outbox import OutboxRow
 from services.task.machine import Deadlines
 from services.task.open_task import OpenTask
 from services.task.service import TaskConfig, build
+from services.task.status import Status
 from services.task.sweep import Sweep
+from tests.support.stack import eventually
 from tests.unit.task.neighbours import Refusal, RepositoryNeighbour, SandboxNeighbour
 from tests.unit.task.room import Room, birth, entry_of, new_id
 
 KEY = "k" * 40
+MIGRATIONS = Path("services/task/migrations").absolute()
 IDLE, RUNNING, ERROR = task_pb2.TASK_STATUS_IDLE, task_pb2.TASK_STATUS_RUNNING, task_pb2.TASK_STATUS_ERROR
-
-T = TypeVar("T")
-
-
-async def eventually(look: Callable[[], Awaitable[T]], seconds: float = 30.0) -> T:
-    async with asyncio.timeout(seconds):
-        while not (seen := await look()):
-            await asyncio.sleep(0.02)
-        return seen
 
 
 @dataclass
@@ -70,13 +64,12 @@ class Installed:
         await self.internal.CreateTask(birth(task_id, **fields))
         return task_id
 
-    async def until(self, task_id: str, status: int, seconds: float = 30.0) -> OpenTask:
+    async def until(self, task_id: str, status: Status, seconds: float = 30.0) -> OpenTask:
         async def look() -> OpenTask | None:
             found = await self.room.read(task_id)
             return found if found.task.status == status else None
 
         found = await eventually(look, seconds)
-        assert found is not None
         return found
 
     async def push(self, *states: Message) -> list[push_pb2.RejectedEntry]:
@@ -97,8 +90,9 @@ class Installed:
         return task_id.replace("task_", "ses_")
 
     async def send(self, task_id: str, **fields: Any) -> Any:
+        given: dict[str, Any] = {"text": "go on", **fields}
         request = sessions_pb2.SendMessageRequest(
-            request_id=new_id(), task_id=task_id, session_id=self.of(task_id), **{"text": "go on", **fields}
+            request_id=new_id(), task_id=task_id, session_id=self.of(task_id), **given
         )
         return await self.sessions.SendMessage(request)
 
@@ -164,7 +158,7 @@ async def installed(tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[
 async def _leave_stuck(folder: Path) -> str:
     """Leave a task behind as a crash of a release before might have: provisioning, and nothing that does it."""
     url = f"sqlite:///{folder / 'task.sqlite'}"
-    await bring_up_to_date({Path("services/task/migrations").absolute(): url})
+    await bring_up_to_date({MIGRATIONS: url})
     database = open_database(url)
     await database.start()
     room = Room(database)
@@ -387,7 +381,7 @@ async def test_the_sweep_fails_a_provisioning_whose_workflow_died_and_ends_an_en
     for task_id in (provisioning, killing):
         await installed.until(task_id, IDLE)
 
-    def leave(status: int, workflow: str) -> Callable[[OpenTask], None]:
+    def leave(status: Status, workflow: str) -> Callable[[OpenTask], None]:
         def change(task: OpenTask) -> None:
             task.task.status = status
             task.row.workflow, task.row.workflow_time = workflow, 1.0
@@ -450,7 +444,12 @@ async def test_a_turn_is_followed_through_the_servers_to_the_next_message(instal
     await installed.send(task_id, queue=True)
 
     end = AgentSession(
-        session_id=installed.of(task_id), task_id=task_id, status=2, turn=1, revision=1, head_commit="b" * 40
+        session_id=installed.of(task_id),
+        task_id=task_id,
+        status=session_pb2.SESSION_STATUS_IDLE,
+        turn=1,
+        revision=1,
+        head_commit="b" * 40,
     )
     assert await installed.push(end) == []
 

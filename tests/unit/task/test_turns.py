@@ -1,10 +1,12 @@
 """Messages begin turns or wait; what agents and sandboxes report is followed, and never fails."""
 
 import itertools
+from typing import Any
 
 import pytest
 from branchline.gateway.v1 import sessions_pb2, tasks_pb2
 from branchline.resource.v1 import sandbox_pb2, session_pb2, task_pb2
+from branchline.resource.v1.sandbox_pb2 import SandboxStatus
 from branchline.resource.v1.session_pb2 import Attachment, SessionStatus, TranscriptEntry
 from branchline.resource.v1.task_pb2 import TaskStatus
 from branchline.sandbox.v1.sandbox_pb2 import AgentSession, CancelTurnRequest, CloseSessionRequest, StartTurnRequest
@@ -12,6 +14,7 @@ from branchline.sandbox.v1.sandbox_pb2 import AgentSession, CancelTurnRequest, C
 from services.runtime.errors import DomainError, InvalidArgument
 from services.task.lifecycle import PROVISION
 from services.task.open_task import OpenTask
+from services.task.status import Status, status_name
 from services.task.store import DROPPED, QUEUED
 from tests.unit.task.room import NOWHERE, Room, new_id, sandbox_of
 from tests.unit.task.test_open_task import message
@@ -21,7 +24,7 @@ TASK_STATUSES = [status for status in TaskStatus.values() if status]
 SESSION_STATUSES = [status for status in SessionStatus.values() if status]
 
 
-async def send(room: Room, task: OpenTask, session: int = 0, **fields: object) -> TranscriptEntry:
+async def send(room: Room, task: OpenTask, session: int = 0, **fields: Any) -> TranscriptEntry:
     request = message(task, **fields)
     request.session_id = task.sessions[session].id
     return (await room.database.write(room.sessions.send, request)).entry
@@ -53,7 +56,7 @@ async def test_a_turn_ends_and_the_message_that_waited_longest_begins_the_next(r
 
 
 @pytest.mark.parametrize("status", [task_pb2.TASK_STATUS_PENDING, task_pb2.TASK_STATUS_PROVISIONING])
-async def test_messages_wait_while_a_task_is_provisioned_again(room: Room, status: int) -> None:  # F4
+async def test_messages_wait_while_a_task_is_provisioned_again(room: Room, status: Status) -> None:  # F4
     task = await room.task(status)
 
     with pytest.raises(DomainError) as refused:
@@ -65,21 +68,20 @@ async def test_messages_wait_while_a_task_is_provisioned_again(room: Room, statu
     assert (await room.read(task.task.id)).task.status == status
 
 
-@pytest.mark.parametrize("status", TASK_STATUSES)
-async def test_no_report_is_ever_refused(room: Room, status: int) -> None:  # F23
+@pytest.mark.parametrize("status", TASK_STATUSES, ids=status_name)
+async def test_no_report_is_ever_refused(room: Room, status: Status) -> None:  # F23
     task = await room.task(status)
     revision = itertools.count(1)
     for held, reported, turn in itertools.product(SESSION_STATUSES, SESSION_STATUSES, (0, 1, 2)):
+        task.task.status = status
+        task.sessions[0].turn = 1
+        task.stand(task.sessions[0], held)
+        room.turns.follow(task, report(task, reported, turn, next(revision), status_reason="why"))
 
-        def stand(opened: OpenTask, held: int = held) -> None:
-            opened.sessions[0].turn = 1
-            opened.stand(opened.sessions[0], held)
-            opened.task.status = status
-
-        await room.change(task.task.id, stand)
-        assert await room.push(report(task, reported, turn, next(revision), status_reason="why")) == {}
-        for sandbox_status in (sandbox_pb2.SANDBOX_STATUS_PAUSED, sandbox_pb2.SANDBOX_STATUS_RUNNING):
-            assert await room.push(sandbox_of(task, sandbox_status, revision=next(revision))) == {}
+    for number, reported in enumerate(SandboxStatus.values(), 1):
+        assert await room.push(sandbox_of(task, reported, revision=number)) == {}
+    for number, reported in enumerate(SESSION_STATUSES, 1):
+        assert await room.push(report(task, reported, 0, number)) == {}
 
 
 async def test_a_sandbox_that_fails_ends_its_turns_and_the_task_can_be_retried(room: Room) -> None:  # F23
@@ -157,7 +159,7 @@ async def test_a_batch_of_entries_costs_the_same_however_long(room: Room) -> Non
 
 
 async def test_what_concerns_a_task_that_is_gone_is_ignored_and_what_is_too_large_refused(room: Room) -> None:
-    gone = AgentSession(session_id="ses_gone", task_id="task_gone", status=2, turn=1, revision=1)
+    gone = AgentSession(session_id="ses_gone", task_id="task_gone", turn=1, revision=1)
     large = TranscriptEntry(id="ent_large", session_id="ses_gone", text="x" * 600_000, revision=1)
 
     assert await room.push(gone, TranscriptEntry(id="ent_x", session_id="ses_gone", revision=1)) == {}
