@@ -69,8 +69,7 @@ class Installed:
             found = await self.room.read(task_id)
             return found if found.task.status == status else None
 
-        found = await eventually(look, seconds)
-        return found
+        return await eventually(look, seconds)
 
     async def push(self, *states: Message) -> list[push_pb2.RejectedEntry]:
         """Push as the sandbox service does."""
