@@ -35,7 +35,7 @@ class StepError(Exception):
 
 
 def durable_step(step: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """Make a step that is tried eight times within half a minute before it fails its workflow."""
+    """Make a step that is tried six times within some seconds before it fails its workflow."""
 
     @functools.wraps(step)
     async def in_words(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -44,7 +44,7 @@ def durable_step(step: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Corou
         except Exception as error:
             raise StepError(reason_of(error)) from error
 
-    return DBOS.step(retries_allowed=True, max_attempts=8, interval_seconds=0.2)(in_words)
+    return DBOS.step(retries_allowed=True, max_attempts=6, interval_seconds=0.2)(in_words)
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,11 +131,12 @@ class Sessions:
                 create_time=self.clock.timestamp(),
             )
             words = request.text.strip().partition("\n")[0][:_SUMMARY_CHARACTERS]
-            if must_wait(task, session, may_queue=request.queue):
+            waits = must_wait(task, session, may_queue=request.queue)
+            task.tell(EVENT_KIND_MESSAGE_SENT, words, session.id)
+            if waits:
                 self.turns.queue(task, entry)
             else:
                 self.turns.begin(task, session, entry)
-            task.tell(EVENT_KIND_MESSAGE_SENT, words, session.id)
         return sessions_pb2.SendMessageResponse(entry=entry, consistency_token=task.token(entry))
 
     def cancel(self, tx: Tx, request: sessions_pb2.CancelTurnRequest) -> sessions_pb2.CancelTurnResponse:

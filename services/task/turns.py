@@ -94,14 +94,14 @@ class Turns:
         ):
             log.info("report of an agent ignored", session=session.id, turn=state.turn, status=status)
             return False
+        free = False
+        if worked and task.task.status not in ENDING:
+            free = status != session.status and self._follow(task, session, status, state.status_reason)
+        elif status != session.status:
+            task.stand(session, status, state.status_reason)
         if status in _ENDS:
             task.move_head(state.head_commit)
-        if status == session.status:
-            return False
-        if not worked or task.task.status in ENDING:
-            task.stand(session, status, state.status_reason)
-            return False
-        return self._follow(task, session, status, state.status_reason)
+        return free
 
     def _follow(self, task: OpenTask, session: Session, status: SessionStanding, reason: str) -> bool:
         if status == session_pb2.SESSION_STATUS_ERROR:
@@ -116,16 +116,17 @@ class Turns:
         if status == session_pb2.SESSION_STATUS_RUNNING:
             task.follow(task_pb2.TASK_STATUS_RUNNING, session_id=session.id)
             return False
+        free = task.follow(task_pb2.TASK_STATUS_IDLE, session_id=session.id)
         task.tell(EVENT_KIND_AGENT_FINISHED, f"{session.name}: the agent finished", session.id, by_agent=True)
-        return task.follow(task_pb2.TASK_STATUS_IDLE, session_id=session.id)
+        return free
 
     def fail(self, task: OpenTask, session: Session, reason: str, turn: int | None = None) -> None:
         """End a session's turn in error; another turn than the given one, or none, is left alone."""
         if session.status not in SESSION_WORKING or (turn is not None and turn != session.turn):
             return
         task.stand(session, session_pb2.SESSION_STATUS_ERROR, reason)
-        task.tell(EVENT_KIND_AGENT_FAILED, f"{session.name}: {reason}", session.id, by_agent=True)
         task.follow(task_pb2.TASK_STATUS_ERROR, reason, session.id)
+        task.tell(EVENT_KIND_AGENT_FAILED, f"{session.name}: {reason}", session.id, by_agent=True)
 
     def fail_all(self, task: OpenTask, reason: str) -> None:
         """End the task in error, and every turn with it: its sandbox failed. It must be provisioned anew."""

@@ -12,9 +12,12 @@ from services.task.git import CHECKOUT, checkout_environment, credentials_line
 from tests.support.stack import git, make_remote
 
 
-def check_out(home: Path, remote: Path, branch: str, base: str = "") -> subprocess.CompletedProcess[str]:
+def check_out(
+    home: Path, remote: Path, branch: str, base: str = "", *, derived: bool = False
+) -> subprocess.CompletedProcess[str]:
     repository = Repository(remote_url=f"file://{remote}", default_branch=base)
-    environment = checkout_environment(Task(branch=branch), repository, "Ann", "ann@example.com")
+    task = Task(id="task_0123456789abcdef", branch=branch)
+    environment = checkout_environment(task, repository, "Ann", "ann@example.com", derived=derived)
     return subprocess.run(
         ["sh", "-c", CHECKOUT],
         env={**os.environ, "HOME": str(home), **environment},
@@ -35,8 +38,9 @@ def test_a_new_branch_begins_at_the_default_branch(home: Path, tmp_path: Path) -
 
     result = check_out(home, remote, "feat/x")
 
+    assert result.stdout == "feat/x\n"
     assert git("branch", "--show-current", cwd=home / "workspace") == "feat/x"
-    assert result.stdout.strip() == git("rev-parse", "main", cwd=remote)
+    assert git("rev-parse", "HEAD", cwd=home / "workspace") == git("rev-parse", "main", cwd=remote)
 
 
 def test_doing_it_again_keeps_the_work(home: Path, tmp_path: Path) -> None:
@@ -62,6 +66,51 @@ def test_a_base_that_is_not_there_is_named(home: Path, tmp_path: Path) -> None:
 
     assert result.returncode == 1
     assert "no branch develop" in result.stderr
+
+
+def test_a_derived_branch_that_the_remote_has_gets_a_suffix(home: Path, tmp_path: Path) -> None:  # F12
+    remote = make_remote(tmp_path)
+    git("branch", "feat/x", "main", cwd=remote)
+
+    first = check_out(home, remote, "feat/x", derived=True)
+    again = check_out(home, remote, "feat/x", derived=True)
+
+    assert (first.stdout, again.stdout) == ("feat/x-abcdef\n", "feat/x-abcdef\n")
+    assert git("branch", "--show-current", cwd=home / "workspace") == "feat/x-abcdef"
+    assert git("for-each-ref", "--format=%(upstream)", "refs/heads/feat", cwd=home / "workspace") == ""
+
+
+def test_a_derived_branch_is_new_where_the_remote_has_none_and_kept_once_it_is_pushed(
+    home: Path, tmp_path: Path
+) -> None:  # F12
+    remote = make_remote(tmp_path)
+
+    first = check_out(home, remote, "feat/x", derived=True)
+    git("push", "--quiet", "origin", "feat/x", cwd=home / "workspace")
+    again = check_out(home, remote, "feat/x", derived=True)
+
+    assert (first.stdout, again.stdout) == ("feat/x\n", "feat/x\n")
+
+
+def test_a_derived_branch_that_is_the_remotes_default_gets_a_suffix(home: Path, tmp_path: Path) -> None:  # F12
+    remote = make_remote(tmp_path)
+
+    assert check_out(home, remote, "main", derived=True).stdout == "main-abcdef\n"
+
+
+def test_an_explicit_branch_is_continued(home: Path, tmp_path: Path) -> None:  # REP-2
+    remote = make_remote(tmp_path)
+    git("branch", "topic", "main", cwd=remote)
+
+    assert check_out(home, remote, "topic").stdout == "topic\n"
+    assert git("rev-parse", "--abbrev-ref", "@{upstream}", cwd=home / "workspace") == "origin/topic"
+
+
+def test_an_empty_repository_is_begun(home: Path, tmp_path: Path) -> None:  # TSK-2
+    remote = tmp_path / "empty.git"
+    git("init", "--quiet", "--bare", "--initial-branch=main", str(remote))
+
+    assert check_out(home, remote, "start", derived=True).stdout == "start\n"
 
 
 def test_credentials_are_quoted() -> None:

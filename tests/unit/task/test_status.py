@@ -4,7 +4,7 @@ import pytest
 from branchline.resource.v1.task_pb2 import TaskStatus
 
 from services.runtime.errors import FailedPrecondition
-from services.task.status import ENDING, TRANSITIONS, check_transition, status_name
+from services.task.status import ENDING, TRANSITIONS, Status, check_transition, status_name
 
 STATUSES = [status for status in TaskStatus.values() if status]
 
@@ -15,7 +15,7 @@ def test_every_status_has_its_transitions() -> None:
 
 @pytest.mark.parametrize("old", STATUSES)
 @pytest.mark.parametrize("new", STATUSES)
-def test_a_change_is_allowed_or_refused_with_both_names(old: int, new: int) -> None:
+def test_a_change_is_allowed_or_refused_with_both_names(old: Status, new: Status) -> None:
     if new in TRANSITIONS[old]:
         check_transition(old, new)
         return
@@ -24,5 +24,5 @@ def test_a_change_is_allowed_or_refused_with_both_names(old: int, new: int) -> N
 
 
 @pytest.mark.parametrize("status", [status for status in STATUSES if status not in ENDING])
-def test_there_is_a_way_out_of_every_status(status: int) -> None:
+def test_there_is_a_way_out_of_every_status(status: Status) -> None:
     assert TRANSITIONS[status] & ENDING

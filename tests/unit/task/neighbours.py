@@ -1,0 +1,106 @@
+"""The services beside the task service, as tiny real gRPC servers of their contracts."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from branchline.repository.v1 import repository_pb2, repository_pb2_grpc
+from branchline.sandbox.v1 import sandbox_pb2, sandbox_pb2_grpc
+from branchline.spine.v1 import push_pb2, push_pb2_grpc
+from google.protobuf.message import Message
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass
+class Refusal:
+    """How a method answers instead of doing it."""
+
+    code: grpc.StatusCode
+    words: str
+    times: int = 1_000_000
+
+
+@dataclass
+class SandboxNeighbour(sandbox_pb2_grpc.SandboxServiceServicer):
+    """Takes everything down; refuses what a test says, for all sandboxes or one."""
+
+    calls: list[Message] = field(default_factory=list[Message])
+    refusals: dict[str, Refusal] = field(default_factory=dict[str, Refusal])
+    hanging: set[str] = field(default_factory=set[str])
+    """Sessions whose calls never return."""
+    output: str = ""
+    exit_code: int = 0
+    principals: list[str] = field(default_factory=list[str])
+
+    def of(self, message: type[Message], **fields: str) -> list[Any]:
+        """Return the calls of a kind that have these fields."""
+        found = [call for call in self.calls if isinstance(call, message)]
+        return [one for one in found if all(getattr(one, name) == value for name, value in fields.items())]
+
+    async def _take(self, request: Any, context: Context) -> None:
+        self.calls.append(request)
+        self.principals += [str(value) for key, value in context.invocation_metadata() or () if "principal" in key]
+        if getattr(request, "session_id", "") in self.hanging:
+            await asyncio.Event().wait()
+        name = type(request).__name__.removesuffix("Request")
+        refusal = self.refusals.get(name)
+        if refusal is not None and refusal.times > 0:
+            refusal.times -= 1
+            await context.abort(refusal.code, refusal.words)
+
+    async def CreateSandbox(self, request: Any, context: Context) -> Any:
+        await self._take(request, context)
+        return sandbox_pb2.CreateSandboxResponse(workspace="workspace")
+
+    async def DestroySandbox(self, request: Any, context: Context) -> Any:
+        await self._take(request, context)
+        return sandbox_pb2.DestroySandboxResponse()
+
+    async def Execute(self, request: Any, context: Context) -> Any:
+        await self._take(request, context)
+        output = self.output or f"{request.environment['BRANCH']}\n"
+        return sandbox_pb2.ExecuteResponse(exit_code=self.exit_code, stdout=output)
+
+    async def PutFile(self, request: Any, context: Context) -> Any:
+        await self._take(request, context)
+        return sandbox_pb2.PutFileResponse()
+
+    async def OpenSession(self, request: Any, context: Context) -> Any:
+        await self._take(request, context)
+        return sandbox_pb2.OpenSessionResponse()
+
+    async def StartTurn(self, request: Any, context: Context) -> Any:
+        await self._take(request, context)
+        return sandbox_pb2.StartTurnResponse()
+
+    async def CancelTurn(self, request: Any, context: Context) -> Any:
+        await self._take(request, context)
+        return sandbox_pb2.CancelTurnResponse()
+
+    async def AnswerPermission(self, request: Any, context: Context) -> Any:
+        await self._take(request, context)
+        return sandbox_pb2.AnswerPermissionResponse()
+
+    async def CloseSession(self, request: Any, context: Context) -> Any:
+        await self._take(request, context)
+        return sandbox_pb2.CloseSessionResponse()
+
+
+@dataclass
+class RepositoryNeighbour(repository_pb2_grpc.RepositoryServiceServicer, push_pb2_grpc.PushServiceServicer):
+    """Takes everything that is pushed up, and has no credentials."""
+
+    pushed: list[push_pb2.PushEntry] = field(default_factory=list[push_pb2.PushEntry])
+
+    async def GetGitCredential(self, request: Any, context: Context) -> Any:
+        return repository_pb2.GetGitCredentialResponse()
+
+    async def Push(
+        self, request_iterator: AsyncIterator[push_pb2.PushRequest], context: Context
+    ) -> AsyncIterator[push_pb2.PushResponse]:
+        async for request in request_iterator:
+            self.pushed += request.entries
+            yield push_pb2.PushResponse(batch=request.batch)

@@ -1,0 +1,195 @@
+"""The rules of the task room on a real database, without a server."""
+
+import asyncio
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from branchline.resource.v1 import session_pb2, task_pb2
+from branchline.resource.v1.history_pb2 import HistoryEvent
+from branchline.resource.v1.organization_pb2 import ROLE_MEMBER
+from branchline.resource.v1.repository_pb2 import Repository
+from branchline.resource.v1.sandbox_pb2 import Sandbox
+from branchline.resource.v1.session_pb2 import Session, TranscriptEntry
+from branchline.resource.v1.task_pb2 import Task
+from branchline.resource.v1.vocabulary_pb2 import EventKind
+from branchline.sandbox.v1.sandbox_pb2 import AgentSession
+from branchline.spine.v1.push_pb2 import PushEntry
+from branchline.task.v1.task_pb2 import CreateTaskRequest
+from google.protobuf.any_pb2 import Any as Packed
+from google.protobuf.message import Message
+from sqlalchemy import create_engine, select
+
+from services.runtime.clock import Clock
+from services.runtime.database import Database, Statement, open_database
+from services.runtime.principal import Principal
+from services.runtime.spine.commands import Commands
+from services.runtime.spine.outbox import Outbox
+from services.runtime.spine.tables import outbox as outbox_table
+from services.task.ingest import TaskIngest
+from services.task.lifecycle import PROVISION, Lifecycle
+from services.task.machine import Deadlines, Machine
+from services.task.open_task import OpenTask
+from services.task.permissions import Permissions
+from services.task.public import PublicTaskServicer
+from services.task.sessions import Sessions
+from services.task.status import Status
+from services.task.store import ENTRIES, TaskStore
+from services.task.tables import metadata
+from services.task.turns import Turns
+
+M = TypeVar("M", bound=Message)
+
+NOWHERE: Any = None
+"""Stands for what a test never reaches."""
+
+CALLER = Principal(user_id="usr_ann", organization_id="org_1", role=ROLE_MEMBER)
+
+_MARKS = Statement(select(outbox_table).order_by(outbox_table.c.seq))
+
+
+def new_id(prefix: str = "r") -> str:
+    return f"{prefix}_{uuid.uuid4().hex}"
+
+
+def birth(task_id: str, **fields: Any) -> CreateTaskRequest:
+    """Return what the coordinator sends for a new task with one session."""
+    session = Session(
+        id=task_id.replace("task_", "ses_"),
+        task_id=task_id,
+        name="Session 1",
+        agent="scripted",
+        status=session_pb2.SESSION_STATUS_PENDING,
+        revision=1,
+    )
+    session.create_time.GetCurrentTime()
+    task = Task(
+        id=task_id,
+        organization_id="org_1",
+        repository_id="repo_1",
+        title="A task",
+        text="do it",
+        branch="feat/a-task",
+        status=task_pb2.TASK_STATUS_PENDING,
+        owner_user_id="usr_ann",
+        sandbox_provider="local",
+        revision=1,
+    )
+    task.status_time.GetCurrentTime()
+    return CreateTaskRequest(
+        task=task,
+        session=session,
+        repository=Repository(remote_url="file:///none.git", default_branch="main"),
+        **fields,
+    )
+
+
+def entry_of(state: Message, entity_id: str, revision: int) -> PushEntry:
+    packed = Packed()
+    packed.Pack(state)
+    return PushEntry(outbox_seq=1, id=entity_id, revision=revision, state=packed)
+
+
+@dataclass
+class Room:
+    """The parts of the task service that know no server."""
+
+    database: Database
+    clock: Clock = field(default_factory=Clock)
+
+    def __post_init__(self) -> None:
+        self.outbox = Outbox(self.database, self.clock)
+        self.store = TaskStore(self.outbox, self.clock)
+        self.turns = Turns(self.store)
+        self.permissions = Permissions(self.clock)
+        self.lifecycle = Lifecycle(self.turns)
+        self.commands = Commands(self.database, self.clock)
+        self.ingest = TaskIngest(self.store, self.turns).ingest(self.database)
+        self.public = PublicTaskServicer(self.commands, self.store, self.lifecycle)
+        machine = Machine(NOWHERE, NOWHERE, Deadlines())
+        self.sessions = Sessions(self.database, self.clock, self.store, self.turns, self.permissions, machine)
+
+    async def task(self, status: Status = task_pb2.TASK_STATUS_IDLE, *, sessions: int = 1) -> OpenTask:
+        """Make a task that was provisioned, in a status that no agent brought about."""
+        task_id = new_id("task")
+        await self.database.write(self.store.create, birth(task_id), PROVISION)
+        for _ in range(sessions - 1):
+            await self.change(task_id, lambda task: task.add_session(_another_session(task_id)))
+        await self.change(task_id, lambda task: _provision(task, status))
+        return await self.read(task_id)
+
+    async def change(self, task_id: str, change: Callable[[OpenTask], object]) -> None:
+        """Open a task and do something with it."""
+
+        def do(tx: Any) -> None:
+            with self.store.open(tx, task_id) as task:
+                change(task)
+
+        await self.database.write(do)
+
+    async def read(self, task_id: str) -> OpenTask:
+        return await self.database.read(self.store.read, task_id)
+
+    async def entry(self, entry_id: str) -> TranscriptEntry:
+        return await self.database.read(lambda tx: ENTRIES.get(tx, entry_id))
+
+    async def marks(self, message: type[M], destination: str = "") -> list[M]:
+        """Return what waits in the outbox of a type, oldest first."""
+        rows = await self.database.read(lambda tx: tx.rows(_MARKS))
+        name = f"/{message.DESCRIPTOR.full_name}"
+        return [
+            message.FromString(row.payload)
+            for row in rows
+            if row.type_url.endswith(name) and destination in ("", row.destination)
+        ]
+
+    async def events(self, task_id: str) -> list[str]:
+        """Return the kinds of a task's events, without their prefix."""
+        found = [event for event in await self.marks(HistoryEvent) if event.task_id == task_id]
+        return [EventKind.Name(event.kind).removeprefix("EVENT_KIND_") for event in found]
+
+    async def push(self, *states: Message) -> dict[int, str]:
+        """Apply one batch as if sandboxes had pushed it; return what was refused."""
+        entries = [entry_of(state, _id(state), _revision(state)) for state in states]
+        async with asyncio.timeout(10):
+            return await self.ingest.submit(entries)
+
+
+def _another_session(task_id: str) -> Session:
+    session = Session(id=new_id("ses"), task_id=task_id, name="Session", agent="scripted")
+    session.status = session_pb2.SESSION_STATUS_IDLE
+    session.create_time.GetCurrentTime()
+    return session
+
+
+def _provision(task: OpenTask, status: Status) -> None:
+    task.row.provisioned = True
+    task.task.active_sandbox_id = new_id("sbx")
+    task.arrive()
+    task.task.status = status
+    task.change()
+    for session in task.sessions:
+        task.stand(session, session_pb2.SESSION_STATUS_IDLE)
+
+
+def _id(state: Message) -> str:
+    return state.session_id if isinstance(state, AgentSession) else getattr(state, "id")  # noqa: B009
+
+
+def _revision(state: Message) -> int:
+    return getattr(state, "revision")  # noqa: B009
+
+
+def sandbox_of(task: OpenTask, status: Any, reason: str = "", revision: int = 1) -> Sandbox:
+    return Sandbox(
+        id=task.task.active_sandbox_id, task_id=task.task.id, status=status, status_reason=reason, revision=revision
+    )
+
+
+def new_database(folder: Path) -> Database:
+    engine = create_engine(f"sqlite:///{folder / 'task.sqlite'}")
+    metadata.create_all(engine)
+    engine.dispose()
+    return open_database(f"sqlite:///{folder / 'task.sqlite'}")
