@@ -18,8 +18,10 @@ class FanOut:
         self._replicas: dict[str, Replica] = {}
         self._opened: asyncio.Queue[Replica] = asyncio.Queue()
 
-    def __len__(self) -> int:
-        return len(self._replicas)
+    @property
+    def watchers(self) -> int:
+        """Number of open watches."""
+        return sum(replica.watchers for replica in self._replicas.values())
 
     async def run(self) -> None:
         """Follow the upstreams of what is watched, for ever: a loop of the gateway."""

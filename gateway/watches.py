@@ -1,8 +1,8 @@
 """The public watches: replicas of the coordinators' indexes, seen and filtered for the caller."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,9 @@ Ask = Callable[[WatchSelection, Metadata | None], Any]
 
 CHECK_SECONDS = 5.0
 """How often it is asked whether a caller may still watch."""
+
+STALLED_SECONDS = 60.0
+"""How long a frame may wait to be taken before its watcher is cut off; it comes back with its resume token."""
 
 _CHECK_AGE_SECONDS = 1.0
 _TRUST_SECONDS = 60.0
@@ -152,7 +155,8 @@ class Watches:
             view = View(replica, of_caller, caller.user.id, wanted.consistency_token)
             async with aclosing(watch(view, asked)) as frames:
                 async for frame in frames:
-                    yield frame
+                    with _taken_in_time():
+                        yield frame
 
     def _check(self, caller: Caller, wanted: _Wanted, principal: Principal) -> Callable[[], Awaitable[None]]:
         """Return what raises once the caller may no longer watch, or what is watched is gone.
@@ -174,6 +178,18 @@ class Watches:
                 confirmed = clock()
 
         return check
+
+
+@contextmanager
+def _taken_in_time() -> Generator[None, None, None]:
+    """End the running call if the block, in which a frame is sent, takes too long."""
+    task = asyncio.current_task()
+    assert task is not None
+    stalled = asyncio.get_running_loop().call_later(STALLED_SECONDS, task.cancel)
+    try:
+        yield
+    finally:
+        stalled.cancel()
 
 
 def _own(ask: Ask) -> Upstream:

@@ -1,24 +1,52 @@
 """The public contract and the gateway's routes agree, and reads go to two services alone. API-2."""
 
-from branchline.gateway.v1 import (
-    history_pb2,
-    organizations_pb2,
-    repositories_pb2,
-    sandboxes_pb2,
-    sessions_pb2,
-    tasks_pb2,
-    users_pb2,
+from pathlib import Path
+
+import branchline.gateway.v1 as gateway_v1
+from branchline.resource.v1.organization_pb2 import ROLE_ADMIN, ROLE_OWNER, ROLE_VIEWER
+from pydantic import SecretStr
+
+from gateway.routes import ORGANIZATION, PACKAGE, REPOSITORY, ROUTES, SANDBOX, TASK, USER
+from gateway.service import PUBLIC as METHODS
+from gateway.service import GatewayConfig, build
+
+GATEWAY = build(
+    GatewayConfig(
+        addresses=dict.fromkeys((ORGANIZATION, REPOSITORY, TASK, SANDBOX, USER, "gateway"), "127.0.0.1:0"),
+        signing_key=SecretStr("k" * 32),
+    )
 )
+SERVED = GATEWAY._handlers  # pyright: ignore[reportPrivateUsage]
 
-from gateway.routes import ORGANIZATION, REPOSITORY, ROUTES
 
-FILES = (history_pb2, organizations_pb2, repositories_pb2, sandboxes_pb2, sessions_pb2, tasks_pb2, users_pb2)
-METHODS = {
-    f"{service.name}/{method.name}": method
-    for file in FILES
-    for service in file.DESCRIPTOR.services_by_name.values()
-    for method in service.methods
-}
+def test_the_gateway_serves_every_public_method_and_nothing_else() -> None:
+    served = {f"{service}/{method}" for service, methods in SERVED.items() for method in methods}
+
+    assert served == {f"{PACKAGE}.{name}" for name in METHODS}
+
+
+def test_nothing_internal_can_be_reached_through_it() -> None:  # operators call services on their own ports
+    assert all(service.startswith(f"{PACKAGE}.") for service in SERVED)
+    assert not [service for service in SERVED if "Admin" in service or "Push" in service]
+
+
+def test_the_whole_public_contract_is_known_to_it() -> None:
+    package = Path(gateway_v1.__path__[0])
+    files = {path.stem.removesuffix("_pb2") for path in package.glob("*_pb2.py")}
+    known = {
+        method.containing_service.file.name.rpartition("/")[2].removesuffix(".proto") for method in METHODS.values()
+    }
+
+    assert known == files
+
+
+def test_deletion_needs_the_role_that_the_contract_names() -> None:
+    roles = {name: route.role for name, route in ROUTES.items() if "Delete" in name or "Member" in name}
+
+    assert roles["OrganizationService/DeleteOrganization"] == ROLE_OWNER
+    assert roles["RepositoryService/DeleteRepository"] == ROLE_ADMIN
+    assert roles["OrganizationService/AddMember"] == roles["OrganizationService/UpdateMember"] == ROLE_ADMIN
+    assert roles["OrganizationService/RemoveMember"] == ROLE_VIEWER  # everybody may leave: the organization decides
 
 
 def test_every_method_but_watches_has_a_route_and_every_route_a_method() -> None:

@@ -2,14 +2,17 @@
 
 import asyncio
 import hashlib
+import subprocess
+import sys
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Generator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 from branchline.client import Client
 from branchline.gateway.v1 import organizations_pb2, organizations_pb2_grpc, tasks_pb2, tasks_pb2_grpc
 from branchline.organization.v1 import organization_pb2, organization_pb2_grpc
@@ -113,13 +116,14 @@ class Backend(organization_pb2_grpc.OrganizationServiceServicer):
     """Every upstream watch that was opened."""
     asked: int = 0
     """Calls of Authenticate."""
-    silent: bool = False
-    """Whether upstream watches are accepted and never answered."""
+    answering: asyncio.Event = field(default_factory=asyncio.Event)
+    """Upstream watches are accepted and wait for this."""
     got: list[tuple[str, float | None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.url = self.url or create_tables(self.folder / f"{uuid.uuid4().hex}.sqlite")
         self.add_caller("token", "usr_1")
+        self.answering.set()
 
     @property
     def addresses(self) -> dict[str, str]:
@@ -212,10 +216,10 @@ class Backend(organization_pb2_grpc.OrganizationServiceServicer):
 
     async def WatchIndex(self, request: organization_pb2.WatchIndexRequest, context: Any) -> AsyncIterator[Any]:
         self.selections.append(request.selection)
-        while self.silent:
-            await asyncio.sleep(0.1)
+        await self.answering.wait()
         scope = Scope(self.index, request.organization_id, request.selection)
-        async for frame in scope.frames(f"organization/{request.organization_id}", context.time_remaining()):
+        topic = f"{'history' if request.history else 'organization'}/{request.organization_id}"
+        async for frame in scope.frames(topic, context.time_remaining()):
             yield organization_pb2.WatchIndexResponse(frame=frame)
 
 
@@ -313,5 +317,37 @@ async def follow(call: Any, view: View) -> None:
 async def eventually(holds: Any, seconds: float = 20.0) -> None:
     """Wait until something holds."""
     async with asyncio.timeout(seconds):
-        while not holds():
+        while not holds():  # noqa: ASYNC110 - what is waited for has no event
             await asyncio.sleep(0.01)
+
+
+async def serve_gateway(folder: str) -> None:
+    """Run a gateway in a process of its own, until it is killed."""
+    async with Backend(Path(folder)).gateway():
+        sys.stdout.write("ready\n")
+        sys.stdout.flush()
+        await asyncio.Event().wait()
+
+
+@contextmanager
+def gateway_process(folder: Path) -> Generator[psutil.Process, None, None]:
+    """Run a gateway whose memory is its own."""
+    program = (
+        f"import asyncio; from tests.unit.gateway import backend; asyncio.run(backend.serve_gateway({str(folder)!r}))"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            while b"ready" not in process.stdout.readline():
+                assert process.poll() is None
+            yield psutil.Process(process.pid)
+        finally:
+            process.kill()
+
+
+def peak_bytes(process: psutil.Process, *, reset: bool = False) -> int:
+    """Return the most memory that a process has held since the last reset."""
+    if reset:
+        Path(f"/proc/{process.pid}/clear_refs").write_text("5")
+    line = next(one for one in Path(f"/proc/{process.pid}/status").read_text().splitlines() if one.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024

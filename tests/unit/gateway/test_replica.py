@@ -190,7 +190,7 @@ async def test_watchers_of_an_index_that_never_answers_are_told_so(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(replicas, "READY_SECONDS", 0.5)
-    backend.silent = True
+    backend.answering.clear()
     async with backend.running(), backend.gateway(), backend.client() as client:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await until_synced(opened(client))

@@ -1,12 +1,17 @@
 """Fan-out in one process. API-4."""
 
+import gc
+
+from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_TASK
 from branchline.resource.v1.watch_pb2 import WatchChange
 
-from services.runtime.spine.hub import Hub, Watcher
+from services.runtime.spine.hub import PENDING_BYTES, PENDING_CHANGES, Hub, Watcher
 
 
-def change(entity: str, seq: int) -> WatchChange:
-    return WatchChange(kind="task", id=entity, change_seq=seq, revision=seq)
+def change(entity: str, seq: int, size: int = 0) -> WatchChange:
+    made = WatchChange(kind=ENTITY_KIND_TASK, id=entity, change_seq=seq, revision=seq)
+    made.resource.value = b"x" * size
+    return made
 
 
 async def test_a_slow_watcher_gets_the_newest_state_of_each_entity_in_order() -> None:
@@ -20,18 +25,53 @@ async def test_a_slow_watcher_gets_the_newest_state_of_each_entity_in_order() ->
 
 
 async def test_a_watcher_that_outgrows_its_limit_holds_nothing_and_is_told_to_catch_up() -> None:
-    watcher = Watcher(limit=10)
-    for seq in range(1, 1000):
+    watcher = Watcher()
+    for seq in range(PENDING_CHANGES + 100):
         watcher.offer(change(f"e{seq}", seq))
 
     assert watcher.lagging
     assert await watcher.take(1) == []
 
 
-def test_a_watcher_that_left_gets_nothing() -> None:
+async def test_a_watcher_is_bounded_in_bytes_too() -> None:
+    watcher = Watcher()
+    for seq in range(5):
+        watcher.offer(change("same", seq, PENDING_BYTES // 2))
+    fits = not watcher.lagging
+    for seq in range(3):
+        watcher.offer(change(f"e{seq}", seq, PENDING_BYTES // 2))
+
+    assert fits
+    assert watcher.lagging
+
+
+async def test_a_watcher_that_starts_over_hears_what_comes_after() -> None:
+    watcher = Watcher()
+    watcher.lag()
+    watcher.offer(change("missed", 1))
+    watcher.start_over()
+    watcher.offer(change("heard", 2))
+
+    assert [one.id for one in await watcher.take(1)] == ["heard"]
+
+
+async def test_a_watcher_that_left_gets_nothing() -> None:
     hub = Hub()
     with hub.watcher("scope") as watcher:
         pass
     hub.publish("scope", [change("a", 1)])
 
-    assert watcher.drain() == []
+    assert await watcher.take(0.01) == []
+
+
+async def test_an_entity_that_nobody_waits_for_any_more_is_forgotten() -> None:  # F17, F31: names are the client's
+    hub = Hub()
+    for number in range(1000):
+        hub.awaited(ENTITY_KIND_TASK, f"forged{number}")
+    awaited = hub.awaited(ENTITY_KIND_TASK, "a")
+    gc.collect()
+    remembered = len(hub._waiting)  # pyright: ignore[reportPrivateUsage]
+    hub.touch(ENTITY_KIND_TASK, "a")
+
+    assert remembered == 1
+    assert awaited.is_set()

@@ -1,0 +1,158 @@
+"""What passes through the gateway, and what is refused at the door. API-2, API-3, API-5."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+import grpc
+import pytest
+import pytest_asyncio
+from branchline.gateway.v1 import history_pb2, organizations_pb2, tasks_pb2, users_pb2
+from google.protobuf.message_factory import GetMessageClass
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gateway.service import PUBLIC
+from services.runtime.spine.tokens import consistency_token
+from tests.support.messages import messages
+from tests.unit.gateway.backend import ORGANIZATION_ID, TASK, Backend, task_entry
+
+BEARER = (("authorization", "Bearer token"),)
+
+
+@pytest_asyncio.fixture
+async def backend(tmp_path: Path) -> AsyncGenerator[Backend, None]:
+    backend = Backend(tmp_path)
+    async with backend.running(), backend.gateway():
+        yield backend
+
+
+async def refusal(call: object) -> tuple[grpc.StatusCode, str, list[str]]:
+    """Return the code, the reason and the fields that a call is refused with."""
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await call  # type: ignore[misc]
+    info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+    status = rpc_status.from_call(refused.value)  # pyright: ignore[reportArgumentType]
+    for detail in status.details if status else ():
+        for message in (info, bad):
+            if detail.Is(message.DESCRIPTOR):
+                detail.Unpack(message)
+    return refused.value.code(), info.reason, [one.field for one in bad.field_violations]
+
+
+async def test_bytes_that_are_no_request_are_refused_by_name(backend: Backend) -> None:  # F16
+    async with backend.client() as client:
+        call = client.channel.unary_unary("/branchline.gateway.v1.TaskService/GetTask")
+        refused = await refusal(call(b"\xff\xff\xff"))
+
+    assert refused == (grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_REQUEST", ["request"])
+
+
+async def test_times_out_of_range_and_unstorable_text_name_their_field(backend: Backend) -> None:  # F9, F16
+    token = users_pb2.CreateApiTokenRequest(name="a")
+    token.expire_time.seconds = 2**63 - 1
+    history = history_pb2.ListHistoryRequest(organization_id=ORGANIZATION_ID)
+    history.start_time.nanos = -1
+    async with backend.client() as client:
+        refused = [
+            await refusal(client.users.CreateApiToken(token)),
+            await refusal(client.history.ListHistory(history)),
+            await refusal(client.tasks.GetTask(tasks_pb2.GetTaskRequest(task_id="a\0b"))),
+        ]
+
+    assert [one[0] for one in refused] == [grpc.StatusCode.INVALID_ARGUMENT] * 3
+    assert [one[2] for one in refused] == [["expire_time"], ["start_time"], ["task_id"]]
+
+
+def requests(name: str) -> st.SearchStrategy[tuple[str, bytes]]:
+    """Return requests of a method: any bytes, and its message with boundary values."""
+    made = messages(GetMessageClass(PUBLIC[name].input_type)).map(lambda message: message.SerializeToString())
+    return st.tuples(st.just(name), st.one_of(st.binary(max_size=40), made))
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from(sorted(PUBLIC)).flatmap(requests))
+async def test_no_bytes_make_any_method_fail_in_a_way_that_nobody_foresaw(
+    backend: Backend, request_of: tuple[str, bytes]
+) -> None:  # F16
+    name, data = request_of
+    method = PUBLIC[name]
+    path = f"/{method.containing_service.full_name}/{method.name}"
+    code = grpc.StatusCode.OK
+    async with backend.client() as client:
+        try:
+            if method.server_streaming:
+                await client.channel.unary_stream(path)(data, timeout=0.3).read()
+            else:
+                await client.channel.unary_unary(path)(data, timeout=0.3)
+        except grpc.aio.AioRpcError as error:
+            code = error.code()
+
+    assert code not in {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL}
+
+
+async def test_a_request_travels_on_as_the_bytes_that_came(backend: Backend) -> None:
+    unknown_field = b"\xba\x3e\x03abc"
+    async with backend.client() as client:
+        call = client.channel.unary_unary(
+            "/branchline.gateway.v1.TaskService/GetTask",
+            response_deserializer=tasks_pb2.GetTaskResponse.FromString,
+        )
+        answer = await call(tasks_pb2.GetTaskRequest(task_id="task_1").SerializeToString() + unknown_field)
+
+    assert answer.task.id == "task_1"
+
+
+async def test_an_unknown_id_is_not_waited_for_unless_the_token_names_it(backend: Backend) -> None:  # F31
+    unrelated = consistency_token([(TASK, "another", 1)])
+    named = consistency_token([(TASK, "task_late", 1)])
+
+    async def born_later() -> None:
+        await asyncio.sleep(0.3)
+        backend.placed.add("task_late")
+
+    async with backend.client() as client:
+        started = time.monotonic()
+        request = tasks_pb2.GetTaskRequest(task_id="task_late", consistency_token=unrelated)
+        unknown = await refusal(client.tasks.GetTask(request))
+        at_once = time.monotonic() - started
+        later = asyncio.create_task(born_later())
+        request.consistency_token = named
+        found = await client.tasks.GetTask(request)
+        await later
+        garbled = tasks_pb2.GetTaskRequest(task_id="task_1", consistency_token="%%%")
+        invalid = await refusal(client.tasks.GetTask(garbled))
+
+    assert unknown[0] == grpc.StatusCode.NOT_FOUND
+    assert at_once < 1
+    assert found.task.id == "task_late"
+    assert invalid[1:] == ("CONSISTENCY_TOKEN_INVALID", ["consistency_token"])
+
+
+async def test_a_command_answers_within_the_deadline_though_the_index_never_settles(backend: Backend) -> None:  # F31
+    never = consistency_token([(TASK, "never", 9)])
+    async with backend.client() as client:
+        request = tasks_pb2.CreateTaskRequest(request_id="r", repository_id="task_1", text="do", title=never)
+        started = time.monotonic()
+        answer = await client.tasks.CreateTask(request, timeout=2)
+        elapsed = time.monotonic() - started
+
+    assert answer.task.id == "task_new"
+    assert 1 < elapsed < 2
+
+
+async def test_a_watch_that_waits_for_its_consistency_token_says_so_in_the_end(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.runtime.spine.index.AWAIT_SECONDS", 0.5)
+    await backend.put(task_entry("a", 1))
+    async with backend.client() as client:
+        request = organizations_pb2.WatchOrganizationRequest(
+            organization_id=ORGANIZATION_ID, consistency_token=consistency_token([(TASK, "a", 1_000_000)])
+        )
+        refused = await refusal(client.organizations.WatchOrganization(request).read())
+
+    assert refused[:2] == (grpc.StatusCode.DEADLINE_EXCEEDED, "INDEX_BEHIND")
