@@ -16,7 +16,7 @@ from branchline.client import Client
 from branchline.gateway.v1 import users_pb2
 
 from cli.installation import SERVICES, scripted_agents, socket_folder
-from tests.support.ports import free_port
+from services.sandbox.providers.ports import free_port
 from tests.support.stack import eventually
 
 PROGRAM = Path(sys.executable).with_name("branchline")

@@ -26,7 +26,7 @@ from cli.installation import Installation, local_installation, scripted_agents
 from cli.settings import Addresses, Settings
 from cli.up import bootstrap, everything
 from services.runtime.service import Service
-from tests.support.ports import free_port
+from services.sandbox.providers.ports import free_port
 
 DEADLINE_SECONDS = 60.0
 
