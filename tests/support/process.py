@@ -29,7 +29,7 @@ class Processes:
     folder: Path
     environment: dict[str, str]
     address: str
-    running: dict[str, asyncio.subprocess.Process] = field(default_factory=dict)
+    running: dict[str, asyncio.subprocess.Process] = field(default_factory=dict[str, asyncio.subprocess.Process])
 
     async def start(self, name: str, *arguments: str) -> None:
         """Start a command in a session of its own."""
