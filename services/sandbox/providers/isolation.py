@@ -28,6 +28,9 @@ _HOW = (
     "agents can then read and change whatever their user can"
 )
 
+OPEN_FILES = ("sh", "-c", 'umask 022 && exec "$@"', "sh")
+"""Put before a command, so that others may read what it makes. uvloop cannot set the umask of what it starts."""
+
 
 class Mounts(BaseModel):
     """What sandboxes see of the host."""
@@ -79,6 +82,11 @@ def user_of_sandboxes(isolation: str, user_id: int) -> int | None:
         "run it as root or with bubblewrap to prevent that"
     )
     return None
+
+
+def as_user(user_id: int) -> list[str]:
+    """Return what is put before a command so that it runs as another user. uvloop cannot change it."""
+    return ["setpriv", f"--reuid={user_id}", f"--regid={user_id}", "--clear-groups"]
 
 
 def close_to_others(root: Path, mounts: Mounts, user_id: int) -> None:
