@@ -75,11 +75,11 @@ def user_of_sandboxes(isolation: str, user_id: int) -> int | None:
     """Return the user that sandboxes run as, or None if it is the backend's own."""
     if isolation != NONE:
         return None
-    if is_root():
+    if is_root() and user_id != 0:
         return user_id
     log.warning(
         "sandboxes run without isolation and as this user: agents can read the backend's keys and data; "
-        "run it as root or with bubblewrap to prevent that"
+        "run it with bubblewrap, or as root with another `user_id`, to prevent that"
     )
     return None
 

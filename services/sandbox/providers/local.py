@@ -68,7 +68,7 @@ class LocalProviderConfig(BaseModel):
 
     user_id: int = 65534
     """User that sandboxes run as where isolation is "none" and the backend is root's. `writable_paths` must be
-    writable for it."""
+    writable for it. 0 has them run as root, too: for agents that are trusted like the backend."""
 
     hidden_paths: Sequence[Path] = ()
     """Folders that sandboxes must not see, such as the backend's data and the user's home."""
