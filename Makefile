@@ -30,8 +30,6 @@ test: test-needs setup
 
 test-needs:
 	@command -v bwrap >/dev/null || { echo "the tests need bubblewrap (Debian: apt-get install bubblewrap)" >&2; exit 1; }
-	@command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || \
-		{ echo "the tests need PostgreSQL (Debian: apt-get install postgresql)" >&2; exit 1; }
 
 bench: setup
 	$(BIN)/python -m tests.bench

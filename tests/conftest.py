@@ -13,7 +13,7 @@ import pytest_asyncio
 from services.runtime.logging import configure_logging
 from tests.support.stack import Stack, running_stack
 
-configure_logging(level=os.environ.get("BRANCHLINE_TEST_LOG", "error"))
+configure_logging(level=os.environ.get("TESTS_LOG_LEVEL", "error"))
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

@@ -1,31 +1,73 @@
-"""The migrations of every service lead to the tables that its code expects."""
+"""The migrations of every service lead to the tables that its code expects, on SQLite and on PostgreSQL."""
 
 import importlib
+import re
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import MetaData, create_engine
 
-from services.runtime.migrations import migrate, migration_config
+from cli.installation import GATEWAY, ROOT, SERVICES, Installation, local_installation
+from cli.settings import Settings
+from services.runtime.migrations import bring_up_to_date, migrate
+from tests.support.databases import Databases
 
-SERVICES = ["organization", "user", "github_data", "history", "repository", "task", "sandbox"]
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.mark.parametrize("service", SERVICES)
-def test_migrations_lead_to_the_tables(service: str, tmp_path: Path) -> None:
-    scripts, path = ROOT / "services" / service / "migrations", tmp_path / "database.sqlite"
-    migrate(scripts, path)
-
-    command.check(migration_config(scripts, path))
+OWNERS = [name for name in SERVICES if name != GATEWAY]
 
 
-@pytest.mark.parametrize("service", SERVICES)
+def tables_of(service: str) -> MetaData:
+    return importlib.import_module(f"services.{service}.tables").metadata
+
+
+@pytest.mark.parametrize("service", OWNERS)
+def test_migrations_lead_to_the_tables(service: str, databases: Databases) -> None:
+    url = databases.make(MetaData())
+    migrate(ROOT / "services" / service / "migrations", url)
+
+    engine = create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
+    with engine.connect() as connection:
+        missing = compare_metadata(MigrationContext.configure(connection), tables_of(service))
+    engine.dispose()
+
+    assert missing == []
+
+
+@pytest.fixture
+def installation(tmp_path: Path) -> Installation:
+    return local_installation(Settings(data_dir=tmp_path / "data"))
+
+
+async def test_one_process_migrates_all_databases_and_none_when_nothing_is_new(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:  # item 7
+    await bring_up_to_date(installation.databases())
+
+    for url in installation.databases().values():
+        with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database:
+            assert database.execute("SELECT count(*) FROM alembic_version").fetchall() == [(1,)]
+    monkeypatch.setattr("sys.executable", "/bin/false")  # a process that would be started now would fail
+    await bring_up_to_date(installation.databases())
+
+
+@pytest.mark.parametrize("service", OWNERS)
 def test_every_table_says_what_it_is_and_every_index_table_is_in_the_document(service: str) -> None:
-    tables = importlib.import_module(f"services.{service}.tables").metadata.tables.values()
     document = (ROOT / "docs" / "coordinators.md").read_text()
 
-    assert all(table.comment for table in tables)
-    for table in tables:
+    for table in tables_of(service).tables.values():
+        assert table.comment, table.name
         if table.comment.startswith("Coordinator index of "):
             assert f"`{table.name}`" in document
+
+
+def test_every_table_in_the_document_exists() -> None:
+    document = (ROOT / "docs" / "coordinators.md").read_text()
+    tables = document.partition("## Index tables")[2].partition("## Edges")[0]
+    rows = [row.split("|")[2] for row in tables.splitlines() if row.startswith("|") and "`" in row.split("|")[2]]
+    named = {name for cell in rows for name in re.findall(r"`(\w+)`", cell)}
+
+    assert named
+    assert named <= {name for service in OWNERS for name in tables_of(service).tables}

@@ -1,6 +1,9 @@
 """What agents do, and what goes wrong with them."""
 
+from collections.abc import Awaitable
+
 import grpc
+from branchline.client import Client
 from branchline.gateway.v1 import sessions_pb2, tasks_pb2
 from branchline.resource.v1 import session_pb2, task_pb2
 
@@ -31,7 +34,7 @@ async def test_a_permission_is_answered_once_and_all_see_by_whom(stack: Stack) -
     await stack.until(task.id, WAITING)
     entry = next(one for one in await stack.transcript(task) if one.options)
 
-    def answer(client):
+    def answer(client: Client) -> Awaitable[sessions_pb2.AnswerPermissionResponse]:
         return client.sessions.AnswerPermission(
             sessions_pb2.AnswerPermissionRequest(
                 request_id=request_id(),

@@ -3,7 +3,7 @@
 import asyncio
 import shutil
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 
 import grpc
@@ -45,7 +45,7 @@ async def acme(stack: Stack, github: None) -> AsyncGenerator[str, None]:
     await stack.bind_github(slug, "")
 
 
-async def set_pull_requests(pulls: list[dict[str, object]]) -> None:
+async def set_pull_requests(pulls: Sequence[Mapping[str, object]]) -> None:
     async with httpx.AsyncClient() as http:
         (await http.put(f"http://127.0.0.1:{GITHUB_PORT}/pulls", json=pulls)).raise_for_status()
 

@@ -136,7 +136,8 @@ async def test_a_new_member_gets_the_first_token_from_the_operator_alone(stack: 
 
 
 async def test_members_are_given_roles_and_removed(stack: Stack) -> None:  # ORG-3
-    _, added, _ = await branchline(stack, "member", "add", "moving.person@example.com")
+    made, added, errors = await branchline(stack, "member", "add", "moving.person@example.com")
+    assert made == 0, errors
     user_id = added.split()[-1]
 
     promoted, _, errors = await branchline(stack, "member", "role", user_id, "admin")

@@ -1,6 +1,7 @@
 """A task from its creation to its end, through the gateway alone."""
 
 import asyncio
+from collections import Counter
 
 import grpc
 from branchline.gateway.v1 import history_pb2, sandboxes_pb2, sessions_pb2, tasks_pb2
@@ -258,19 +259,17 @@ async def test_every_command_and_status_change_is_in_the_history_once(stack: Sta
                 organization_id=stack.organization_id, task_id=task.id, oldest_first=True, page_size=1000
             )
         )
-        return answer.events if any(event.kind == words.EVENT_KIND_BRANCH_MOVED for event in answer.events) else None
+        return answer.events if len(answer.events) >= 8 else None
 
     events = await eventually(feed)
-    assert [event.kind for event in events] == [
-        words.EVENT_KIND_TASK_CREATED,
-        words.EVENT_KIND_TASK_STATUS_CHANGED,
-        words.EVENT_KIND_TASK_STATUS_CHANGED,
-        words.EVENT_KIND_MESSAGE_SENT,
-        words.EVENT_KIND_TASK_STATUS_CHANGED,
-        words.EVENT_KIND_TASK_STATUS_CHANGED,
-        words.EVENT_KIND_AGENT_FINISHED,
-        words.EVENT_KIND_BRANCH_MOVED,
-    ]
+    assert events[0].kind == words.EVENT_KIND_TASK_CREATED
+    assert Counter(event.kind for event in events) == {
+        words.EVENT_KIND_TASK_CREATED: 1,
+        words.EVENT_KIND_TASK_STATUS_CHANGED: 4,
+        words.EVENT_KIND_MESSAGE_SENT: 1,
+        words.EVENT_KIND_AGENT_FINISHED: 1,
+        words.EVENT_KIND_BRANCH_MOVED: 1,
+    }
     changes = [(event.details["from"], event.details["to"]) for event in events if event.details]
     assert changes == [("pending", "provisioning"), ("provisioning", "idle"), ("idle", "running"), ("running", "idle")]
     sequences = [event.sequence for event in events]

@@ -16,7 +16,7 @@ from branchline.client import Client
 from branchline.gateway.v1 import users_pb2
 
 from cli.installation import SERVICES, scripted_agents, socket_folder
-from tests.support.ports import free_port
+from services.sandbox.providers.ports import free_port
 from tests.support.stack import eventually
 
 PROGRAM = Path(sys.executable).with_name("branchline")
@@ -29,7 +29,7 @@ class Processes:
     folder: Path
     environment: dict[str, str]
     address: str
-    running: dict[str, asyncio.subprocess.Process] = field(default_factory=dict)
+    running: dict[str, asyncio.subprocess.Process] = field(default_factory=dict[str, asyncio.subprocess.Process])
 
     async def start(self, name: str, *arguments: str) -> None:
         """Start a command in a session of its own."""

@@ -26,7 +26,7 @@ from cli.installation import Installation, local_installation, scripted_agents
 from cli.settings import Addresses, Settings
 from cli.up import bootstrap, everything
 from services.runtime.service import Service
-from tests.support.ports import free_port
+from services.sandbox.providers.ports import free_port
 
 DEADLINE_SECONDS = 60.0
 
@@ -78,7 +78,7 @@ class Stack:
     token: str
     organization_id: str
     remotes: Path
-    calls: list[tuple[str, str]] = field(default_factory=list)
+    calls: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     """Every call that a service took, as (service, full method name)."""
 
     @property
@@ -143,7 +143,7 @@ class Stack:
         return list(answer.entries)
 
     async def new_member(
-        self, role: int = organization_pb2.ROLE_MEMBER, organization_id: str = ""
+        self, role: organization_pb2.Role.ValueType = organization_pb2.ROLE_MEMBER, organization_id: str = ""
     ) -> tuple[Client, str]:
         """Add a member; return a client of theirs and their user id."""
         email = f"{uuid.uuid4().hex}@example.com"
@@ -187,14 +187,15 @@ async def running_stack(folder: Path, **settings: Any) -> AsyncGenerator[Stack, 
     """Run an installation with its data in a folder. `settings` are sections, such as `task={...}`."""
     remotes = folder / "remotes"
     remotes.mkdir(parents=True, exist_ok=True)
-    sections = {
+    sections: dict[str, dict[str, Any]] = {
         "gateway": {"calls_per_minute": 10**6},
         "github_data": {"github_url": f"http://127.0.0.1:{GITHUB_PORT}", "github_token": "token"},
         "sandbox": {"local": {"agents": scripted_agents(), "writable_paths": [remotes]}, "stop_machines": True},
     }
     for name, section in settings.items():
         sections[name] = {**sections.get(name, {}), **section}
-    made = Settings(data_dir=folder / "data", addresses=Addresses(gateway="127.0.0.1:0"), **sections)
+    given: dict[str, Any] = {"data_dir": folder / "data", "addresses": Addresses(gateway="127.0.0.1:0"), **sections}
+    made = Settings(**given)
     installation = local_installation(made)
     calls: list[tuple[str, str]] = []
     async with everything(installation) as services:

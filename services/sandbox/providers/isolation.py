@@ -28,6 +28,9 @@ _HOW = (
     "agents can then read and change whatever their user can"
 )
 
+OPEN_FILES = ("sh", "-c", 'umask 022 && exec "$@"', "sh")
+"""Put before a command, so that others may read what it makes. uvloop cannot set the umask of what it starts."""
+
 
 class Mounts(BaseModel):
     """What sandboxes see of the host."""
@@ -72,13 +75,18 @@ def user_of_sandboxes(isolation: str, user_id: int) -> int | None:
     """Return the user that sandboxes run as, or None if it is the backend's own."""
     if isolation != NONE:
         return None
-    if is_root():
+    if is_root() and user_id != 0:
         return user_id
     log.warning(
         "sandboxes run without isolation and as this user: agents can read the backend's keys and data; "
-        "run it as root or with bubblewrap to prevent that"
+        "run it with bubblewrap, or as root with another `user_id`, to prevent that"
     )
     return None
+
+
+def as_user(user_id: int) -> list[str]:
+    """Return what is put before a command so that it runs as another user. uvloop cannot change it."""
+    return ["setpriv", f"--reuid={user_id}", f"--regid={user_id}", "--clear-groups"]
 
 
 def close_to_others(root: Path, mounts: Mounts, user_id: int) -> None:

@@ -68,7 +68,7 @@ class LocalProviderConfig(BaseModel):
 
     user_id: int = 65534
     """User that sandboxes run as where isolation is "none" and the backend is root's. `writable_paths` must be
-    writable for it."""
+    writable for it. 0 has them run as root, too: for agents that are trusted like the backend."""
 
     hidden_paths: Sequence[Path] = ()
     """Folders that sandboxes must not see, such as the backend's data and the user's home."""
@@ -222,6 +222,7 @@ class LocalProvider:
         home = folder / "home"
         prefix = isolation.bubblewrap(home, self._mounts) if known.isolation == isolation.BUBBLEWRAP else []
         limits = ["prlimit", *_LIMITS] if shutil.which("prlimit") else []
+        user = [] if self._user_id is None else isolation.as_user(self._user_id)
         environment = {
             "HOME": str(home),
             "PATH": os.environ.get("PATH", os.defpath),
@@ -235,7 +236,9 @@ class LocalProvider:
         log_file.touch(mode=0o600)
         with log_file.open("ab") as output:
             return await asyncio.create_subprocess_exec(
+                *isolation.OPEN_FILES,
                 *limits,
+                *user,
                 *prefix,
                 *(str(self._program), "server", "--no-telemetry"),
                 *("--token", known.token, "--host", "127.0.0.1", "--port", str(known.port)),
@@ -245,10 +248,6 @@ class LocalProvider:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                umask=0o022,
-                user=self._user_id,
-                group=self._user_id,
-                extra_groups=[] if self._user_id is not None else None,
             )
 
     async def _stop_processes(self, sandbox_id: str) -> None:

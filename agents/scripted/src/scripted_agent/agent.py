@@ -63,15 +63,15 @@ class ScriptedAgent(Agent):
         return NewSessionResponse(session_id=session_id, config_options=[self._model_option(session_id)])
 
     async def set_config_option(
-        self, session_id: str, config_id: str, value: Any, **_: Any
+        self, config_id: str, session_id: str, value: str | bool, **kwargs: Any
     ) -> SetSessionConfigOptionResponse:
         """Choose the model."""
-        if config_id != "model" or value not in MODELS:
+        if config_id != "model" or not isinstance(value, str) or value not in MODELS:
             raise acp.RequestError.invalid_params({"message": f"no such option: {config_id}={value}"})
         self._models[session_id] = value
         return SetSessionConfigOptionResponse(config_options=[self._model_option(session_id)])
 
-    async def prompt(self, prompt: list[Any], session_id: str, **_: Any) -> PromptResponse:
+    async def prompt(self, session_id: str, prompt: list[Any], **kwargs: Any) -> PromptResponse:
         """Do what the prompt says, line by line."""
         text = "\n".join(block.text for block in prompt if isinstance(block, TextContentBlock))
         turn = self._turns[session_id] = asyncio.create_task(self._work(session_id, read_script(text)))
