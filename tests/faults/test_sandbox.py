@@ -68,7 +68,7 @@ async def test_a_kill_exactly_before_the_prompt_is_posted_loses_no_turn(room: Ro
     assert room.coordinator.said().count("last\n") == 1
 
 
-@pytest.mark.parametrize("text", ["wait 1\nappend done.txt: done\nsay last", "append done.txt: done\nsay last"])
+@pytest.mark.parametrize("text", ["wait 1\nappend done.txt: done\nsay last", "append done.txt: done\nwait 1\nsay last"])
 async def test_a_prompt_that_may_have_arrived_is_worked_on_once(room: Room, text: str) -> None:  # F1, F28
     await room.start(kill_at="prompt posted")
     await room.open()
@@ -296,7 +296,7 @@ async def test_an_agent_that_died_between_turns_is_replaced(room: Room) -> None:
 async def test_permission_is_asked_answered_and_the_turn_goes_on(room: Room) -> None:  # SES-5, F26
     await room.start()
     await room.open()
-    await room.prompt(1, "ask May I?\nsay allowed")
+    await room.prompt(1, "ask May I?\nwait 0.5\nsay allowed")
     asked = await room.question()
 
     await room.answer(asked.id, "allow")
