@@ -137,7 +137,7 @@ class AgentServer:
         """Follow a process's output from its start. It does not end when the process does."""
         wait = httpx.Timeout(None, connect=_CONNECT_SECONDS)
         url = self._url(f"/v1/processes/{process_id}/logs")
-        options: Json = {"params": {"follow": "true"}, "headers": self._headers, "timeout": wait}
+        options: Json = {"params": {"follow": "true"}, "headers": {**self._headers}, "timeout": wait}
         try:
             async with aconnect_sse(self._http, "GET", url, **options) as source:
                 async for event in source.aiter_sse():

@@ -88,17 +88,7 @@ async def _follow(running: Running) -> AsyncGenerator[ProcessOutput | CommandEnd
     try:
         seen = 0
         async with aclosing(server.follow_output(process)) as output:
-            while True:
-                coming = asyncio.ensure_future(anext(output))
-                await asyncio.wait({coming, ended}, return_when=asyncio.FIRST_COMPLETED)
-                if not coming.done():
-                    coming.cancel()
-                    await asyncio.wait({coming})
-                    break
-                try:
-                    piece = coming.result()
-                except StopAsyncIteration:  # the server ends; `ended` tells how
-                    break
+            while (piece := await _next(output, ended)) is not None:
                 seen = piece.number
                 yield piece
         state = await ended
@@ -137,6 +127,20 @@ async def result(running: Running) -> CommandResult:
             kept += piece.data
             del kept[:-OUTPUT_BYTES]
     return CommandResult(end, stdout.decode(errors="replace"), stderr.decode(errors="replace"))
+
+
+async def _next(
+    output: AsyncGenerator[ProcessOutput, None], ended: asyncio.Future[ProcessState]
+) -> ProcessOutput | None:
+    """Return the next piece of output, or None once the command or the output has ended."""
+    coming = asyncio.ensure_future(anext(output, None))
+    try:
+        await asyncio.wait({coming, ended}, return_when=asyncio.FIRST_COMPLETED)
+        return coming.result() if coming.done() else None
+    finally:
+        if not coming.done():  # the generator must not be closed while it runs
+            coming.cancel()
+            await asyncio.wait({coming})
 
 
 async def _ended(server: AgentServer, process: str) -> ProcessState:

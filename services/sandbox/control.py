@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from services.runtime.database import Database, Reader
 from services.runtime.signal import Signal
+from services.sandbox import faults
 from services.sandbox.link import AgentLink
 from services.sandbox.persistence import stored
 from services.sandbox.sessions import Permission, SessionRecord, SessionStore
@@ -70,6 +71,7 @@ class Control:
             self.cancel_time = asyncio.get_running_loop().time()
         if not turn.rpc_id:
             return  # nothing was posted; `Prompting` ends the turn
+        faults.reached("cancel wanted")
         await self.link.cancel()
         for entry_id, rpc_id in list(turn.open_questions.items()):
             await self.link.answer(rpc_id, {"outcome": "cancelled"})

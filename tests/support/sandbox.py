@@ -1,6 +1,7 @@
 """The sandbox service alone, in a process of its own, with the test as its coordinator."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -179,6 +180,23 @@ class Room:
     async def until_said(self, words: str) -> None:
         await eventually(lambda: words in self.coordinator.said(), self.log)
 
+    async def answer(self, entry_id: str, option_id: str) -> None:
+        request = sandbox_pb2.AnswerPermissionRequest(
+            session_id=SESSION, entry_id=entry_id, option_id=option_id, user_id="usr_1"
+        )
+        await self.stub.AnswerPermission(request, timeout=30)
+
+    async def question(self) -> TranscriptEntry:
+        """Wait for a request for permission."""
+        entries = self.coordinator.entries
+        return await eventually(
+            lambda: next((entry for entry in entries.values() if entry.state == "pending" and entry.options), None),
+            self.log,
+        )
+
+    async def file(self, path: str) -> str:
+        return (await self.execute(f"cat workspace/{path}")).stdout
+
     def processes(self, program: str) -> list[psutil.Process]:
         """Return the sandbox's processes whose command holds a word."""
         root = str(self.folder / "data" / "local")
@@ -236,7 +254,8 @@ async def sandbox_room(folder: Path, **options: Any) -> AsyncGenerator[Room, Non
             await room.process.wait()
         left = room.processes("")
         for process in left:
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         psutil.wait_procs(left, timeout=5)
         await channel.close()
         await server.stop(0)
