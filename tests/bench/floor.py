@@ -88,7 +88,7 @@ class Server:
         self._watchers: set[asyncio.Queue[bytes]] = set()
         self._pusher: Pusher | None = None
         self._next: dict[str, Callable[[bytes], Awaitable[bytes]]] = {}
-        self._next_stream: Callable[[bytes], AsyncIterator[bytes]] | None = None
+        self._next_stream: Any = None
 
     async def run(self, listen: str) -> None:
         """Serve until the process is told to stop."""
