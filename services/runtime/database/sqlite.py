@@ -5,6 +5,7 @@ If a group cannot be committed together, its functions are run again, each in a 
 """
 
 import asyncio
+import contextvars
 import sqlite3
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -146,7 +147,7 @@ class SqliteDatabase(Database):
         if self._writer is None:
             raise DatabaseUnavailable("it is closed")
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._waiting_reads.append((future, partial(_read, fn, args, kwargs)))
+        self._waiting_reads.append((future, partial(contextvars.copy_context().run, _read, fn, args, kwargs)))
         self._start_reads()
         return await future
 
