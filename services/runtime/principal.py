@@ -79,7 +79,7 @@ class Signer:
     def __init__(self, key: str, service: str) -> None:
         self._key = key
         self._system = Principal(service=service)
-        self._signed: TTLCache[Principal, tuple[tuple[str, str], ...]] = TTLCache(_CACHED, _REUSED_SECONDS)
+        self._signed = TTLCache[Principal, tuple[tuple[str, str], ...]](_CACHED, _REUSED_SECONDS)
         self._verified: LRUCache[str, tuple[float, Principal]] = LRUCache(_CACHED)
 
     def metadata(self, principal: Principal | None = None) -> tuple[tuple[str, str], ...]:
