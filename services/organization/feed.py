@@ -22,7 +22,7 @@ RETENTION_DAYS = 90
 """How long the feed shows an event where the organization does not say."""
 
 _DAY_SECONDS = 24 * 3600.0
-_FORGOTTEN_AT_ONCE = 500
+FORGOTTEN_AT_ONCE = 500
 
 _c = history_feed.c
 _ALIVE = Statement(
@@ -32,12 +32,12 @@ _ORGANIZATIONS = Statement(
     select(organizations.c.payload)
     .where(organizations.c.deleted.is_(False), organizations.c.id > bindparam("after"))
     .order_by(organizations.c.id)
-    .limit(_FORGOTTEN_AT_ONCE)
+    .limit(FORGOTTEN_AT_ONCE)
 )
 _OLD = Statement(
     select(_c.scope, _c.id, _c.change_seq)
     .where(_c.scope == bindparam("of"), _c.event_time < bindparam("before", type_=Float))
-    .limit(_FORGOTTEN_AT_ONCE)
+    .limit(FORGOTTEN_AT_ONCE)
 )
 
 
@@ -98,7 +98,7 @@ class Feed:
 
     def page(self, tx: Reader, wanted: FeedFilter, after: int | None, most: int) -> Page[HistoryEvent]:
         """Return the events behind a place in the feed."""
-        shape = _Shape(
+        shape = Shape(
             repository=bool(wanted.repository_id),
             task=bool(wanted.task_id),
             branch=bool(wanted.branch),
@@ -136,7 +136,9 @@ class Feed:
 
 
 @dataclass(frozen=True, slots=True)
-class _Shape:
+class Shape:
+    """What a statement is made for: the direction and which filters are set."""
+
     repository: bool
     task: bool
     branch: bool
@@ -149,7 +151,7 @@ class _Shape:
 
 
 @cache
-def page_statement(shape: _Shape) -> Statement:
+def page_statement(shape: Shape) -> Statement:
     """Return the statement for filters of one shape."""
     behind = _c.sequence > bindparam("after") if shape.oldest_first else _c.sequence < bindparam("after")
     conditions = all_of(

@@ -110,7 +110,7 @@ class Tasks:
         self, tx: Reader, wanted: TaskFilter, order: Order, after: Sequence[str | int | float] | None, most: int
     ) -> Page[TaskSummary]:
         """Return the tasks behind a place in an order."""
-        shape = _Shape(
+        shape = Shape(
             order=order,
             repository=bool(wanted.repository_id),
             owner=bool(wanted.owner_user_id),
@@ -139,7 +139,9 @@ class Tasks:
 
 
 @dataclass(frozen=True, slots=True)
-class _Shape:
+class Shape:
+    """What a statement is made for: the order and which filters are set."""
+
     order: Order
     repository: bool = False
     owner: bool = False
@@ -150,7 +152,7 @@ class _Shape:
 
 
 @cache
-def page_statement(shape: _Shape) -> Statement:
+def page_statement(shape: Shape) -> Statement:
     """Return the statement for an order and filters of one shape."""
     column = _c[shape.order.column]
     place = tuple_(column, _c.id)

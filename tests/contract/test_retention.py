@@ -8,7 +8,7 @@ from branchline.resource.v1.user_pb2 import User
 from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_HISTORY_EVENT
 from sqlalchemy import create_engine
 
-from services.organization import feed as feed_rules
+from services.organization.feed import FORGOTTEN_AT_ONCE
 from services.organization.stores import Stores, open_stores
 from services.organization.tables import metadata
 from services.runtime.clock import Clock
@@ -69,7 +69,7 @@ async def test_events_older_than_the_retention_leave_the_feed_and_their_resume_t
 
 async def test_a_long_feed_expires_in_bounded_steps(tmp_path: Path) -> None:
     database, stores = await opened(tmp_path / "organization.sqlite")
-    scope = await database.write(found, stores, tuple(range(400, 400 + feed_rules._FORGOTTEN_AT_ONCE + 20)))
+    scope = await database.write(found, stores, tuple(range(400, 400 + FORGOTTEN_AT_ONCE + 20)))
     commits = database.commits
 
     await stores.feed.expire(database)

@@ -1,6 +1,8 @@
 """The organization's stores over a real SQLite file, without the other services."""
 
+import sqlite3
 from collections.abc import AsyncGenerator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,17 @@ class Room:
         found = await self.database.read(lambda tx: MEMBERS_OF(tx, scope=organization_id))
         return {member.user_id for member in found}
 
+    def count(self, table: str) -> int:
+        """Return how many rows a table has, as the file says."""
+        with closing(sqlite3.connect(self.path)) as connection:
+            return connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+
+    def plan(self, statement: Statement, **given: object) -> str:
+        """Return how SQLite would go about a query."""
+        text = f"EXPLAIN QUERY PLAN {statement.sqlite.text}"
+        with closing(sqlite3.connect(self.path)) as connection:
+            return " / ".join(row[3] for row in connection.execute(text, statement.sqlite.values(given)))
+
     async def marks(self, destination: str, kind: type[Message]) -> list[Any]:
         """Return what waits in the outbox for a destination."""
         rows = await self.database.read(lambda tx: tx.rows(_PENDING, {"to": destination}))
@@ -112,6 +125,13 @@ def _entry(state: Any, deleted: bool) -> PushEntry:
     entry = PushEntry(id=entity_id, revision=getattr(state, "revision", 1), deleted=deleted)
     entry.state.Pack(state)
     return entry
+
+
+class Calling:
+    """A call's context as far as servicers look at it."""
+
+    def time_remaining(self) -> float | None:
+        return None
 
 
 def call_as(user_id: str, organization_id: str, role: Role.ValueType = ROLE_OWNER) -> None:

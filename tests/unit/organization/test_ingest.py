@@ -20,9 +20,9 @@ from services.organization.destinations import TO_HISTORY, TO_USER
 from services.organization.servicer import OrganizationServicer
 from services.runtime.clock import Clock
 from services.runtime.principal import Principal, bind_principal
-from tests.unit.organization.conftest import Room, summary
+from tests.unit.organization.conftest import Calling, Room, summary
 
-CONTEXT: Any = type("Context", (), {"time_remaining": lambda self: None})()
+CONTEXT: Any = Calling()
 
 
 def token_of(name: str, *, expires: int) -> ApiTokenState:

@@ -11,7 +11,6 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from services.organization.repositories import FIRST_PAGE, NEXT_PAGE
 from services.runtime.errors import InvalidArgument
 from tests.unit.organization.conftest import Room
-from tests.unit.organization.test_sidebar import plan
 
 CONTEXT: Any = None
 
@@ -98,7 +97,7 @@ async def test_the_catalogue_is_paged_by_name(room: Room) -> None:  # ORG-4
 
 @pytest.mark.parametrize("statement", [FIRST_PAGE, NEXT_PAGE])
 async def test_the_catalogue_is_read_from_its_index(room: Room, statement: Any) -> None:
-    found = await room.database.read(lambda tx: plan(tx, statement, of="o", most=9, after_name="a", after_id="b"))
+    found = room.plan(statement, of="o", most=9, after_name="a", after_id="b")
 
     assert "USING INDEX repositories_name" in found
     assert "TEMP B-TREE" not in found

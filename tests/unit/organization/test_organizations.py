@@ -8,7 +8,7 @@ import pytest
 from branchline.gateway.v1 import organizations_pb2, repositories_pb2
 from branchline.github_data.v1.github_data_pb2 import SyncOrganizationRequest
 from branchline.organization.v1 import organization_pb2
-from branchline.resource.v1.organization_pb2 import ORGANIZATION_KIND_TEAM, Organization
+from branchline.resource.v1.organization_pb2 import ORGANIZATION_KIND_TEAM, Organization, OrganizationSettings
 from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_ORGANIZATION
 from google.protobuf.field_mask_pb2 import FieldMask
 
@@ -24,7 +24,7 @@ from services.runtime.errors import (
 )
 from services.runtime.principal import OPERATOR, Principal, bind_principal
 from services.runtime.spine.tokens import consistency_token
-from tests.unit.organization.conftest import Room, call_as
+from tests.unit.organization.conftest import Calling, Room, call_as
 
 CONTEXT: Any = None
 
@@ -122,7 +122,7 @@ async def test_a_sync_is_asked_for_once_and_needs_a_login(room: Room) -> None:  
         ("slug", Organization(slug="Not A Slug")),
         ("display_name", Organization(display_name="x" * 129)),
         ("display_name", Organization()),
-        ("settings", Organization(settings={"default_model": "x" * 100_000})),
+        ("settings", Organization(settings=OrganizationSettings(default_model="x" * 100_000))),
     ],
 )
 async def test_a_profile_is_held_within_bounds(room: Room, path: str, given: Organization) -> None:  # F30
@@ -142,7 +142,7 @@ async def test_a_token_about_another_tenants_entities_tells_nothing(
         consistency_token([(ENTITY_KIND_ORGANIZATION, one, revision)])
         for one, revision in ((secret.id, 1), (secret.id, 10**6), ("org_never", 1))
     ]
-    context: Any = type("Context", (), {"time_remaining": lambda self: None})()
+    context: Any = Calling()
     said: list[str] = []
 
     for token in tokens:

@@ -6,8 +6,8 @@ from branchline.resource.v1 import task_pb2
 from branchline.resource.v1.task_pb2 import TaskStatus
 from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_TASK
 
-from services.organization.tasks import BY_CREATE_TIME, BY_TITLE, BY_UPDATE_TIME, Order, _Shape, page_statement
-from services.runtime.database import Reader, Statement
+from services.organization.tables import WATCHED
+from services.organization.tasks import BY_CREATE_TIME, BY_TITLE, BY_UPDATE_TIME, Order, Shape, page_statement
 from services.runtime.errors import InvalidArgument
 from tests.unit.organization.conftest import Room, call_as, summary
 
@@ -102,37 +102,31 @@ async def test_a_page_ends_at_a_mebibyte(room: Room) -> None:  # F22
     assert len(await listed(room)) == 12
 
 
-def plan(tx: Reader, statement: Statement, **given: object) -> str:
-    """Return how SQLite would go about a query."""
-    text = f"EXPLAIN QUERY PLAN {statement.sqlite.text}"
-    return " / ".join(str(row[3]) for row in tx._driver.execute(text, statement.sqlite.values(given)))
-
-
-def page_plan(tx: Reader, order: Order, *, after: bool, repository: bool) -> str:
-    statement = page_statement(_Shape(order, repository=repository, after=after))
-    return plan(tx, statement, of="o", ended=False, after_value=1.0, after_id="x", most=51, repository="r")
+def page_plan(room: Room, order: Order, *, after: bool, repository: bool) -> str:
+    statement = page_statement(Shape(order, repository=repository, after=after))
+    return room.plan(statement, of="o", ended=False, after_value=1.0, after_id="x", most=51, repository="r")
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.column)
 @pytest.mark.parametrize("after", [False, True])
 async def test_every_order_is_read_from_its_index(room: Room, order: Order, after: bool) -> None:
     """Nothing is sorted and nothing is passed over, so a page costs the same however many tasks there are."""
-    found = await room.database.read(lambda tx: page_plan(tx, order, after=after, repository=False))
+    found = page_plan(room, order, after=after, repository=False)
 
     assert f"USING INDEX task_summaries_{order.column} (scope=? AND ended=?" in found
     assert "TEMP B-TREE" not in found
 
 
 async def test_the_tasks_of_a_repository_are_read_from_their_index(room: Room) -> None:
-    found = await room.database.read(lambda tx: page_plan(tx, BY_UPDATE_TIME, after=True, repository=True))
+    found = page_plan(room, BY_UPDATE_TIME, after=True, repository=True)
 
     assert "USING INDEX task_summaries_repository (scope=? AND repository_id=? AND ended=?" in found
     assert "TEMP B-TREE" not in found
 
 
 async def test_a_snapshot_passes_over_no_task_that_ended(room: Room) -> None:  # F27
-    spec = room.stores.index._tables[ENTITY_KIND_TASK]
-    found = await room.database.read(lambda tx: plan(tx, spec.snapshot, of="o", after=0, upto=9, viewer="*", most=5))
+    spec = next(table for table in WATCHED if table.kind == ENTITY_KIND_TASK)
+    found = room.plan(spec.snapshot, of="o", after=0, upto=9, viewer="*", most=5)
 
     assert "USING INDEX task_summaries_shown" in found
     await fill(room, 5)

@@ -47,11 +47,6 @@ async def events(room: Room) -> list[int]:
     return [event.kind for event in await room.marks(TO_HISTORY, HistoryEvent)]
 
 
-async def rows(room: Room, table: str) -> int:
-    count = f"SELECT count(*) FROM {table}"
-    return await room.database.read(lambda tx: tx._driver.execute(count).fetchone()[0])
-
-
 async def gone(room: Room, repository: Repository) -> None:
     """Have the repository say that it is gone."""
     repository.revision += 10
@@ -79,8 +74,8 @@ async def test_a_repository_is_deleted_with_all_that_is_indexed_below_it(room: R
     assert await room.database.read(REPOSITORIES.find, repository.id) is None
     routes = [await room.database.read(room.stores.tasks.route, f"task_{number:06}") for number in (0, 1, 2, 9)]
     assert routes == [None, None, None, (organization.id, other.id)]
-    assert await rows(room, "github_repositories") == 0
-    assert await rows(room, "repository_deletions") == 0
+    assert room.count("github_repositories") == 0
+    assert room.count("repository_deletions") == 0
     assert [kind for kind in await events(room) if kind in (8, 9)] == [
         EVENT_KIND_REPOSITORY_DELETING,
         EVENT_KIND_REPOSITORY_DELETED,
@@ -114,7 +109,7 @@ async def test_a_repository_that_is_gone_twice_is_told_of_once(room: Room) -> No
     await gone(room, repository)
 
     assert (await events(room)).count(EVENT_KIND_REPOSITORY_DELETED) == 1
-    assert await rows(room, "repository_deletions") == 0
+    assert room.count("repository_deletions") == 0
 
 
 async def test_a_repository_with_many_tasks_is_buried_in_steps(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,11 +119,11 @@ async def test_a_repository_with_many_tasks_is_buried_in_steps(room: Room, monke
     await room.push(*((summary(organization.id, repository.id, number), False) for number in range(35)))
 
     await gone(room, repository)
-    after_one_step = await rows(room, "task_lookup")
+    after_one_step = room.count("task_lookup")
     await room.stores.teardown.sweep(room.database)
 
     assert after_one_step == 25
-    assert await rows(room, "task_lookup") == 0
+    assert room.count("task_lookup") == 0
     assert await room.database.read(REPOSITORIES.find, repository.id) is None
 
 
@@ -219,9 +214,9 @@ async def test_an_organization_is_torn_down_whenever_the_service_stops(room: Roo
     assert await current.marks(TO_GITHUB_DATA, DeleteOrganizationRequest)
     assert await current.database.read(ORGANIZATIONS.find, organization_id) is None
     assert await current.member_ids(organization_id) == set()
-    assert await rows(current, "teardowns") == await rows(current, "repository_deletions") == 0
-    assert await rows(current, f"history_feed WHERE scope = '{organization_id}'") == 0
-    assert await rows(current, f"user_task_states WHERE scope = '{organization_id}'") == 0
+    assert current.count("teardowns") == current.count("repository_deletions") == 0
+    assert current.count(f"history_feed WHERE scope = '{organization_id}'") == 0
+    assert current.count(f"user_task_states WHERE scope = '{organization_id}'") == 0
     assert await current.database.read(current.stores.organizations.of_slug, "doomed") is None
     assert (await current.found("doomed")).id != organization_id
     assert await current.database.read(REPOSITORIES.get, kept.id)
@@ -258,4 +253,4 @@ async def test_what_comes_late_for_an_organization_that_is_gone_is_forgotten(roo
 
     assert refused == {}
     assert await events(room) == []
-    assert await rows(room, "history_feed") == await rows(room, "repositories") == 0
+    assert room.count("history_feed") == room.count("repositories") == 0
