@@ -161,12 +161,13 @@ class Backend(organization_pb2_grpc.OrganizationServiceServicer):
             await self.database.close()
 
     @asynccontextmanager
-    async def gateway(self, **settings: Any) -> AsyncGenerator[Service, None]:
+    async def gateway(self, calls_per_minute: int = 10**6) -> AsyncGenerator[Service, None]:
         """Run a gateway in front of it."""
         config = GatewayConfig(
             addresses=self.addresses,
             signing_key=SecretStr(KEY),
-            **{"calls_per_minute": 10**6, "drain_seconds": 0.2} | settings,
+            calls_per_minute=calls_per_minute,
+            drain_seconds=0.2,
         )
         service = build(config)
         async with service.running():

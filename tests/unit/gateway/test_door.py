@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -46,7 +47,8 @@ async def test_a_call_needs_a_token_that_is_known(backend: Backend) -> None:
         guessed = await refusal(unknown.tasks.GetTask(GET))
         async with grpc.aio.insecure_channel(backend.addresses["gateway"]) as channel:
             nobody = await refusal(channel.unary_unary("/branchline.gateway.v1.TaskService/GetTask")(b""))
-            health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            health = await stub.Check(health_pb2.HealthCheckRequest())
 
     assert answer.task.title == "a title"
     assert guessed == nobody == grpc.StatusCode.UNAUTHENTICATED

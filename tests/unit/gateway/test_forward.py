@@ -73,7 +73,9 @@ def requests(name: str) -> st.SearchStrategy[tuple[str, bytes]]:
     return st.tuples(st.just(name), st.one_of(st.binary(max_size=40), made))
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(st.sampled_from(sorted(PUBLIC)).flatmap(requests))
 async def test_no_bytes_make_any_method_fail_in_a_way_that_nobody_foresaw(
     backend: Backend, request_of: tuple[str, bytes]

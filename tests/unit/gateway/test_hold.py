@@ -5,7 +5,6 @@ import statistics
 import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -13,6 +12,7 @@ from branchline.client import Client
 from branchline.gateway.v1 import tasks_pb2
 
 from gateway import watches
+from gateway.fanout import FanOut
 from services.runtime.spine.chunks import PART_BYTES
 from tests.unit.gateway.backend import (
     Backend,
@@ -104,7 +104,7 @@ async def test_a_watcher_that_never_reads_is_cut_off(backend: Backend, monkeypat
     monkeypatch.setattr(watches, "STALLED_SECONDS", 1.0)
     await backend.put_all([task_entry(f"t{n}", 1, text="x" * 100_000) for n in range(200)])
     async with backend.gateway() as service, backend.client() as client, backend.client() as other:
-        fan_out: Any = next(loop for loop in service.loops if loop.__qualname__ == "FanOut.run").__self__
+        fan_out = next(one for loop in service.loops if isinstance(one := getattr(loop, "__self__", None), FanOut))
         idle = opened(client)
         await eventually(lambda: fan_out.watchers == 1)
         view = View()

@@ -1,13 +1,14 @@
 """Watches through the gateway: real sockets, a real index, upstreams that break. API-4, API-5."""
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import grpc
 import pytest
 import pytest_asyncio
-from branchline.gateway.v1 import tasks_pb2
+from branchline.gateway.v1 import history_pb2, tasks_pb2
 from branchline.resource.v1 import watch_pb2
 
 from gateway import replica as replicas
@@ -261,3 +262,22 @@ async def test_many_watchers_share_one_upstream(backend: Backend, gateway: None)
     assert [view.held for view in views] == [views[0].held] * 20
     assert len([one for one in backend.selections if one.tail]) == 1
     assert len(backend.selections) == before
+
+
+async def test_a_filtered_feed_shows_its_part_and_its_tokens_are_good_for_no_other_part(
+    backend: Backend, gateway: None
+) -> None:
+    def feed(task_id: str, token: str = "") -> history_pb2.WatchHistoryRequest:
+        return history_pb2.WatchHistoryRequest(organization_id=ORGANIZATION_ID, task_id=task_id, resume_token=token)
+
+    async with backend.running(), backend.client() as client:
+        await backend.put(dataclasses.replace(task_entry("a", 1), task_id="task_1"), task_entry("b", 1))
+        part = await until_synced(client.history.WatchHistory(feed("task_1")))
+        await backend.put(task_entry("b", 2), dataclasses.replace(task_entry("a", 2), task_id="task_1"))
+        again = await until_synced(client.history.WatchHistory(feed("task_1", part.token)))
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await until_synced(client.history.WatchHistory(feed("", part.token)))
+
+    assert part.held == {"a": 1}
+    assert again.held == {"a": 2}
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT

@@ -52,7 +52,7 @@ class Call:
             for task in (reading, breaking):
                 task.cancel()
             await asyncio.wait({reading, breaking})
-        return frame if frame is grpc.aio.EOF else _Response(frame)
+        return _Response(frame) if isinstance(frame, WatchFrame) else frame
 
     def cancel(self) -> None:
         self.broken.set()
@@ -202,7 +202,9 @@ step = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(st.lists(step, max_size=30))
 async def test_every_view_is_true_at_every_place_and_equal_at_rest(
     index: tuple[Index, Database, Time], monkeypatch: pytest.MonkeyPatch, steps: list[tuple[str, int]]
