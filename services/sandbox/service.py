@@ -57,9 +57,9 @@ def build(config: SandboxConfig) -> Service:
     service.loops.append(sync.run)
     service.every(config.sweep_seconds, "see to unfinished sessions", sync.sweep)
     service.every(config.sweep_seconds, "see to sandboxes in a passing state", machines.sweep)
-    service.after_stop.insert(0, http.aclose)
+    service.after_stop.append(http.aclose)
     if config.stop_machines:
-        service.after_stop.insert(0, machines.stop_all)
+        service.after_stop.append(machines.stop_all)
     return service
 
 

@@ -58,7 +58,7 @@ def build(config: TaskConfig) -> Service:
     chassis.courier(TO_WORKFLOW, downward.to_workflow)
     service = chassis.service
     service.before_start.append(engine.start)
-    service.after_stop.insert(0, engine.stop)
+    service.after_stop.append(engine.stop)
     service.every(SWEEP_SECONDS, "sweep", sweep.run)
     service.every(_HOUR_SECONDS, "forget what ended", sweep.forget_old)
     return service
