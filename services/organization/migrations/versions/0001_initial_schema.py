@@ -164,7 +164,7 @@ def upgrade() -> None:
             ["id"],
             unique=False,
             sqlite_where=sa.text("deleting IS 1"),
-            postgresql_where=sa.text("deleting IS 1"),
+            postgresql_where=sa.text("deleting IS true"),
         )
         batch_op.create_index(
             "organizations_github_login",
@@ -179,7 +179,7 @@ def upgrade() -> None:
             ["slug"],
             unique=True,
             sqlite_where=sa.text("deleted IS 0"),
-            postgresql_where=sa.text("deleted IS 0"),
+            postgresql_where=sa.text("deleted IS false"),
         )
 
     op.create_table(
@@ -224,7 +224,7 @@ def upgrade() -> None:
             ["scope", "full_name", "id"],
             unique=False,
             sqlite_where=sa.text("deleted IS 0"),
-            postgresql_where=sa.text("deleted IS 0"),
+            postgresql_where=sa.text("deleted IS false"),
         )
         batch_op.create_index("repositories_url", ["scope", "remote_url"], unique=False)
 
@@ -292,7 +292,7 @@ def upgrade() -> None:
             ["scope", "ended", "create_time", "id"],
             unique=False,
             sqlite_where=sa.text("deleted IS 0"),
-            postgresql_where=sa.text("deleted IS 0"),
+            postgresql_where=sa.text("deleted IS false"),
         )
         batch_op.create_index("task_summaries_id", ["id"], unique=False)
         batch_op.create_index(
@@ -300,28 +300,28 @@ def upgrade() -> None:
             ["scope", "repository_id", "ended", "update_time", "id"],
             unique=False,
             sqlite_where=sa.text("deleted IS 0"),
-            postgresql_where=sa.text("deleted IS 0"),
+            postgresql_where=sa.text("deleted IS false"),
         )
         batch_op.create_index(
             "task_summaries_shown",
             ["scope", "ended", "change_seq"],
             unique=False,
             sqlite_where=sa.text("deleted IS 0"),
-            postgresql_where=sa.text("deleted IS 0"),
+            postgresql_where=sa.text("deleted IS false"),
         )
         batch_op.create_index(
             "task_summaries_title",
             ["scope", "ended", "title", "id"],
             unique=False,
             sqlite_where=sa.text("deleted IS 0"),
-            postgresql_where=sa.text("deleted IS 0"),
+            postgresql_where=sa.text("deleted IS false"),
         )
         batch_op.create_index(
             "task_summaries_update_time",
             ["scope", "ended", "update_time", "id"],
             unique=False,
             sqlite_where=sa.text("deleted IS 0"),
-            postgresql_where=sa.text("deleted IS 0"),
+            postgresql_where=sa.text("deleted IS false"),
         )
 
     op.create_table(
@@ -373,20 +373,26 @@ def downgrade() -> None:
     op.drop_table("teardowns")
     with op.batch_alter_table("task_summaries", schema=None) as batch_op:
         batch_op.drop_index(
-            "task_summaries_update_time", sqlite_where=sa.text("deleted IS 0"), postgresql_where=sa.text("deleted IS 0")
+            "task_summaries_update_time",
+            sqlite_where=sa.text("deleted IS 0"),
+            postgresql_where=sa.text("deleted IS false"),
         )
         batch_op.drop_index(
-            "task_summaries_title", sqlite_where=sa.text("deleted IS 0"), postgresql_where=sa.text("deleted IS 0")
+            "task_summaries_title", sqlite_where=sa.text("deleted IS 0"), postgresql_where=sa.text("deleted IS false")
         )
         batch_op.drop_index(
-            "task_summaries_shown", sqlite_where=sa.text("deleted IS 0"), postgresql_where=sa.text("deleted IS 0")
+            "task_summaries_shown", sqlite_where=sa.text("deleted IS 0"), postgresql_where=sa.text("deleted IS false")
         )
         batch_op.drop_index(
-            "task_summaries_repository", sqlite_where=sa.text("deleted IS 0"), postgresql_where=sa.text("deleted IS 0")
+            "task_summaries_repository",
+            sqlite_where=sa.text("deleted IS 0"),
+            postgresql_where=sa.text("deleted IS false"),
         )
         batch_op.drop_index("task_summaries_id")
         batch_op.drop_index(
-            "task_summaries_create_time", sqlite_where=sa.text("deleted IS 0"), postgresql_where=sa.text("deleted IS 0")
+            "task_summaries_create_time",
+            sqlite_where=sa.text("deleted IS 0"),
+            postgresql_where=sa.text("deleted IS false"),
         )
         batch_op.drop_index("task_summaries_changes")
 
@@ -403,7 +409,7 @@ def downgrade() -> None:
     with op.batch_alter_table("repositories", schema=None) as batch_op:
         batch_op.drop_index("repositories_url")
         batch_op.drop_index(
-            "repositories_name", sqlite_where=sa.text("deleted IS 0"), postgresql_where=sa.text("deleted IS 0")
+            "repositories_name", sqlite_where=sa.text("deleted IS 0"), postgresql_where=sa.text("deleted IS false")
         )
         batch_op.drop_index("repositories_id")
         batch_op.drop_index("repositories_changes")
@@ -415,7 +421,7 @@ def downgrade() -> None:
     op.drop_table("outbox")
     with op.batch_alter_table("organizations", schema=None) as batch_op:
         batch_op.drop_index(
-            "organizations_slug", sqlite_where=sa.text("deleted IS 0"), postgresql_where=sa.text("deleted IS 0")
+            "organizations_slug", sqlite_where=sa.text("deleted IS 0"), postgresql_where=sa.text("deleted IS false")
         )
         batch_op.drop_index("organizations_id")
         batch_op.drop_index(
@@ -424,7 +430,9 @@ def downgrade() -> None:
             postgresql_where=sa.text("deleted IS false AND github_login != ''"),
         )
         batch_op.drop_index(
-            "organizations_deleting", sqlite_where=sa.text("deleting IS 1"), postgresql_where=sa.text("deleting IS 1")
+            "organizations_deleting",
+            sqlite_where=sa.text("deleting IS 1"),
+            postgresql_where=sa.text("deleting IS true"),
         )
         batch_op.drop_index("organizations_changes")
 
