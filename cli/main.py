@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import importlib
+import os
+import sys
 from enum import StrEnum
 from pathlib import Path
 from types import ModuleType
@@ -71,7 +73,7 @@ def serve(
     data_dir: DataDir = DEFAULT_DATA,
 ) -> None:
     """Run one service in this process, until it is told to stop."""
-    run(_module("server").serve(data_dir, service))
+    os.execv(sys.executable, [sys.executable, "-m", "cli.server", service, str(data_dir)])  # noqa: S606
 
 
 @app.command()

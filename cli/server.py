@@ -1,9 +1,17 @@
-"""Runs one service in this process, or brings its database up to date."""
+"""Runs one service in this process, or brings the databases up to date.
+
+    python -m cli.server SERVICE DATA_DIR
+
+is what `branchline serve` becomes: a process that holds the service's room and nothing of the command line.
+"""
 
 import asyncio
 import signal
+import sys
 from pathlib import Path
 from typing import Any
+
+import uvloop
 
 from cli.installation import SERVICES, Installation, distributed_installation, known_installation
 from cli.isolation import require_isolation
@@ -47,3 +55,12 @@ async def until_stopped() -> None:
     for sign in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(sign, stop.set)
     await stop.wait()
+
+
+if __name__ == "__main__":
+    try:
+        uvloop.run(serve(Path(sys.argv[2]), sys.argv[1]))
+    except (SettingsError, ValueError) as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -70,6 +70,7 @@ def build(config: GatewayConfig) -> Service:
     }
     door = Door(authenticator, config.calls_per_minute)
     service = Service("gateway", config.addresses["gateway"], door.admit, config.drain_seconds)
+    service.reflects = True
     for name, method in PUBLIC.items():
         handler = (
             service.serving.handler(method, own[name])

@@ -1,16 +1,14 @@
 """Who a call is made for: a principal, signed by the caller and checked by every service.
 
-The gateway makes it from a bearer token; services pass it on. It lives for a minute and travels as a JWT
-(RFC 7519, HS256) in the metadata of each internal call.
+The gateway makes it from a bearer token; services pass it on. It lives for a minute and travels, signed with a key that
+the installation shares, in the metadata of each internal call.
 """
 
+import hashlib
 import time
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime, timedelta
-from typing import Any
 
-import jwt
 from branchline.resource.v1 import organization_pb2
 from branchline.resource.v1.vocabulary_pb2 import (
     ERROR_REASON_OPERATOR_REQUIRED,
@@ -19,14 +17,17 @@ from branchline.resource.v1.vocabulary_pb2 import (
     ERROR_REASON_ROLE_REQUIRED,
 )
 from cachetools import LRUCache, TTLCache
+from itsdangerous import BadData, URLSafeTimedSerializer
 
 from services.runtime.errors import PermissionDenied, Unauthenticated
 
 METADATA_KEY = "x-branchline-principal"
-_LIFETIME = timedelta(seconds=60)
-_LEEWAY = timedelta(seconds=30)
+_LIFETIME_SECONDS = 60.0
+_LEEWAY_SECONDS = 30.0
 _REUSED_SECONDS = 20.0
 _CACHED = 4096
+
+Metadata = tuple[tuple[str, str], ...]
 
 OPERATOR = "operator"
 """The service name under which an operator's commands are signed; no service has it."""
@@ -77,34 +78,34 @@ class Signer:
     """
 
     def __init__(self, key: str, service: str) -> None:
-        self._key = key
+        self._serializer = URLSafeTimedSerializer(key, "principal", signer_kwargs={"digest_method": hashlib.sha256})
         self._system = Principal(service=service)
-        self._signed = TTLCache[Principal, tuple[tuple[str, str], ...]](_CACHED, _REUSED_SECONDS)
-        self._verified: LRUCache[str, tuple[float, Principal]] = LRUCache(_CACHED)
+        self._signed = TTLCache[Principal, Metadata](_CACHED, _REUSED_SECONDS)
+        self._verified = LRUCache[str, tuple[float, Principal]](_CACHED)
 
-    def metadata(self, principal: Principal | None = None) -> tuple[tuple[str, str], ...]:
+    def metadata(self, principal: Principal | None = None) -> Metadata:
         """Return a call's metadata for the principal, or for the service itself."""
         principal = principal or self._system
         metadata = self._signed.get(principal)
         if metadata is None:
-            token = jwt.encode(
-                {**asdict(principal), "exp": datetime.now(UTC) + _LIFETIME}, self._key, algorithm="HS256"
-            )
-            metadata = self._signed[principal] = ((METADATA_KEY, token),)
+            metadata = ((METADATA_KEY, str(self._serializer.dumps(asdict(principal)))),)
+            self._signed[principal] = metadata
         return metadata
 
     def verify(self, token: str) -> Principal:
         """Return the principal of a token; raise Unauthenticated if it is not ours or too old."""
+        now = time.time()
         known = self._verified.get(token)
-        if known is not None and known[0] > time.time():
+        if known is not None and known[0] > now:
             return known[1]
         try:
-            claims: dict[str, Any] = jwt.decode(token, self._key, algorithms=["HS256"], leeway=_LEEWAY)
-            expires = float(claims.pop("exp")) + _LEEWAY.total_seconds()
-            principal = Principal(**claims)
-        except (jwt.InvalidTokenError, KeyError, TypeError, ValueError) as error:
+            claims, signed = self._serializer.loads(token, return_timestamp=True)
+            principal, made = Principal(**claims), signed.timestamp()
+        except (BadData, TypeError) as error:
             raise Unauthenticated(ERROR_REASON_PRINCIPAL_INVALID, "the call carries no valid principal") from error
-        self._verified[token] = (expires, principal)
+        if not made - _LEEWAY_SECONDS <= now <= made + _LIFETIME_SECONDS + _LEEWAY_SECONDS:
+            raise Unauthenticated(ERROR_REASON_PRINCIPAL_INVALID, "the call's principal is too old")
+        self._verified[token] = (made + _LIFETIME_SECONDS + _LEEWAY_SECONDS, principal)
         return principal
 
 

@@ -13,7 +13,6 @@ from branchline.spine.v1 import push_pb2, push_pb2_grpc
 from google.protobuf.descriptor import FileDescriptor, ServiceDescriptor
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer  # pyright: ignore[reportMissingTypeStubs]
-from grpc_reflection.v1alpha import reflection
 
 from services.runtime.admin import AdminServicer
 from services.runtime.client import MESSAGE_LIMIT_BYTES, SigningChannel, open_channel
@@ -62,6 +61,8 @@ class Service:
         self.serving = Serving(name, admit)
         self.address = listen
         """Where it is reached once it runs; differs from `listen` if that left the port open."""
+        self.reflects = False
+        """Whether clients may ask what it serves."""
         self.before_start: list[Step] = []
         self.loops: list[Step] = []
         self.after_stop: list[Step] = []
@@ -138,8 +139,11 @@ class Service:
             server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
         checks = HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-        names = [*self._handlers, health.SERVICE_NAME, reflection.SERVICE_NAME]
-        reflection.enable_server_reflection(names, server)
+        if self.reflects:
+            from grpc_reflection.v1alpha import reflection  # noqa: PLC0415 - in no other service's memory
+
+            names = [*self._handlers, health.SERVICE_NAME, reflection.SERVICE_NAME]
+            reflection.enable_server_reflection(names, server)
         if self.listen.startswith("unix:"):
             Path(self.listen.removeprefix("unix:")).unlink(missing_ok=True)
         port = server.add_insecure_port(self.listen)
