@@ -326,6 +326,28 @@ async def test_a_session_is_created_once_however_often_it_is_asked_for(installed
     assert len((await installed.room.read(task_id)).sessions) == 2
 
 
+async def test_a_retry_opens_every_session_and_an_agent_that_fails_fails_only_its_own(installed: Installed) -> None:
+    task_id = await installed.create(hold_prompt=True)
+    await installed.until(task_id, IDLE)
+    request = sessions_pb2.CreateSessionRequest(request_id=new_id(), task_id=task_id)
+    second = (await installed.sessions.CreateSession(request)).session
+    installed.sandbox.refusals["StartTurn"] = Refusal(grpc.StatusCode.FAILED_PRECONDITION, "the machine is gone")
+    await installed.send(task_id)
+    await installed.until(task_id, ERROR)
+    installed.sandbox.refusals["OpenSession"] = Refusal(
+        grpc.StatusCode.FAILED_PRECONDITION, "no such agent", session_id=second.id
+    )
+
+    await installed.tasks.RetryTask(tasks_pb2.RetryTaskRequest(request_id=new_id(), task_id=task_id))
+
+    task = await installed.until(task_id, IDLE)
+    assert [one.status for one in task.sessions] == [
+        session_pb2.SESSION_STATUS_IDLE,
+        session_pb2.SESSION_STATUS_ERROR,
+    ]
+    assert task.sessions[1].status_reason == "no such agent"
+
+
 async def test_a_kill_stops_the_agents_first_and_says_why_it_takes_long(installed: Installed) -> None:  # F29
     task_id = await installed.create()
     task = await installed.until(task_id, RUNNING)
