@@ -53,7 +53,7 @@ class Outcome:
 
     live: bool
     reason: str
-    """Why it ended, where it did not end well."""
+    """How it ended, in words."""
 
 
 class WorkflowEngine:
@@ -87,7 +87,9 @@ class WorkflowEngine:
         """Say how workflows stand, by their ids; one that was never started is missing."""
         found = await DBOS.list_workflows_async(workflow_ids=list(ids), load_input=False)
         return {
-            one.workflow_id: Outcome(one.status in _LIVE, failure_of(one.error) if one.error else one.status.lower())
+            one.workflow_id: Outcome(
+                one.status in _LIVE, failure_of(one.error) if one.error else f"its workflow ended in {one.status}"
+            )
             for one in found
         }
 

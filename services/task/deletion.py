@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from branchline.resource.v1.task_pb2 import Task
-from branchline.resource.v1.vocabulary_pb2 import EVENT_KIND_TASK_DELETED
 from sqlalchemy import bindparam, delete, select
 
 from services.runtime.database import Database, Statement, Tx, is_in
@@ -50,18 +48,9 @@ class Deletion:
             if ids:
                 tx.change(_DELETE_ENTRIES, {"ids": ids})
                 return False
-            task.tell(EVENT_KIND_TASK_DELETED, f"{task.task.title} is deleted")
             for statement in _DELETE_REST:
                 tx.change(statement, {"of": task_id})
             tx.change(_DELETE_TASK, {"of": task_id})
             task.task.revision += 1
         self.store.outbox.mark(tx, [Mark(task_id, task.task.revision, task.task, deleted=True)])
         return True
-
-    def tell_unknown(self, tx: Tx, task_id: str) -> None:
-        """Say that a task is gone which is not here: it was deleted before, or never born."""
-        self.store.outbox.mark(tx, [Mark(task_id, _UNBORN_REVISION, Task(id=task_id), deleted=True)])
-
-
-_UNBORN_REVISION = 2
-"""Newer than what the coordinator shows of a task that was never born; older than any tombstone of one that was."""

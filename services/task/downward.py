@@ -64,11 +64,11 @@ class Downward:
         return session.turn == request.turn and session.status in SESSION_WORKING
 
     def end_turn(self, tx: Tx, session_id: str, turn: int, reason: str) -> None:
-        """End a turn in error that the sandbox service does not take."""
+        """End a turn in error that the sandbox service does not take, or has not said to have taken."""
         task_id = self.store.task_of_session(tx, session_id)
         if task_id:
             with self.store.open(tx, task_id) as task:
-                self.turns.fail(task, task.session(session_id), reason, turn)
+                self.turns.give_up(task, task.session(session_id), turn, reason)
 
     async def to_workflow(self, row: OutboxRow) -> None:
         """Start a workflow; one that was started before is left alone."""

@@ -7,7 +7,6 @@ import grpc
 from branchline.task.v1 import task_pb2, task_pb2_grpc
 
 from services.runtime.database import Database, Tx
-from services.task.deletion import Deletion
 from services.task.lifecycle import PROVISION, Lifecycle
 from services.task.store import TaskStore
 
@@ -47,13 +46,10 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
             opened.change()
 
     async def DeleteTask(self, request: task_pb2.DeleteTaskRequest, context: Context) -> task_pb2.DeleteTaskResponse:
-        """Have nothing left of the task, sandbox and rows."""
+        """Have nothing left of the task, sandbox and rows. Raise NotFound when it is gone."""
         await self.database.write(self._delete, request.task_id)
         return task_pb2.DeleteTaskResponse()
 
     def _delete(self, tx: Tx, task_id: str) -> None:
-        with self.store.open_all(tx, [task_id]) as opened:
-            if task_id in opened:
-                self.lifecycle.delete(tx, opened[task_id])
-                return
-        Deletion(self.store).tell_unknown(tx, task_id)
+        with self.store.open(tx, task_id) as task:
+            self.lifecycle.delete(tx, task)

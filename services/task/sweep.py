@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import structlog
-from branchline.sandbox.v1.sandbox_pb2 import CancelTurnRequest, StartTurnRequest
+from branchline.sandbox.v1.sandbox_pb2 import StartTurnRequest
 
 from services.runtime.database import Database, Tx
 from services.runtime.spine.outbox import Outbox
@@ -117,6 +117,5 @@ class Sweep:
             row = task.rows.get(session_id)
             if row is None or row.working_since is None or row.working_since >= before:
                 return
-            request = CancelTurnRequest(session_id=session_id, turn=row.session.turn)
-            task.send(TO_SANDBOX, session_id, row.session.turn, request)
-            self.turns.fail(task, row.session, f"nothing was heard of the turn for {self.deadlines.turn_hours:g} hours")
+            reason = f"nothing was heard of the turn for {self.deadlines.turn_hours:g} hours"
+            self.turns.give_up(task, row.session, row.session.turn, reason)

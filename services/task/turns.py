@@ -15,7 +15,7 @@ from branchline.resource.v1.vocabulary_pb2 import (
     EVENT_KIND_AGENT_FINISHED,
     EVENT_KIND_TASK_FAILED,
 )
-from branchline.sandbox.v1.sandbox_pb2 import AgentSession, StartTurnRequest
+from branchline.sandbox.v1.sandbox_pb2 import AgentSession, CancelTurnRequest, StartTurnRequest
 
 from services.runtime.database import Tx
 from services.runtime.errors import FailedPrecondition, InvalidArgument
@@ -120,10 +120,14 @@ class Turns:
         task.tell(EVENT_KIND_AGENT_FINISHED, f"{session.name}: the agent finished", session.id, by_agent=True)
         return free
 
-    def fail(self, task: OpenTask, session: Session, reason: str, turn: int | None = None) -> None:
-        """End a session's turn in error; another turn than the given one, or none, is left alone."""
-        if session.status not in SESSION_WORKING or (turn is not None and turn != session.turn):
-            return
+    def give_up(self, task: OpenTask, session: Session, turn: int, reason: str) -> None:
+        """End a turn in error of which it is not known whether the agent works, and have that cancelled."""
+        if session.status in SESSION_WORKING and turn == session.turn:
+            task.send(TO_SANDBOX, session.id, turn, CancelTurnRequest(session_id=session.id, turn=turn))
+            self.fail(task, session, reason)
+
+    def fail(self, task: OpenTask, session: Session, reason: str) -> None:
+        """End the turn of a session that works in error."""
         task.stand(session, session_pb2.SESSION_STATUS_ERROR, reason)
         task.follow(task_pb2.TASK_STATUS_ERROR, reason, session.id)
         task.tell(EVENT_KIND_AGENT_FAILED, f"{session.name}: {reason}", session.id, by_agent=True)

@@ -21,6 +21,8 @@ class Refusal:
     code: grpc.StatusCode
     words: str
     times: int = 1_000_000
+    session_id: str = ""
+    """The one session that it is about; empty means all."""
 
 
 @dataclass
@@ -47,7 +49,7 @@ class SandboxNeighbour(sandbox_pb2_grpc.SandboxServiceServicer):
             await asyncio.Event().wait()
         name = type(request).__name__.removesuffix("Request")
         refusal = self.refusals.get(name)
-        if refusal is not None and refusal.times > 0:
+        if refusal is not None and refusal.times > 0 and refusal.session_id in ("", getattr(request, "session_id", "")):
             refusal.times -= 1
             await context.abort(refusal.code, refusal.words)
 

@@ -34,7 +34,7 @@ from services.task.open_task import OpenTask
 from services.task.service import TaskConfig, build
 from services.task.status import Status
 from services.task.sweep import Sweep
-from tests.support.stack import eventually
+from tests.support.stack import eventually, failure
 from tests.unit.task.neighbours import Refusal, RepositoryNeighbour, SandboxNeighbour
 from tests.unit.task.room import Room, birth, entry_of, new_id
 
@@ -326,6 +326,28 @@ async def test_a_session_is_created_once_however_often_it_is_asked_for(installed
     assert len((await installed.room.read(task_id)).sessions) == 2
 
 
+async def test_a_retry_opens_every_session_and_an_agent_that_fails_fails_only_its_own(installed: Installed) -> None:
+    task_id = await installed.create(hold_prompt=True)
+    await installed.until(task_id, IDLE)
+    request = sessions_pb2.CreateSessionRequest(request_id=new_id(), task_id=task_id)
+    second = (await installed.sessions.CreateSession(request)).session
+    installed.sandbox.refusals["StartTurn"] = Refusal(grpc.StatusCode.FAILED_PRECONDITION, "the machine is gone")
+    await installed.send(task_id)
+    await installed.until(task_id, ERROR)
+    installed.sandbox.refusals["OpenSession"] = Refusal(
+        grpc.StatusCode.FAILED_PRECONDITION, "no such agent", session_id=second.id
+    )
+
+    await installed.tasks.RetryTask(tasks_pb2.RetryTaskRequest(request_id=new_id(), task_id=task_id))
+
+    task = await installed.until(task_id, IDLE)
+    assert [one.status for one in task.sessions] == [
+        session_pb2.SESSION_STATUS_IDLE,
+        session_pb2.SESSION_STATUS_ERROR,
+    ]
+    assert task.sessions[1].status_reason == "no such agent"
+
+
 async def test_a_kill_stops_the_agents_first_and_says_why_it_takes_long(installed: Installed) -> None:  # F29
     task_id = await installed.create()
     task = await installed.until(task_id, RUNNING)
@@ -361,16 +383,8 @@ async def test_a_deleted_task_leaves_nothing_and_is_pushed_up_as_deleted(install
     await eventually(tombstone)
     assert installed.sandbox.of(sandbox_pb2.DestroySandboxRequest, sandbox_id=task.task.active_sandbox_id)
     assert await installed.room.database.read(installed.room.store.find, task_id) is None
-    await installed.internal.DeleteTask(internal.DeleteTaskRequest(task_id=task_id))
-
-
-async def test_a_task_that_was_never_born_is_told_as_deleted(installed: Installed) -> None:
-    await installed.internal.DeleteTask(internal.DeleteTaskRequest(task_id="task_unborn"))
-
-    async def tombstone() -> bool:
-        return any(one.deleted and one.id == "task_unborn" for one in installed.repository.pushed)
-
-    assert await eventually(tombstone)
+    gone = await failure(installed.internal.DeleteTask(internal.DeleteTaskRequest(task_id=task_id)))
+    assert gone.code == grpc.StatusCode.NOT_FOUND
 
 
 async def test_the_sweep_fails_a_provisioning_whose_workflow_died_and_ends_an_ending_anew(
@@ -394,7 +408,7 @@ async def test_the_sweep_fails_a_provisioning_whose_workflow_died_and_ends_an_en
     await installed.sweep.run()
 
     failed = await installed.until(provisioning, ERROR)
-    assert failed.task.status_reason == "provisioning failed: success"
+    assert failed.task.status_reason == "provisioning failed: its workflow ended in SUCCESS"
     await installed.until(killing, task_pb2.TASK_STATUS_KILLED)
 
 

@@ -74,7 +74,8 @@ class TaskServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteTask(self, request, context):
-        """Has the task deleted: its sandbox is destroyed, then it is pushed up as deleted. Idempotent.
+        """Has the task deleted: its sandbox is destroyed, then it is pushed up as deleted. Idempotent; NOT_FOUND when it is
+        gone, or was never born.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -24,7 +24,9 @@ class TaskServiceStub:
     SetPullRequest: _aio.UnaryUnaryMultiCallable[_task_pb2.SetPullRequestRequest, _task_pb2.SetPullRequestResponse]
     """Says which open pull request the task's branch has now. Idempotent."""
     DeleteTask: _aio.UnaryUnaryMultiCallable[_task_pb2.DeleteTaskRequest, _task_pb2.DeleteTaskResponse]
-    """Has the task deleted: its sandbox is destroyed, then it is pushed up as deleted. Idempotent."""
+    """Has the task deleted: its sandbox is destroyed, then it is pushed up as deleted. Idempotent; NOT_FOUND when it is
+    gone, or was never born.
+    """
 
 class TaskServiceServicer:
     """What the repository coordinator asks of the task service.
@@ -52,6 +54,8 @@ class TaskServiceServicer:
         request: _task_pb2.DeleteTaskRequest,
         context: _aio.ServicerContext[_task_pb2.DeleteTaskRequest, _abc.Awaitable[_task_pb2.DeleteTaskResponse]],
     ) -> _abc.Awaitable[_task_pb2.DeleteTaskResponse]:
-        """Has the task deleted: its sandbox is destroyed, then it is pushed up as deleted. Idempotent."""
+        """Has the task deleted: its sandbox is destroyed, then it is pushed up as deleted. Idempotent; NOT_FOUND when it is
+        gone, or was never born.
+        """
 
 def add_TaskServiceServicer_to_server(servicer: TaskServiceServicer, server: _aio.Server) -> None: ...
