@@ -117,7 +117,7 @@ class Database(ABC):
     @property
     @abstractmethod
     def statements(self) -> int:
-        """Statements run so far by transactions that write; a batch counts once."""
+        """Statements run so far, those that read among them; a batch counts once."""
 
     @abstractmethod
     async def read(self, fn: Callable[Concatenate[Reader, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
