@@ -6,6 +6,7 @@ python -m tests.bench [--quick] [ROW ...]
 import argparse
 import importlib
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable
@@ -63,7 +64,9 @@ def show(rows: list[Row]) -> None:
     table = Table("what", "unit", "ours", "floor", "ratio", "target", "verdict")
     for row in rows:
         target = f"{'≥' if row.at_least else '≤'} {row.bound:.2f}"
-        table.add_row(row.name, row.unit, f"{row.ours:.2f}", f"{row.floor:.2f}", f"{row.ratio:.2f}", target, row.verdict)
+        table.add_row(
+            row.name, row.unit, f"{row.ours:.2f}", f"{row.floor:.2f}", f"{row.ratio:.2f}", target, row.verdict
+        )
     Console(width=140).print(table)
 
 
@@ -84,7 +87,7 @@ async def main(names: list[str], options: Options) -> int:
     for name in names:
         try:
             rows = await measure(name, options)
-        except Exception as error:  # noqa: BLE001 - the other rows are measured all the same
+        except Exception as error:
             if len(names) == 1:
                 raise
             print(f"{name} could not be measured: {error!r}", file=sys.stderr)
@@ -99,6 +102,7 @@ async def main(names: list[str], options: Options) -> int:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # it tells of every process that is started beside it
     parser = argparse.ArgumentParser()
     parser.add_argument("rows", nargs="*", metavar="ROW", help=" ".join(ROWS))
     parser.add_argument("--quick", action="store_true", help="fewer samples, for development: no verdict stands")

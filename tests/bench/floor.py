@@ -17,7 +17,7 @@ import grpc
 import uvloop
 from branchline.spine.v1.push_pb2 import PushRequest, PushResponse
 
-PUSH, WATCH, GET, STREAM = "/floor/Push", "/floor/Watch", "/floor/Get", "/floor/Stream"
+PUSH, WATCH, STREAM, GET, PUT, HANG = (f"/floor/{name}" for name in ("Push", "Watch", "Stream", "Get", "Put", "Hang"))
 OPTIONS = (("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 64 * 1024 * 1024))
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -62,6 +62,12 @@ class Pusher:
         """Send a batch when the window allows."""
         self._queue.put_nowait(batch)
 
+    async def close(self) -> None:
+        """End the stream."""
+        self._call.cancel()
+        self._acknowledged.cancel()
+        await asyncio.wait([self._acknowledged])
+
     async def _batches(self) -> AsyncIterator[bytes]:
         while True:
             batch = await self._queue.get()
@@ -81,7 +87,8 @@ class Server:
         self._upstream = upstream
         self._watchers: set[asyncio.Queue[bytes]] = set()
         self._pusher: Pusher | None = None
-        self._get: Callable[[bytes], Awaitable[bytes]] | None = None
+        self._next: dict[str, Callable[[bytes], Awaitable[bytes]]] = {}
+        self._next_stream: Any = None
 
     async def run(self, listen: str) -> None:
         """Serve until the process is told to stop."""
@@ -89,8 +96,10 @@ class Server:
         handlers = {
             "Push": grpc.stream_stream_rpc_method_handler(self.push),
             "Watch": grpc.unary_stream_rpc_method_handler(self.watch),
-            "Get": grpc.unary_unary_rpc_method_handler(self.get),
             "Stream": grpc.unary_stream_rpc_method_handler(self.stream),
+            "Get": grpc.unary_unary_rpc_method_handler(self.get),
+            "Put": grpc.unary_unary_rpc_method_handler(self.put),
+            "Hang": grpc.unary_unary_rpc_method_handler(self.hang),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("floor", handlers),))
         server.add_insecure_port(listen)
@@ -102,7 +111,8 @@ class Server:
             if self._store:
                 self._pusher = Pusher(channel)
             else:
-                self._get = channel.unary_unary(GET)
+                self._next = {method: channel.unary_unary(method) for method in (GET, PUT, HANG)}
+                self._next_stream = channel.unary_stream(STREAM)
                 following = asyncio.create_task(self._follow(channel))
         stopped = asyncio.Event()
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
@@ -133,18 +143,35 @@ class Server:
         finally:
             self._watchers.discard(queue)
 
-    async def get(self, request: bytes, context: Context) -> bytes:
-        """Return as many bytes as asked for: from upstream, or from here."""
-        if self._get:
-            return await self._get(request)
-        return bytes(int(request))
-
     async def stream(self, request: bytes, context: Context) -> AsyncIterator[bytes]:
-        """Stream a number of messages of a size."""
+        """Stream a number of messages of a size: from upstream, or from here."""
+        if self._next_stream:
+            async for message in self._next_stream(request):
+                yield message
+            return
         count, size = map(int, request.split())
         message = bytes(size)
         for _ in range(count):
             yield message
+
+    async def get(self, request: bytes, context: Context) -> bytes:
+        """Return as many bytes as asked for: from upstream, or from here."""
+        return await self._next[GET](request) if self._next else bytes(int(request))
+
+    async def put(self, request: bytes, context: Context) -> bytes:
+        """Commit a row of its own and answer: upstream, or here."""
+        if self._next:
+            return await self._next[PUT](request)
+        assert self._store
+        await self._store.commit([(request[:36].decode(), 1, request)])
+        return b""
+
+    async def hang(self, request: bytes, context: Context) -> bytes:
+        """Answer only after a minute: upstream, or here."""
+        if self._next:
+            return await self._next[HANG](request)
+        await asyncio.sleep(60)
+        return b""
 
     async def _follow(self, channel: grpc.aio.Channel) -> None:
         async for batch in channel.unary_stream(WATCH)(b""):

@@ -1,0 +1,153 @@
+"""Branchline in processes of its own, with any number of tasks that were put into its databases directly."""
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from branchline.client import Client
+from branchline.gateway.v1 import organizations_pb2, repositories_pb2
+from branchline.resource.v1 import organization_pb2, task_pb2
+from branchline.resource.v1.task_pb2 import Task
+
+from tests.bench.child import Child, child
+from tests.bench.seed import seed_organization, seed_repository
+from tests.support.process import Processes, own_processes
+from tests.support.stack import make_remote, request_id
+
+READING = ("organization", "user", "history", "repository", "gateway")
+"""What is needed to read and to watch."""
+
+_FEW = 10
+
+
+def task_id(number: int) -> str:
+    """Return the id of the task with a number."""
+    return f"task_{number:032d}"
+
+
+def a_task(organization_id: str, repository_id: str, number: int) -> Task:
+    """Return a task of usual size (about 500 bytes)."""
+    task = Task(
+        id=task_id(number),
+        organization_id=organization_id,
+        repository_id=repository_id,
+        title=f"Mend the thing number {number * 7919 % 100_003} that nobody wanted",
+        text="Please mend the thing. " * 6,
+        branch=f"fix/mend-the-thing-number-{number}",
+        status=task_pb2.TASK_STATUS_IDLE,
+        owner_user_id="usr_" + "0" * 32,
+        active_sandbox_id="sbx_" + "0" * 32,
+        sandbox_provider="local",
+        head_commit="0" * 40,
+        revision=1,
+    )
+    task.create_time.FromSeconds(1_700_000_000 + number)
+    task.update_time.FromSeconds(1_700_000_000 + number * 31 % 1_000_003)
+    task.sessions.add(id="ses_" + "0" * 32, name="Session 1", agent="mock")
+    return task
+
+
+@dataclass(slots=True)
+class Installed:
+    """An installation that runs, with a client of its first user."""
+
+    processes: Processes
+    client: Client
+    token: str
+    organization_id: str
+    repository_id: str
+    other_organization_id: str = ""
+    """A second organization, of the same person, with few tasks."""
+    other_repository_id: str = ""
+
+    @property
+    def address(self) -> str:
+        """Where the gateway is."""
+        return self.processes.address
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What a call of the first user carries."""
+        return (("authorization", f"Bearer {self.token}"),)
+
+    def address_of(self, service: str) -> str:
+        """Return where a service is."""
+        return self.processes.environment[f"BRANCHLINE_ADDRESSES__{service.upper()}"]
+
+    def process_of(self, service: str) -> psutil.Process:
+        """Return a service's process."""
+        return psutil.Process(self.processes.running[service].pid)
+
+    @asynccontextmanager
+    async def child(self, name: str, coordinator: str) -> AsyncGenerator[Child, None]:
+        """Run another child of a coordinator, in this process."""
+        key = self.processes.environment["BRANCHLINE_SIGNING_KEY"]
+        path = self.processes.folder / f"child-{name}.sqlite"
+        async with child(path, name, self.address_of(coordinator), key) as made:
+            yield made
+
+
+@asynccontextmanager
+async def installed(
+    folder: Path,
+    tasks: int,
+    few: int = _FEW,
+    services: Sequence[str] = READING,
+    settings: Mapping[str, str] = {},
+) -> AsyncGenerator[Installed, None]:
+    """Run services with so many tasks in the first organization and few in another."""
+    processes = own_processes(folder)
+    processes.environment["BRANCHLINE_CALLS_PER_MINUTE"] = "100000000"
+    processes.environment["BRANCHLINE_LOG_LEVEL"] = "warning"
+    processes.environment.update(settings)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(processes.stop)
+        first = await _furnished(processes, stack, services)
+        await processes.stop()
+        await _seed(first, tasks, few)
+        for name in services:
+            await processes.start(name, "serve", name)
+        client, _ = await processes.client(stack)
+        first.client = client
+        yield first
+
+
+async def _furnished(processes: Processes, stack: AsyncExitStack, services: Sequence[str]) -> Installed:
+    """Start the services for the first time; add two organizations with a repository each."""
+    for name in services:
+        await processes.start(name, "serve", name)
+    await processes.start("bootstrap", "bootstrap")
+    client, organization_id = await processes.client(stack)
+    other = await client.organizations.CreateOrganization(
+        organizations_pb2.CreateOrganizationRequest(
+            request_id=request_id(),
+            slug="other",
+            display_name="Other",
+            kind=organization_pb2.ORGANIZATION_KIND_TEAM,
+        )
+    )
+    remotes = processes.folder / "remotes"
+    repositories: list[str] = []
+    for owner in (organization_id, other.organization.id):
+        request = repositories_pb2.AddRepositoryRequest(
+            request_id=request_id(), organization_id=owner, remote_url=f"file://{make_remote(remotes)}"
+        )
+        repositories.append((await client.repositories.AddRepository(request)).repository.id)
+    token = (processes.folder / "data" / "token").read_text()
+    return Installed(processes, client, token, organization_id, repositories[0], other.organization.id, repositories[1])
+
+
+async def _seed(installation: Installed, tasks: int, few: int) -> None:
+    """Put tasks into the databases. The organization takes them as a push; the others do not run meanwhile."""
+    places = (
+        (installation.organization_id, installation.repository_id, range(tasks)),
+        (installation.other_organization_id, installation.other_repository_id, range(tasks, tasks + few)),
+    )
+    made = [a_task(owner, repository, number) for owner, repository, numbers in places for number in numbers]
+    await seed_repository(installation.processes.folder / "data", made)
+    await installation.processes.start("organization", "serve", "organization")
+    async with installation.child("repository", "organization") as repository:
+        await seed_organization(repository, made)
+    await installation.processes.stop()
