@@ -126,6 +126,10 @@ class is_in(ColumnElement[bool]):  # noqa: N801 - reads like a function of SQLAl
         self.bind = bindparam(parameter, type_=_List())
         self.negate = negate
 
+    def self_group(self, against: Any = None) -> "is_in":
+        """Stay as it is in a WHERE: SQLAlchemy would compare it with 1, and no index serves that."""
+        return self
+
 
 @compiles(is_in, "sqlite")
 def _is_in_sqlite(element: is_in, compiler: SQLCompiler, **options: Any) -> str:
