@@ -44,6 +44,7 @@ SERVER_OPTIONS = (
 )
 
 PUBLIC_PACKAGE = "branchline.gateway.v1"
+SPINE_PACKAGE = "branchline.spine.v1"
 
 _PARKED_LOOK_SECONDS = 60.0
 _HOUR_SECONDS = 3600.0
@@ -71,15 +72,15 @@ class Service:
     def serve(self, servicer: object, file: FileDescriptor, name: str) -> None:
         """Serve what a servicer implements of a gRPC service, such as `serve(servicer, tasks_pb2.DESCRIPTOR, ...)`.
 
-        What the gateway has validated at the door is not validated again.
+        What the gateway has validated at the door is not validated again, and of a push each entry is tried by itself.
         """
         service: ServiceDescriptor = file.services_by_name[name]
-        at_the_door = service.full_name.startswith(PUBLIC_PACKAGE)
+        validated = not service.full_name.startswith((PUBLIC_PACKAGE, SPINE_PACKAGE))
         for method in service.methods:
             found = implemented(servicer, method.name)
             if found is not None:
                 self.add_handler(
-                    service.full_name, method.name, self.serving.handler(method, found, validated=not at_the_door)
+                    service.full_name, method.name, self.serving.handler(method, found, validated=validated)
                 )
 
     def add_handler(self, service: str, method: str, handler: Handler) -> None:
