@@ -32,6 +32,7 @@ from branchline.resource.v1.task_pb2 import TASK_STATUS_IDLE, Task
 from branchline.spine.v1 import push_pb2, push_pb2_grpc
 from google.protobuf.message import Message
 
+from cli.installation import SERVICES
 from services.runtime.client import open_channel
 from services.runtime.principal import OPERATOR, Signer
 from tests.bench.child import Child
@@ -39,7 +40,6 @@ from tests.bench.floor import GET, HANG, OPTIONS, PUSH, PUT, STREAM, WATCH
 from tests.bench.installation import Installed, a_task, installed, task_id
 from tests.bench.pipelines import Floor, floor
 from tests.bench.result import NOISE, Figures, Options, Row, latencies
-from tests.support.process import SERVICES
 from tests.support.stack import eventually, request_id
 
 _OTHERS = 8
@@ -408,7 +408,7 @@ Callers = list[tuple[Call, Call]]
 @asynccontextmanager
 async def _field(folder: Path, tasks: int) -> AsyncGenerator[tuple[Field, Callers, Callers], None]:
     """Run Branchline and the floor, with a task that misbehaves and others in another organization."""
-    settings = {"BRANCHLINE_CALLS_PER_MINUTE": _CALLS_PER_MINUTE}
+    settings = {"BRANCHLINE_GATEWAY__CALLS_PER_MINUTE": _CALLS_PER_MINUTE}
     async with AsyncExitStack() as stack:
         low = await stack.enter_async_context(floor(folder / "floor", _FEW))
         installation = await stack.enter_async_context(

@@ -99,7 +99,7 @@ async def installed(
 ) -> AsyncGenerator[Installed, None]:
     """Run services with so many tasks in the first organization and few in another."""
     processes = own_processes(folder)
-    processes.environment["BRANCHLINE_CALLS_PER_MINUTE"] = "100000000"
+    processes.environment["BRANCHLINE_GATEWAY__CALLS_PER_MINUTE"] = "100000000"
     processes.environment["BRANCHLINE_LOG_LEVEL"] = "warning"
     processes.environment.update(settings)
     async with AsyncExitStack() as stack:

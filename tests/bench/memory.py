@@ -8,8 +8,9 @@ from pathlib import Path
 
 import psutil
 
+from cli.installation import SERVICES
 from tests.bench.result import Options, Row
-from tests.support.process import SERVICES, Processes, one_process, own_processes
+from tests.support.process import Processes, one_process, own_processes
 
 LIBRARIES = "grpc, sqlalchemy, aiosqlite, protovalidate"
 WORKFLOWS = ("task",)

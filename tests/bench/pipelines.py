@@ -19,7 +19,7 @@ from branchline.spine.v1.push_pb2 import PushEntry, PushRequest
 from tests.bench.child import Child
 from tests.bench.floor import OPTIONS, WATCH, Pusher, Store
 from tests.bench.installation import Installed, a_task, installed, task_id
-from tests.support.stack import free_port
+from tests.support.ports import free_port
 
 Seen = Callable[[str, int], None]
 """Called with an entity's id and revision when a client has received it."""
