@@ -6,6 +6,7 @@ python -m tests.bench [--quick] [ROW ...]
 import argparse
 import importlib
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -13,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import structlog
 import uvloop
 from rich.console import Console
 from rich.table import Table
@@ -103,6 +105,7 @@ async def main(names: list[str], options: Options) -> int:
 
 if __name__ == "__main__":
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # it tells of every process that is started beside it
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     parser = argparse.ArgumentParser()
     parser.add_argument("rows", nargs="*", metavar="ROW", help=" ".join(ROWS))
     parser.add_argument("--quick", action="store_true", help="fewer samples, for development: no verdict stands")

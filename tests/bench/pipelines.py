@@ -119,8 +119,10 @@ async def floor(folder: Path, tasks: int) -> AsyncGenerator[Floor, None]:
             async with grpc.aio.insecure_channel(door, options=OPTIONS) as gateway:
                 await gateway.channel_ready()
                 pusher = Pusher(channel)
-                yield Floor(door, middle, Store(folder / "child.sqlite"), pusher, tasks)
-                await pusher.close()
+                try:
+                    yield Floor(door, middle, Store(folder / "child.sqlite"), pusher, tasks)
+                finally:
+                    await pusher.close()
     finally:
         for process in running:
             process.terminate()
