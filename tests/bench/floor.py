@@ -6,6 +6,7 @@ bytes on to its own coordinator and to whoever watches, and acknowledges. Its ga
 
 import argparse
 import asyncio
+import contextlib
 import signal
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -75,8 +76,9 @@ class Pusher:
             yield batch
 
     async def _acknowledge(self) -> None:
-        async for _ in self._call:
-            self._window.release()
+        with contextlib.suppress(grpc.aio.AioRpcError):  # the server ends
+            async for _ in self._call:
+                self._window.release()
 
 
 class Server:

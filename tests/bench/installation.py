@@ -4,13 +4,17 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import grpc
 import psutil
 from branchline.client import Client
 from branchline.gateway.v1 import organizations_pb2, repositories_pb2
 from branchline.resource.v1 import organization_pb2, task_pb2
 from branchline.resource.v1.task_pb2 import Task
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from services.runtime.client import CHANNEL_OPTIONS
 from tests.bench.child import Child, child
 from tests.bench.seed import seed_organization, seed_repository
 from tests.support.process import Processes, own_processes
@@ -20,6 +24,7 @@ READING = ("organization", "user", "history", "repository", "gateway")
 """What is needed to read and to watch."""
 
 _FEW = 10
+_READY_SECONDS = 60.0
 
 
 def task_id(number: int) -> str:
@@ -107,17 +112,26 @@ async def installed(
         first = await _furnished(processes, stack, services)
         await processes.stop()
         await _seed(first, tasks, few)
-        for name in services:
-            await processes.start(name, "serve", name)
+        await start(processes, services)
         client, _ = await processes.client(stack)
         first.client = client
         yield first
 
 
-async def _furnished(processes: Processes, stack: AsyncExitStack, services: Sequence[str]) -> Installed:
-    """Start the services for the first time; add two organizations with a repository each."""
+async def start(processes: Processes, services: Sequence[str]) -> None:
+    """Start services and wait until all of them serve."""
     for name in services:
         await processes.start(name, "serve", name)
+    for name in services:
+        address = processes.environment[f"BRANCHLINE_ADDRESSES__{name.upper()}"]
+        async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            await stub.Check(health_pb2.HealthCheckRequest(), timeout=_READY_SECONDS, wait_for_ready=True)
+
+
+async def _furnished(processes: Processes, stack: AsyncExitStack, services: Sequence[str]) -> Installed:
+    """Start the services for the first time; add two organizations with a repository each."""
+    await start(processes, services)
     await processes.start("bootstrap", "bootstrap")
     client, organization_id = await processes.client(stack)
     other = await client.organizations.CreateOrganization(
@@ -147,7 +161,7 @@ async def _seed(installation: Installed, tasks: int, few: int) -> None:
     )
     made = [a_task(owner, repository, number) for owner, repository, numbers in places for number in numbers]
     await seed_repository(installation.processes.folder / "data", made)
-    await installation.processes.start("organization", "serve", "organization")
+    await start(installation.processes, ["organization"])
     async with installation.child("repository", "organization") as repository:
         await seed_organization(repository, made)
     await installation.processes.stop()

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 
 from cli.installation import SERVICES
+from tests.bench.installation import start
 from tests.bench.result import Options, Row
 from tests.support.process import Processes, one_process, own_processes
 
@@ -46,8 +47,7 @@ async def services(options: Options, folder: Path) -> list[Row]:
     processes = own_processes(folder)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(processes.stop)
-        for name in SERVICES:
-            await processes.start(name, "serve", name)
+        await start(processes, SERVICES)
         await processes.start("bootstrap", "bootstrap")
         await _settled(processes, options)
         plain, durable = await _floors(stack)
