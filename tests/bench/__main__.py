@@ -104,7 +104,8 @@ async def main(names: list[str], options: Options) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # it tells of every process that is started beside it
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # servers of the floor go away under their clients
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # processes are started beside open channels; some would never begin
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     parser = argparse.ArgumentParser()
     parser.add_argument("rows", nargs="*", metavar="ROW", help=" ".join(ROWS))
