@@ -421,7 +421,8 @@ async def _field(folder: Path, tasks: int) -> AsyncGenerator[tuple[Field, Caller
         task = (await installation.client.tasks.GetTask(tasks_pb2.GetTaskRequest(task_id=task.id))).task
         theirs = await _ready_task(installation, installation.other_repository_id)
         callers = [await _caller(installation, stack, theirs) for _ in range(_OTHERS)]
-        get, put = plain.unary_unary(GET), plain.unary_unary(PUT)
+        get: Any = plain.unary_unary(GET)
+        put: Any = plain.unary_unary(PUT)
         plain_callers: Callers = [
             (lambda: get(b"500"), lambda number=number: put(b"%36d" % number + bytes(464))) for number in range(_OTHERS)
         ]

@@ -108,7 +108,7 @@ async def snapshot(options: Options, folder: Path) -> list[Row]:
             for name, process in processes.items():
                 added[name].append(_peak_mb(process) - idle[name])
     name = f"snapshot of {options.tasks} tasks"
-    print(f"{name}: whole after {sorted(totals)[len(totals) // 2]:.1f} s")
+    print(f"{name}: whole after {sorted(totals)[len(totals) // 2]:.3f} s")
     return [
         within(f"{name}, first frame", "s", max(firsts), _FIRST_FRAME_SECONDS),
         *(within(f"{name}, memory added to {of}", "MB", max(found), _ADDED_MB) for of, found in added.items()),

@@ -97,8 +97,9 @@ class SqliteDatabase(Database):
 
     @property
     def statements(self) -> int:
-        """Statements run so far by transactions that write."""
-        return self._writer.driver.statements if self._writer is not None else 0
+        """Statements run so far."""
+        connections = [] if self._writer is None else [self._writer, *self._readers]
+        return sum(connection.driver.statements for connection in connections)
 
     def _submit(self, job: Job) -> None:
         if self._writer is None:
