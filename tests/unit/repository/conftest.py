@@ -1,7 +1,7 @@
 """The repository's parts over a real database, without its neighbours; and the whole service with a task service."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -16,7 +16,6 @@ from branchline.repository.v1.repository_pb2 import EnsureRepositoryRequest
 from branchline.repository.v1.repository_pb2_grpc import RepositoryServiceStub
 from branchline.resource.v1.repository_pb2 import Repository
 from branchline.resource.v1.task_pb2 import Task
-from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_TASK
 from branchline.spine.v1.push_pb2 import PushEntry, PushRequest
 from branchline.spine.v1.push_pb2_grpc import PushServiceStub
 from branchline.task.v1 import task_pb2
@@ -34,7 +33,6 @@ from services.repository.workbench import Workbench
 from services.runtime.clock import Clock, new_id
 from services.runtime.config import ServiceConfig
 from services.runtime.database import Database, Reader, Statement, open_database
-from services.runtime.errors import NotFound
 from services.runtime.migrations import migrate
 from services.runtime.principal import Principal, bind_principal
 from services.runtime.service import Chassis, Service
@@ -143,7 +141,6 @@ class Owner:
 
     created: list[task_pb2.CreateTaskRequest] = field(default_factory=list[task_pb2.CreateTaskRequest])
     deleted: list[str] = field(default_factory=list[str])
-    unborn: Iterable[str] = ()
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once it may answer."""
 
@@ -153,8 +150,6 @@ class Owner:
         return task_pb2.CreateTaskResponse()
 
     async def DeleteTask(self, request: task_pb2.DeleteTaskRequest, _context: Any) -> task_pb2.DeleteTaskResponse:
-        if request.task_id in self.unborn:
-            raise NotFound(ENTITY_KIND_TASK, request.task_id)
         self.deleted.append(request.task_id)
         return task_pb2.DeleteTaskResponse()
 
