@@ -1,6 +1,7 @@
 """The repository's parts over a real database, without its neighbours; and the whole service with a task service."""
 
 import asyncio
+import shutil
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 import pytest_asyncio
 from branchline.gateway.v1 import tasks_pb2
 from branchline.gateway.v1.tasks_pb2_grpc import TaskServiceStub
@@ -115,10 +117,24 @@ def newer(task: Task, **changes: Any) -> Task:
     return following
 
 
+@pytest.fixture(scope="session")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a database that the migrations made."""
+    path = tmp_path_factory.mktemp("empty") / "repository.sqlite"
+    migrate(MIGRATIONS, f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path, empty: Path) -> Path:
+    """Return a data folder with an empty database."""
+    shutil.copy(empty, tmp_path)
+    return tmp_path
+
+
 @pytest_asyncio.fixture
-async def room(tmp_path: Path) -> AsyncGenerator[Room, None]:
-    url = f"sqlite:///{tmp_path / 'repository.sqlite'}"
-    migrate(MIGRATIONS, url)
+async def room(folder: Path) -> AsyncGenerator[Room, None]:
+    url = f"sqlite:///{folder / 'repository.sqlite'}"
     ahead = [timedelta()]
     database, clock = open_database(url), Clock(now=lambda: datetime.now(UTC) + ahead[-1])
     await database.start()
@@ -216,8 +232,8 @@ async def eventually(condition: Callable[[], bool]) -> None:
 
 
 @pytest_asyncio.fixture
-async def running(tmp_path: Path) -> AsyncGenerator[Running, None]:
+async def running(folder: Path) -> AsyncGenerator[Running, None]:
     owner = Owner()
     owner.ready.set()
-    async with running_repository(tmp_path, owner) as service:
+    async with running_repository(folder, owner) as service:
         yield service

@@ -237,9 +237,9 @@ async def refusal(running: Running) -> grpc.StatusCode:
     return refused.value.code()
 
 
-async def test_a_deletion_goes_on_after_a_restart(tmp_path: Path) -> None:
+async def test_a_deletion_goes_on_after_a_restart(folder: Path) -> None:
     silent = Owner()
-    async with running_repository(tmp_path, silent) as running:
+    async with running_repository(folder, silent) as running:
         await running.add_repository()
         task: Task = await running.create()
         organization = Principal(service="organization", organization_id="org_1")
@@ -249,7 +249,7 @@ async def test_a_deletion_goes_on_after_a_restart(tmp_path: Path) -> None:
     owner = Owner()
     owner.ready.set()
 
-    async with running_repository(tmp_path, owner):
+    async with running_repository(folder, owner):
         await eventually(lambda: owner.deleted == [task.id])
 
     assert [one.task.id for one in owner.created] == [task.id]
