@@ -32,8 +32,6 @@ _LOOK_SECONDS = 60.0
 _TOLD_AT_ONCE = 100
 _BURIED_TASKS = 20
 _FINISHED_AT_ONCE = 20
-_NEVER_HERE_REVISION = 1 << 20
-"""Newer than anything that the organization can hold of a repository that never came to be here."""
 
 _TO_TELL = Statement(
     select(task_index.c.task_id)
@@ -71,14 +69,10 @@ class Deletion:
     wanted: Signal = field(default_factory=Signal)
     """There is something to do."""
 
-    def begin(self, tx: Tx, repository_id: str, organization_id: str) -> None:
-        """Have a repository deleted. One that is being deleted, or was, stays so."""
-        repository = REPOSITORIES.find(tx, repository_id)
-        if repository is None:
-            if not self.store.is_gone(tx, repository_id):
-                never = Repository(id=repository_id, organization_id=organization_id, revision=_NEVER_HERE_REVISION)
-                self.store.remove(tx, never)
-        elif not repository.HasField("delete_time"):
+    def begin(self, tx: Tx, repository_id: str) -> None:
+        """Have a repository deleted; raise NotFound if there is none. One that is being deleted already stays so."""
+        repository = REPOSITORIES.get(tx, repository_id)
+        if not repository.HasField("delete_time"):
             repository.delete_time.CopyFrom(self.clock.timestamp())
             self.store.save(tx, [repository])
             tx.after_commit(self.wanted.notify)

@@ -19,7 +19,6 @@ from services.repository.summary import summary_of
 from services.repository.workbench import Conflict, Workbench
 from services.runtime.clock import Clock
 from services.runtime.database import Database, Tx
-from services.runtime.principal import Principal
 from services.runtime.spine.ingest import Handler, Ingest, Pushed, RejectedEntryError
 from services.runtime.spine.outbox import Mark, Outbox
 
@@ -71,15 +70,6 @@ class RepositoryIngest:
     def history_events(self, tx: Tx, pushed: Sequence[Pushed[HistoryEvent]]) -> None:
         """Pass events on."""
         self.outbox.mark(tx, [Mark(one.id, one.revision, one.state) for one in pushed])
-
-    def lost(self, tx: Tx, task_id: str) -> None:
-        """Take a task as gone that its owner does not know."""
-        place = self.workbench.places(tx, [task_id]).get(task_id)
-        if place is None or place.gone:
-            return
-        task = self.workbench.task(tx, task_id, Principal(service="repository"))
-        task.revision += 1
-        self.tasks(tx, [Pushed(task_id, task.revision, True, task)])
 
     def _deleted(self, task: Task) -> HistoryEvent:
         return self._event(task, EVENT_KIND_TASK_DELETED, task.title)

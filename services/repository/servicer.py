@@ -10,7 +10,6 @@ from branchline.organization.v1.organization_pb2_grpc import OrganizationService
 from branchline.repository.v1 import repository_pb2, repository_pb2_grpc
 from branchline.resource.v1.repository_pb2 import Repository
 from branchline.resource.v1.task_pb2 import Task
-from branchline.spine.v1.push_pb2 import WatchSelection
 
 from services.repository.deletion import Deletion
 from services.repository.store import RepositoryStore
@@ -19,34 +18,13 @@ from services.repository.workbench import Workbench
 from services.runtime.database import Database, Reader
 from services.runtime.principal import current_principal
 from services.runtime.remote import host_of
-from services.runtime.spine.hub import Hub
 from services.runtime.spine.index import Index
-from services.runtime.spine.tokens import Position, parse_consistency_token, parse_resume_token
-from services.runtime.spine.watch import Page, Watch, watch
+from services.runtime.spine.source import watch_index
+from services.runtime.spine.tokens import parse_consistency_token
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 _KINDS = tuple(table.kind for table in WATCHED)
-
-
-@dataclass(frozen=True, slots=True)
-class TaskSource:
-    """The index tables of one task, as what is watched."""
-
-    index: Index
-    scope: str
-    selection: WatchSelection
-    live: bool = True
-
-    @property
-    def hub(self) -> Hub:
-        """Where changes are published."""
-        return self.index.hub
-
-    def catch_up(self, position: Position | None) -> AsyncIterator[Page]:
-        """Yield what brings a watcher to the present."""
-        selection = self.selection
-        return self.index.catch_up(self.scope, _KINDS, position, selection.viewer_id, tail=selection.tail)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +49,7 @@ class RepositoryServicer(repository_pb2_grpc.RepositoryServiceServicer):
         self, request: repository_pb2.DeleteRepositoryRequest, context: Context
     ) -> repository_pb2.DeleteRepositoryResponse:
         """Record that the repository shall go; the sweep does the rest."""
-        organization_id = current_principal().organization_id
-        await self.database.write(self.deletion.begin, request.repository_id, organization_id)
+        await self.database.write(self.deletion.begin, request.repository_id)
         return repository_pb2.DeleteRepositoryResponse()
 
     async def WatchIndex(
@@ -80,13 +57,10 @@ class RepositoryServicer(repository_pb2_grpc.RepositoryServiceServicer):
     ) -> AsyncIterator[repository_pb2.WatchIndexResponse]:
         """Watch the index tables of one task."""
         selection, principal = request.selection, current_principal()
-        topic = f"task/{request.task_id}"
-        position = parse_resume_token(selection.resume_token, topic)
         point = parse_consistency_token(selection.consistency_token)
         task = await self.database.read(self.workbench.task, request.task_id, principal)
         await self.index.await_point(point, task.organization_id, principal.user_id, context.time_remaining())
-        source = TaskSource(self.index, task.id, selection)
-        async for frame in watch(source, Watch(topic, position, until_synced=selection.until_synced)):
+        async for frame in watch_index(self.index, f"task/{task.id}", task.id, _KINDS, selection):
             yield repository_pb2.WatchIndexResponse(frame=frame)
 
     async def GetGitCredential(

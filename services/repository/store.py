@@ -140,10 +140,6 @@ class RepositoryStore:
         tx.change(_BURY, {"id": repository.id, "delete_time": self.clock.seconds()})
         self.outbox.mark(tx, [Mark(repository.id, repository.revision, repository, deleted=True)])
 
-    def is_gone(self, tx: Reader, repository_id: str) -> bool:
-        """Say whether a repository was deleted lately."""
-        return tx.value(_DELETED, {"of": repository_id}) is not None
-
     def touch(self, tx: Tx, repository_ids: Iterable[str]) -> None:
         """Count the live tasks again and note that something happened."""
         ids = sorted(set(repository_ids))

@@ -28,22 +28,16 @@ from services.runtime.spine.chunks import PART_BYTES
 from services.runtime.spine.hub import Kind
 from services.runtime.spine.index import Entry, Index, IndexTable
 from services.runtime.spine.ingest import Pushed
-from services.runtime.spine.resources import Resources
+from services.runtime.spine.resources import Held
 from services.runtime.statuses import HOLDS_BRANCH
 
 BURIED_AT_ONCE = 500
 _NO_COLUMNS: Mapping[str, Any] = {}
 
-_TASK = Statement(
-    select(task_details.c.payload).where(task_details.c.id == bindparam("of"), task_details.c.deleted.is_(False))
-)
+_tasks = Held(task_details, Task, ENTITY_KIND_TASK)
 _BURIED = Statement(select(task_details.c.id).where(is_in(task_details.c.id, "ids"), task_details.c.deleted.is_(True)))
-_sessions_of = Resources(session_index, Session, ENTITY_KIND_SESSION, lambda _: _NO_COLUMNS, key=["scope", "id"]).by(
-    "scope", where=[session_index.c.deleted.is_(False)]
-)
-_sandboxes_of = Resources(sandbox_index, Sandbox, ENTITY_KIND_SANDBOX, lambda _: _NO_COLUMNS, key=["scope", "id"]).by(
-    "scope", where=[sandbox_index.c.deleted.is_(False)]
-)
+_sessions_of = Held(session_index, Session, ENTITY_KIND_SESSION).by("scope")
+_sandboxes_of = Held(sandbox_index, Sandbox, ENTITY_KIND_SANDBOX).by("scope")
 _SESSION_THERE = Statement(
     select(session_index.c.id).where(
         session_index.c.scope == bindparam("of"),
@@ -123,9 +117,8 @@ class Workbench:
 
     def task(self, tx: Reader, task_id: str, principal: Principal) -> Task:
         """Return a task; raise NotFound if it is not the caller's to see."""
-        payload = tx.value(_TASK, {"of": task_id})
-        task = Task.FromString(payload) if payload is not None else None
-        if task is None or not principal.sees(task.organization_id):
+        task = _tasks.get(tx, task_id)
+        if not principal.sees(task.organization_id):
             raise NotFound(ENTITY_KIND_TASK, task_id)
         return task
 
@@ -172,10 +165,20 @@ class Workbench:
         self.index.put(tx, Entry(SESSIONS.kind, task.id, session.id, session.revision, session, task_id=task.id))
 
     def put_tasks(self, tx: Tx, pushed: Sequence[Pushed[Task]]) -> tuple[list[Task], list[Task]]:
-        """Index states of tasks; return those that were newer than what was held, then the tasks newly gone."""
-        fresh = self.index.put_many(tx, [_task_entry(one.state, deleted=one.deleted) for one in pushed])
-        newer = [(cast("Task", entry.state), entry.deleted) for entry in fresh]
-        return [task for task, deleted in newer if not deleted], [task for task, deleted in newer if deleted]
+        """Index states of tasks; return those that were newer than what was held, then the tasks newly gone.
+
+        A task that its owner calls gone is, whatever else the owner remembers of it: what is held is buried.
+        """
+        lost = {one.id: one.revision for one in pushed if one.deleted}
+        gone = _tasks.find_many(tx, list(lost)) if lost else []
+        for task in gone:
+            task.revision = max(task.revision + 1, lost[task.id])
+            task.ClearField("text")  # a tombstone needs no words
+        changed = [one.state for one in pushed if one.id not in lost]
+        entries = [_task_entry(task, deleted=False) for task in changed]
+        entries += [_task_entry(task, deleted=True) for task in gone]
+        fresh = [(cast("Task", entry.state), entry.deleted) for entry in self.index.put_many(tx, entries)]
+        return [task for task, deleted in fresh if not deleted], [task for task, deleted in fresh if deleted]
 
     def follow(self, tx: Tx, tasks: Sequence[Task], places: Mapping[str, Place]) -> list[Conflict]:
         """Have the index of branches follow new states of tasks.
@@ -275,8 +278,6 @@ class Workbench:
 
 
 def _task_entry(task: Task, *, deleted: bool) -> Entry:
-    if deleted:
-        task.ClearField("text")  # a tombstone needs no words
     columns = {"repository_id": task.repository_id, "organization_id": task.organization_id}
     return Entry(TASKS.kind, task.id, task.id, task.revision, task, task_id=task.id, deleted=deleted, columns=columns)
 

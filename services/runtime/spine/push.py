@@ -14,7 +14,6 @@ import grpc
 import structlog
 from branchline.spine.v1 import push_pb2, push_pb2_grpc
 
-from services.runtime.loops import cancelled_from_outside
 from services.runtime.retry import Backoff
 from services.runtime.spine.outbox import COORDINATOR, Outbox, OutboxRow
 
@@ -35,12 +34,16 @@ class PushClient:
 
     async def run(self) -> None:
         """Push for ever, connecting again after every break, of the stream or of the database."""
+        me = asyncio.current_task()
+        assert me is not None
         while True:
             try:
-                await self._stream()
+                # In a task of its own: on Python 3.11 a task group that failed leaves its task looking cancelled, and
+                # one that fails while it is being cancelled raises its failure alone.
+                await asyncio.create_task(self._stream())
             except (Exception, asyncio.CancelledError) as error:
-                if cancelled_from_outside(error):
-                    raise
+                if me.cancelling():
+                    raise asyncio.CancelledError from error
                 log.info("push stream broke", child=self.child, error=_words(error))
             self.outbox.line(COORDINATOR).fall_behind()
             await asyncio.sleep(self._backoff.next_seconds())

@@ -1,7 +1,8 @@
 """The repository's parts over a real database, without its neighbours; and the whole service with a task service."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable
+import shutil
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -9,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 import pytest_asyncio
 from branchline.gateway.v1 import tasks_pb2
 from branchline.gateway.v1.tasks_pb2_grpc import TaskServiceStub
@@ -16,7 +18,6 @@ from branchline.repository.v1.repository_pb2 import EnsureRepositoryRequest
 from branchline.repository.v1.repository_pb2_grpc import RepositoryServiceStub
 from branchline.resource.v1.repository_pb2 import Repository
 from branchline.resource.v1.task_pb2 import Task
-from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_TASK
 from branchline.spine.v1.push_pb2 import PushEntry, PushRequest
 from branchline.spine.v1.push_pb2_grpc import PushServiceStub
 from branchline.task.v1 import task_pb2
@@ -34,7 +35,6 @@ from services.repository.workbench import Workbench
 from services.runtime.clock import Clock, new_id
 from services.runtime.config import ServiceConfig
 from services.runtime.database import Database, Reader, Statement, open_database
-from services.runtime.errors import NotFound
 from services.runtime.migrations import migrate
 from services.runtime.principal import Principal, bind_principal
 from services.runtime.service import Chassis, Service
@@ -117,10 +117,24 @@ def newer(task: Task, **changes: Any) -> Task:
     return following
 
 
+@pytest.fixture(scope="session")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a database that the migrations made."""
+    path = tmp_path_factory.mktemp("empty") / "repository.sqlite"
+    migrate(MIGRATIONS, f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path, empty: Path) -> Path:
+    """Return a data folder with an empty database."""
+    shutil.copy(empty, tmp_path)
+    return tmp_path
+
+
 @pytest_asyncio.fixture
-async def room(tmp_path: Path) -> AsyncGenerator[Room, None]:
-    url = f"sqlite:///{tmp_path / 'repository.sqlite'}"
-    migrate(MIGRATIONS, url)
+async def room(folder: Path) -> AsyncGenerator[Room, None]:
+    url = f"sqlite:///{folder / 'repository.sqlite'}"
     ahead = [timedelta()]
     database, clock = open_database(url), Clock(now=lambda: datetime.now(UTC) + ahead[-1])
     await database.start()
@@ -143,7 +157,6 @@ class Owner:
 
     created: list[task_pb2.CreateTaskRequest] = field(default_factory=list[task_pb2.CreateTaskRequest])
     deleted: list[str] = field(default_factory=list[str])
-    unborn: Iterable[str] = ()
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once it may answer."""
 
@@ -153,8 +166,6 @@ class Owner:
         return task_pb2.CreateTaskResponse()
 
     async def DeleteTask(self, request: task_pb2.DeleteTaskRequest, _context: Any) -> task_pb2.DeleteTaskResponse:
-        if request.task_id in self.unborn:
-            raise NotFound(ENTITY_KIND_TASK, request.task_id)
         self.deleted.append(request.task_id)
         return task_pb2.DeleteTaskResponse()
 
@@ -221,8 +232,8 @@ async def eventually(condition: Callable[[], bool]) -> None:
 
 
 @pytest_asyncio.fixture
-async def running(tmp_path: Path) -> AsyncGenerator[Running, None]:
+async def running(folder: Path) -> AsyncGenerator[Running, None]:
     owner = Owner()
     owner.ready.set()
-    async with running_repository(tmp_path, owner) as service:
+    async with running_repository(folder, owner) as service:
         yield service

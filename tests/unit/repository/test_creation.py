@@ -39,9 +39,9 @@ async def test_the_same_command_twice_at_once_makes_one_task(running: Running) -
     assert [one.task.id for one in running.owner.created] == [answers[0].task.id]
 
 
-async def test_a_repeated_command_does_not_wait_for_the_child_again(tmp_path: Path) -> None:
+async def test_a_repeated_command_does_not_wait_for_the_child_again(folder: Path) -> None:
     owner = Owner()
-    async with running_repository(tmp_path, owner) as running:
+    async with running_repository(folder, owner) as running:
         await running.add_repository()
         request = tasks_pb2.CreateTaskRequest(request_id="r1", repository_id="repo_1", text="Add a window")
         stub = running.stub(TaskServiceStub)

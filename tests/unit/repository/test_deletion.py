@@ -51,7 +51,7 @@ async def finish(room: Room) -> int:
 
 
 async def delete(room: Room, repository_id: str = "repo_1") -> None:
-    await room.database.write(room.deletion.begin, repository_id, "org_1")
+    await room.database.write(room.deletion.begin, repository_id)
 
 
 async def test_every_task_is_told_also_the_ended_ones_a_hundred_at_a_time(room: Room) -> None:
@@ -168,16 +168,33 @@ async def test_what_comes_late_of_a_deleted_task_is_ignored(room: Room) -> None:
     assert await room.place(task.id) is None
 
 
-async def test_deleting_twice_or_what_never_was_is_no_error(room: Room) -> None:
+async def test_deleting_twice_is_no_error_and_what_never_was_is_not_found(room: Room) -> None:
     await room.add_repository()
+    await room.create()
     await delete(room)
     await delete(room)
     await finish(room)
-    await delete(room)
-    await delete(room, "repo_never")
 
-    marked = {one.id: deleted for one, deleted in await room.marked(Repository)}
-    assert marked == {"repo_1": True, "repo_never": True}
+    ((repository, _),) = await room.marked(Repository)
+    assert repository.revision == 3  # born, touched by its task, being deleted
+    with pytest.raises(NotFound):
+        await delete(room, "repo_never")
+
+
+async def test_a_task_that_its_owner_never_knew_or_forgot_can_be_deleted(room: Room) -> None:
+    await room.add_repository()
+    unborn, forgotten = await room.create(branch="a"), await room.create(branch="b")
+    await room.push(newer(newer(newer(forgotten))))
+
+    refused = await room.push(Task(id=unborn.id, revision=2), Task(id=forgotten.id, revision=2), deleted=True)
+    await finish(room)
+
+    assert refused == {}
+    assert [await room.place(task.id) for task in (unborn, forgotten)] == [None, None]
+    gone = {
+        one.id: (deleted, one.organization_id, one.repository_id) for one, deleted in await room.marked(TaskSummary)
+    }
+    assert gone == dict.fromkeys((unborn.id, forgotten.id), (True, "org_1", "repo_1"))
 
 
 async def test_a_task_that_is_still_there_is_told_again(room: Room) -> None:
@@ -201,14 +218,12 @@ def _told(tx: Reader) -> int:
 async def test_a_running_service_deletes_to_the_end(running: Running) -> None:
     await running.add_repository()
     tasks = [await running.create(branch=name) for name in ("a", "b")]
-    running.owner.unborn = [tasks[1].id]
-
     await running.stub(
         RepositoryServiceStub, Principal(service="organization", organization_id="org_1")
     ).DeleteRepository(DeleteRepositoryRequest(repository_id="repo_1"))
 
-    await eventually(lambda: running.owner.deleted == [tasks[0].id])
-    await running.push(newer(tasks[0]), deleted=True)
+    await eventually(lambda: set(running.owner.deleted) == {task.id for task in tasks})
+    await running.push(*map(newer, tasks), deleted=True)
     refused = [await refusal(running)]
     while refused[-1] != grpc.StatusCode.NOT_FOUND:
         refused.append(await refusal(running))
@@ -222,9 +237,9 @@ async def refusal(running: Running) -> grpc.StatusCode:
     return refused.value.code()
 
 
-async def test_a_deletion_goes_on_after_a_restart(tmp_path: Path) -> None:
+async def test_a_deletion_goes_on_after_a_restart(folder: Path) -> None:
     silent = Owner()
-    async with running_repository(tmp_path, silent) as running:
+    async with running_repository(folder, silent) as running:
         await running.add_repository()
         task: Task = await running.create()
         organization = Principal(service="organization", organization_id="org_1")
@@ -234,7 +249,7 @@ async def test_a_deletion_goes_on_after_a_restart(tmp_path: Path) -> None:
     owner = Owner()
     owner.ready.set()
 
-    async with running_repository(tmp_path, owner):
+    async with running_repository(folder, owner):
         await eventually(lambda: owner.deleted == [task.id])
 
     assert [one.task.id for one in owner.created] == [task.id]

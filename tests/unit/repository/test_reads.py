@@ -146,7 +146,7 @@ async def test_ones_own_tokens_are_waited_for(running: Running) -> None:
 
     reading = asyncio.ensure_future(running.stub(TaskServiceStub).GetTask(request))
     watching = asyncio.ensure_future(watched(running, task.id, Principal(service="gateway"), consistency_token=token))
-    await asyncio.sleep(0)
+    await asyncio.sleep(0.05)
     await running.push(entry, following)
 
     assert (await reading).task.title == "New"
