@@ -33,7 +33,8 @@ class Every:
         backoff = Backoff(first_seconds=min(1.0, self.seconds), most_seconds=self.seconds)
         while True:
             try:
-                await self.work()
+                # In a task of its own: on Python 3.11 a task group that failed leaves its task looking cancelled.
+                await asyncio.ensure_future(self.work())
                 backoff.reset()
                 pause = self.seconds
             except (Exception, asyncio.CancelledError) as error:

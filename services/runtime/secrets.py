@@ -1,11 +1,11 @@
 """Secrets: random tokens of which only hashes are stored, and encryption at rest for what must be read again."""
 
+import base64
 import hashlib
 import secrets
 from pathlib import Path
 
-from cryptography.fernet import Fernet
-
+_KEY_BYTES = 32
 TOKEN_PREFIX = "bl_"  # noqa: S105 - the beginning of every token
 
 
@@ -24,5 +24,5 @@ def read_or_create_key(path: Path) -> str:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
-        path.write_bytes(Fernet.generate_key())
+        path.write_bytes(base64.urlsafe_b64encode(secrets.token_bytes(_KEY_BYTES)))
     return path.read_text()

@@ -3,24 +3,32 @@
 import json
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, cached_property
 from typing import Any
 
-from sqlalchemy import Boolean, Column, ColumnElement, Delete, Select, String, Table, TypeDecorator, Update, bindparam
-from sqlalchemy import Insert as CoreInsert
-from sqlalchemy.dialects.postgresql import ARRAY
-from sqlalchemy.dialects.postgresql import Insert as PostgresInsert
-from sqlalchemy.dialects.postgresql import insert as _insert
-from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
+from sqlalchemy import (
+    ARRAY,
+    BindParameter,
+    Boolean,
+    ColumnElement,
+    Delete,
+    Insert,
+    Select,
+    String,
+    Table,
+    TypeDecorator,
+    Update,
+    bindparam,
+)
 from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.engine import Dialect
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 
 Parameters = Mapping[str, Any]
-Core = Select[*tuple[Any, ...]] | CoreInsert | Update | Delete
+Core = Select[*tuple[Any, ...]] | Insert | Update | Delete
 
 _SQLITE = SQLiteDialect_pysqlite(paramstyle="named")
-_POSTGRES = PGDialect_psycopg()
 _BY_DRIVER = (bool, bytes, float)
 """Types whose values the sqlite3 driver takes as they are."""
 
@@ -59,46 +67,79 @@ class Compiled:
         self.convert: Callable[[Sequence[Any]], Any] = _converting(make, out) if out else make
 
 
+@cache
+def _postgres() -> Dialect:
+    from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg  # noqa: PLC0415
+
+    return PGDialect_psycopg()
+
+
 class Statement:
     """A statement of Core, compiled once. Make it at module level."""
-
-    __slots__ = ("core", "postgres", "sqlite")
 
     def __init__(self, core: Core) -> None:
         self.core = core
         self.sqlite = Compiled(core, _SQLITE)
-        self.postgres = Compiled(core, _POSTGRES)
+
+    @cached_property
+    def postgres(self) -> Compiled:
+        """The statement for PostgreSQL, whose dialect only those processes load that use it."""
+        return Compiled(self.core, _postgres())
 
 
-def insert(table: Table, *leave_out: str) -> PostgresInsert:
+class _OnConflict(Insert):
+    """An insert that says what becomes of a row whose keys are there; both databases write it in the same words."""
+
+    inherit_cache = False
+    keys: Sequence[str] = ()
+    changed: Sequence[str] = ()
+    newer = ""
+
+
+@compiles(_OnConflict)
+def _on_conflict(element: _OnConflict, compiler: SQLCompiler, **options: Any) -> str:
+    quote = compiler.preparer.quote
+    text = f"{compiler.visit_insert(element, **options)} ON CONFLICT ({', '.join(map(quote, element.keys))})"
+    if not element.changed:
+        return f"{text} DO NOTHING"
+    changes = ", ".join(f"{quote(name)} = excluded.{quote(name)}" for name in element.changed)
+    text = f"{text} DO UPDATE SET {changes}"
+    if not element.newer:
+        return text
+    held, given = f"{quote(element.table.name)}.{quote(element.newer)}", f"excluded.{quote(element.newer)}"
+    return f"{text} WHERE {held} < {given}"
+
+
+def insert(table: Table, *leave_out: str) -> Insert:
     """Insert a row; one parameter for each column, by its name, but for those left out."""
-    return _insert(table).values({name: bindparam(name, type_=c.type) for name, c in _columns(table, leave_out)})
+    return Insert(table).values(_parameters(table, leave_out))
 
 
-def insert_new(table: Table, keys: Sequence[str], *leave_out: str) -> PostgresInsert:
+def insert_new(table: Table, keys: Sequence[str], *leave_out: str) -> Insert:
     """Insert a row unless one with the same keys is there."""
-    return insert(table, *leave_out).on_conflict_do_nothing(index_elements=list(keys))
+    statement = _OnConflict(table).values(_parameters(table, leave_out))
+    statement.keys = keys
+    return statement
 
 
 def upsert(
     table: Table, keys: Sequence[str], *, newer: str = "", keep: Iterable[str] = (), leave_out: Sequence[str] = ()
-) -> PostgresInsert:
+) -> Insert:
     """Insert a row, or change the one with the same keys.
 
     With `newer`, only if that column of what is held is smaller than the given one. Columns in `keep` are set by the
     insertion alone; those in `leave_out` are not parameters at all.
     """
-    statement = insert(table, *leave_out)
-    kept = {*keys, *keep}
-    return statement.on_conflict_do_update(
-        index_elements=list(keys),
-        set_={name: statement.excluded[name] for name, _ in _columns(table, leave_out) if name not in kept},
-        where=table.c[newer] < statement.excluded[newer] if newer else None,
-    )
+    statement = _OnConflict(table).values(_parameters(table, leave_out))
+    kept = {*keys, *keep, *leave_out}
+    statement.keys, statement.newer = keys, newer
+    statement.changed = [column.name for column in table.columns if column.name not in kept]
+    return statement
 
 
-def _columns(table: Table, leave_out: Iterable[str]) -> list[tuple[str, Column[Any]]]:
-    return [(column.name, column) for column in table.columns if column.name not in set(leave_out)]
+def _parameters(table: Table, leave_out: Iterable[str]) -> dict[str, BindParameter[Any]]:
+    left_out = set(leave_out)
+    return {one.name: bindparam(one.name, type_=one.type) for one in table.columns if one.name not in left_out}
 
 
 class _List(TypeDecorator[Any]):

@@ -14,6 +14,7 @@ import grpc
 import structlog
 from branchline.spine.v1 import push_pb2, push_pb2_grpc
 
+from services.runtime.loops import cancelled_from_outside
 from services.runtime.retry import Backoff
 from services.runtime.spine.outbox import COORDINATOR, Outbox, OutboxRow
 
