@@ -15,6 +15,7 @@ from sqlalchemy import MetaData, bindparam, select
 
 from services.runtime.clock import Clock
 from services.runtime.database import Database, Statement, Tx, insert, open_database
+from services.runtime.retry import Backoff
 from services.runtime.spine.index import Entry, Index, IndexTable
 from services.runtime.spine.ingest import Handler, Ingest, Pushed, PushServicer, each
 from services.runtime.spine.outbox import Mark, Outbox
@@ -74,9 +75,9 @@ class Coordinator:
         await self.database.start()
         self.index = Index(self.database, [IndexTable(TASK, tasks, Task)], Clock())
         await self.index.start()
-        ingest = Ingest(self.database, Handler(Task, each(self._apply)))
+        self.ingest = Ingest(self.database, Handler(Task, each(self._apply)))
         server = grpc.aio.server()
-        push_pb2_grpc.add_PushServiceServicer_to_server(PushServicer(ingest), server)
+        push_pb2_grpc.add_PushServiceServicer_to_server(PushServicer(self.ingest), server)
         self.socket.unlink(missing_ok=True)
         server.add_insecure_port(self.address)
         await server.start()
@@ -128,7 +129,7 @@ async def running_child(url: str, address: str) -> AsyncGenerator[Child, None]:
     await database.start()
     outbox = Outbox(database, Clock())
     channel = grpc.aio.insecure_channel(address, options=_CHANNEL)
-    client = PushClient(outbox, push_pb2_grpc.PushServiceStub(channel), "child")
+    client = PushClient(outbox, push_pb2_grpc.PushServiceStub(channel), "child", Backoff(0.01, 0.1))
     pushing = asyncio.create_task(client.run())
     try:
         yield Child(database, outbox, pushing)
