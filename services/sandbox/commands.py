@@ -126,7 +126,13 @@ async def result(running: Running) -> CommandResult:
             kept = stderr if piece.error else stdout
             kept += piece.data
             del kept[:-OUTPUT_BYTES]
-    return CommandResult(end, stdout.decode(errors="replace"), stderr.decode(errors="replace"))
+    return CommandResult(end, _words(stdout), _words(stderr))
+
+
+def _words(data: bytearray) -> str:
+    """Return output as text of no more bytes: what is no UTF-8 takes three in the place of one."""
+    text = data.decode(errors="replace").encode()
+    return text[-OUTPUT_BYTES:].decode(errors="ignore")
 
 
 async def _next(
