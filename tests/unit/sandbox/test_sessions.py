@@ -1,6 +1,7 @@
 """What is stored of a session, and that nobody writes over another's."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,8 +21,8 @@ CLOSED = session_pb2.SESSION_STATUS_CLOSED
 
 
 def progress(**given: Any) -> Progress:
-    drafts = {"drafts": (), "asked": (), "settled": ()}
-    return Progress(**{"last_event": 1, "entry_count": 0, "accepted": False, "status": RUNNING, **drafts, **given})
+    nothing = Progress(1, 0, accepted=False, drafts=(), asked=(), settled=(), status=RUNNING)
+    return replace(nothing, **given)
 
 
 def question(number: int = 1, *, streaming: bool = True) -> Draft:

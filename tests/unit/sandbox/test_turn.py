@@ -1,5 +1,6 @@
 """What an agent's events say of its turn."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -34,8 +35,14 @@ def turn(**given: Any) -> Turn:
         cancel_turn=0,
         status=RUNNING,
         revision=1,
-        **{"last_event": 0, "turn": 1, "posts": 0, "prompt_rpc_id": 0, "mark": 0, "accepted": False, **given},
+        last_event=0,
+        turn=1,
+        posts=0,
+        prompt_rpc_id=0,
+        mark=0,
+        accepted=False,
     )
+    record = replace(record, **given)
     return Turn(record, TranscriptBuilder("ses_1", "task_1", record.turn, 0, Timestamp), {})
 
 
