@@ -24,6 +24,7 @@ _KILL_SECONDS = 5
 _TIMED_OUT = (124, 137, None)
 _NOT_STARTED = (126, 127)
 _GUARD_SAYS = b"timeout: "
+_MOST_WORDS_BYTES = 8192
 _FIRST_LOOK_SECONDS, _MOST_BETWEEN_LOOKS_SECONDS = 0.01, 0.25
 
 
@@ -67,19 +68,31 @@ async def follow(running: Running) -> AsyncGenerator[ProcessOutput | CommandEnd,
 
     Raise FailedPrecondition if its program cannot be started.
     """
-    held: ProcessOutput | None = None  # what may be the words of `timeout` about a program that is not there
+    held: list[ProcessOutput] = []  # what may be the words of `timeout` about a program that is not there
+    may_be_words = True
     async with aclosing(_follow(running)) as pieces:
         async for piece in pieces:
-            if held is not None:
-                if isinstance(piece, CommandEnd) and piece.exit_code in _NOT_STARTED:
-                    words = held.data.decode(errors="replace").removeprefix(_GUARD_SAYS.decode()).strip()
-                    raise FailedPrecondition(ERROR_REASON_COMMAND_NOT_STARTED, words)
-                yield held
-                held = None
-            if isinstance(piece, ProcessOutput) and piece.error and piece.data.startswith(_GUARD_SAYS):
-                held = piece
+            if may_be_words and isinstance(piece, ProcessOutput) and _may_be_words([*held, piece]):
+                held.append(piece)
                 continue
+            if held and isinstance(piece, CommandEnd) and piece.exit_code in _NOT_STARTED:
+                words = _joined(held).decode(errors="replace").removeprefix(_GUARD_SAYS.decode()).strip()
+                raise FailedPrecondition(ERROR_REASON_COMMAND_NOT_STARTED, words)
+            for kept in held:
+                yield kept
+            held, may_be_words = [], False
             yield piece
+
+
+def _may_be_words(pieces: Sequence[ProcessOutput]) -> bool:
+    """Say whether a command's first output may be all that `timeout` says, which comes in several pieces."""
+    said = _joined(pieces)
+    begins = said.startswith(_GUARD_SAYS) or _GUARD_SAYS.startswith(said)
+    return begins and len(said) < _MOST_WORDS_BYTES and all(piece.error for piece in pieces)
+
+
+def _joined(pieces: Sequence[ProcessOutput]) -> bytes:
+    return b"".join(piece.data for piece in pieces)
 
 
 async def _follow(running: Running) -> AsyncGenerator[ProcessOutput | CommandEnd, None]:
@@ -126,7 +139,13 @@ async def result(running: Running) -> CommandResult:
             kept = stderr if piece.error else stdout
             kept += piece.data
             del kept[:-OUTPUT_BYTES]
-    return CommandResult(end, stdout.decode(errors="replace"), stderr.decode(errors="replace"))
+    return CommandResult(end, _words(stdout), _words(stderr))
+
+
+def _words(data: bytearray) -> str:
+    """Return output as text of no more bytes: what is no UTF-8 takes three in the place of one."""
+    text = data.decode(errors="replace").encode()
+    return text[-OUTPUT_BYTES:].decode(errors="ignore")
 
 
 async def _next(

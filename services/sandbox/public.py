@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 
 import grpc
 from branchline.gateway.v1 import sandboxes_pb2, sandboxes_pb2_grpc
-from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_NO_SANDBOX
+from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_FILE_TOO_LARGE, ERROR_REASON_NO_SANDBOX
 
 from services.runtime.database import Database
 from services.runtime.errors import FailedPrecondition, InvalidArgument
 from services.runtime.principal import current_principal
-from services.sandbox.agent_server import AgentServer, FileEntry
+from services.sandbox.agent_server import FILE_BYTES, AgentServer, FileEntry
 from services.sandbox.commands import CommandEnd, Running, follow, result, start
 from services.sandbox.machines import WORKSPACE, Machines
 from services.sandbox.store import SandboxStore
@@ -81,7 +81,11 @@ class PublicSandboxServicer(sandboxes_pb2_grpc.SandboxServiceServicer):
         found = await self._use(
             request.task_id, lambda server: server.list_files(_inside(server, request.path, "path"))
         )
-        return sandboxes_pb2.ListFilesResponse(files=[_file_info(entry) for entry in found])
+        answer = sandboxes_pb2.ListFilesResponse(files=[_file_info(entry) for entry in found])
+        if answer.ByteSize() > FILE_BYTES:
+            words = f"the directory holds {len(found)} entries, more than fit an answer"
+            raise FailedPrecondition(ERROR_REASON_FILE_TOO_LARGE, words)
+        return answer
 
     async def StatFile(
         self, request: sandboxes_pb2.StatFileRequest, context: Context

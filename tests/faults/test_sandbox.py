@@ -352,7 +352,7 @@ async def test_nothing_that_an_agent_says_makes_a_large_entity(room: Room) -> No
     await room.start()
     await room.open()
 
-    await room.prompt(1, f"run head -c 3000000 /dev/zero | tr '\\0' x\nsay {'w' * 100_000}\nask {'q' * 200_000}")
+    await room.prompt(1, f"run head -c 3000000 /dev/zero | tr '\\0' x\nsay {'w' * 20_000}\nask {'q' * 30_000}")
     asked = await room.question()
     await room.answer(asked.id, "reject")
 

@@ -119,7 +119,13 @@ class Room:
     async def answering(self) -> None:
         """Wait until the service answers."""
         probe = sandbox_pb2.CancelTurnRequest(session_id="none", turn=1)
-        await self.stub.CancelTurn(probe, wait_for_ready=True, timeout=DEADLINE_SECONDS)
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while True:
+                try:
+                    await self.stub.CancelTurn(probe, wait_for_ready=True, timeout=DEADLINE_SECONDS)
+                    return
+                except grpc.aio.AioRpcError:  # the connection to the one that was killed
+                    await asyncio.sleep(0.05)
 
     async def killed(self) -> None:
         """Wait until the service was killed at its moment."""

@@ -173,7 +173,7 @@ class CommandEnd(_message.Message):
     TIMED_OUT_FIELD_NUMBER: _builtins.int
     DURATION_MS_FIELD_NUMBER: _builtins.int
     exit_code: _builtins.int
-    """Exit code; -1 if it was killed, 126 or 127 if it could not be started."""
+    """Exit code; -1 if it was killed."""
     timed_out: _builtins.bool
     """Whether it was killed by the timeout."""
     duration_ms: _builtins.int

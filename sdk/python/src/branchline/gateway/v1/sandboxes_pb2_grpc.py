@@ -89,7 +89,8 @@ class SandboxServiceServicer:
     """
 
     def RunCommand(self, request, context):
-        """Runs one command and gives its output. A command that fails is an answer, not an error.
+        """Runs one command and gives its output. A command that fails is an answer, not an error; a program or directory
+        that is not there is FAILED_PRECONDITION.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,7 +98,7 @@ class SandboxServiceServicer:
 
     def StreamCommand(self, request, context):
         """Runs one command and gives its output while it comes, then its end. A caller that goes away stops the command
-        and its children.
+        and its children. Otherwise as RunCommand.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -111,7 +112,7 @@ class SandboxServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListFiles(self, request, context):
-        """Lists one directory.
+        """Lists one directory. FAILED_PRECONDITION if it holds more than fits an answer of 1 MiB.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -132,14 +133,14 @@ class SandboxServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ReadFile(self, request, context):
-        """Reads one file. NOT_FOUND with the path; at most 4 MiB.
+        """Reads one file. NOT_FOUND with the path; FAILED_PRECONDITION if it has more than 1 MiB.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WriteFile(self, request, context):
-        """Writes one file, its directories included.
+        """Writes one file of at most 1 MiB, its directories included.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

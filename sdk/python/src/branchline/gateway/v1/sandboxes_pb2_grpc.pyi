@@ -18,23 +18,25 @@ class SandboxServiceStub:
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     RunCommand: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.RunCommandRequest, _sandboxes_pb2.RunCommandResponse]
-    """Runs one command and gives its output. A command that fails is an answer, not an error."""
+    """Runs one command and gives its output. A command that fails is an answer, not an error; a program or directory
+    that is not there is FAILED_PRECONDITION.
+    """
     StreamCommand: _aio.UnaryStreamMultiCallable[_sandboxes_pb2.StreamCommandRequest, _sandboxes_pb2.StreamCommandResponse]
     """Runs one command and gives its output while it comes, then its end. A caller that goes away stops the command
-    and its children.
+    and its children. Otherwise as RunCommand.
     """
     ListAgents: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.ListAgentsRequest, _sandboxes_pb2.ListAgentsResponse]
     """Lists the agents that the sandbox knows."""
     ListFiles: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.ListFilesRequest, _sandboxes_pb2.ListFilesResponse]
-    """Lists one directory."""
+    """Lists one directory. FAILED_PRECONDITION if it holds more than fits an answer of 1 MiB."""
     StatFile: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.StatFileRequest, _sandboxes_pb2.StatFileResponse]
     """Says what is known of one file or directory. NOT_FOUND with the path."""
     MoveFile: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.MoveFileRequest, _sandboxes_pb2.MoveFileResponse]
     """Moves one file or directory. NOT_FOUND with the path; what stands in the way is replaced only if asked."""
     ReadFile: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.ReadFileRequest, _sandboxes_pb2.ReadFileResponse]
-    """Reads one file. NOT_FOUND with the path; at most 4 MiB."""
+    """Reads one file. NOT_FOUND with the path; FAILED_PRECONDITION if it has more than 1 MiB."""
     WriteFile: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.WriteFileRequest, _sandboxes_pb2.WriteFileResponse]
-    """Writes one file, its directories included."""
+    """Writes one file of at most 1 MiB, its directories included."""
     DeleteFile: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.DeleteFileRequest, _sandboxes_pb2.DeleteFileResponse]
     """Deletes one file or empty directory. NOT_FOUND with the path."""
 
@@ -48,7 +50,9 @@ class SandboxServiceServicer:
         request: _sandboxes_pb2.RunCommandRequest,
         context: _aio.ServicerContext[_sandboxes_pb2.RunCommandRequest, _abc.Awaitable[_sandboxes_pb2.RunCommandResponse]],
     ) -> _abc.Awaitable[_sandboxes_pb2.RunCommandResponse]:
-        """Runs one command and gives its output. A command that fails is an answer, not an error."""
+        """Runs one command and gives its output. A command that fails is an answer, not an error; a program or directory
+        that is not there is FAILED_PRECONDITION.
+        """
 
     def StreamCommand(
         self,
@@ -56,7 +60,7 @@ class SandboxServiceServicer:
         context: _aio.ServicerContext[_sandboxes_pb2.StreamCommandRequest, _abc.AsyncIterator[_sandboxes_pb2.StreamCommandResponse]],
     ) -> _abc.AsyncIterator[_sandboxes_pb2.StreamCommandResponse]:
         """Runs one command and gives its output while it comes, then its end. A caller that goes away stops the command
-        and its children.
+        and its children. Otherwise as RunCommand.
         """
 
     def ListAgents(
@@ -71,7 +75,7 @@ class SandboxServiceServicer:
         request: _sandboxes_pb2.ListFilesRequest,
         context: _aio.ServicerContext[_sandboxes_pb2.ListFilesRequest, _abc.Awaitable[_sandboxes_pb2.ListFilesResponse]],
     ) -> _abc.Awaitable[_sandboxes_pb2.ListFilesResponse]:
-        """Lists one directory."""
+        """Lists one directory. FAILED_PRECONDITION if it holds more than fits an answer of 1 MiB."""
 
     def StatFile(
         self,
@@ -92,14 +96,14 @@ class SandboxServiceServicer:
         request: _sandboxes_pb2.ReadFileRequest,
         context: _aio.ServicerContext[_sandboxes_pb2.ReadFileRequest, _abc.Awaitable[_sandboxes_pb2.ReadFileResponse]],
     ) -> _abc.Awaitable[_sandboxes_pb2.ReadFileResponse]:
-        """Reads one file. NOT_FOUND with the path; at most 4 MiB."""
+        """Reads one file. NOT_FOUND with the path; FAILED_PRECONDITION if it has more than 1 MiB."""
 
     def WriteFile(
         self,
         request: _sandboxes_pb2.WriteFileRequest,
         context: _aio.ServicerContext[_sandboxes_pb2.WriteFileRequest, _abc.Awaitable[_sandboxes_pb2.WriteFileResponse]],
     ) -> _abc.Awaitable[_sandboxes_pb2.WriteFileResponse]:
-        """Writes one file, its directories included."""
+        """Writes one file of at most 1 MiB, its directories included."""
 
     def DeleteFile(
         self,

@@ -119,22 +119,23 @@ class SandboxServiceServicer:
 
     def OpenSession(self, request, context):
         """Starts an agent and opens a session with it. Idempotent by the session's id.
-        INVALID_ARGUMENT naming the agents or models that exist.
+        INVALID_ARGUMENT naming the agents or models that exist. FAILED_PRECONDITION while the session works.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StartTurn(self, request, context):
-        """Gives the agent a message and starts the status sync, which follows its events until the turn
-        ends. Idempotent by session and turn.
+        """Records a message for the agent; the status sync gives it to the agent and follows it until the turn ends.
+        Idempotent by session and turn. A turn that is given while another runs takes its place: the agent of that one is
+        ended first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CancelTurn(self, request, context):
-        """Asks the agent to stop its turn. Idempotent.
+        """Records that the turn shall stop; the agent is told until it does, and ended if it does not. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

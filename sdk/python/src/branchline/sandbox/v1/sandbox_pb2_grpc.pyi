@@ -29,14 +29,15 @@ class SandboxServiceStub:
     """Writes a file with a mode, such as the git credentials of the task's owner."""
     OpenSession: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.OpenSessionRequest, _sandbox_pb2.OpenSessionResponse]
     """Starts an agent and opens a session with it. Idempotent by the session's id.
-    INVALID_ARGUMENT naming the agents or models that exist.
+    INVALID_ARGUMENT naming the agents or models that exist. FAILED_PRECONDITION while the session works.
     """
     StartTurn: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.StartTurnRequest, _sandbox_pb2.StartTurnResponse]
-    """Gives the agent a message and starts the status sync, which follows its events until the turn
-    ends. Idempotent by session and turn.
+    """Records a message for the agent; the status sync gives it to the agent and follows it until the turn ends.
+    Idempotent by session and turn. A turn that is given while another runs takes its place: the agent of that one is
+    ended first.
     """
     CancelTurn: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.CancelTurnRequest, _sandbox_pb2.CancelTurnResponse]
-    """Asks the agent to stop its turn. Idempotent."""
+    """Records that the turn shall stop; the agent is told until it does, and ended if it does not. Idempotent."""
     AnswerPermission: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.AnswerPermissionRequest, _sandbox_pb2.AnswerPermissionResponse]
     """Records the answer to a permission request of the agent; the task has made sure that it is the first. Idempotent.
     An answer that nobody waits for any more is dropped.
@@ -85,7 +86,7 @@ class SandboxServiceServicer:
         context: _aio.ServicerContext[_sandbox_pb2.OpenSessionRequest, _abc.Awaitable[_sandbox_pb2.OpenSessionResponse]],
     ) -> _abc.Awaitable[_sandbox_pb2.OpenSessionResponse]:
         """Starts an agent and opens a session with it. Idempotent by the session's id.
-        INVALID_ARGUMENT naming the agents or models that exist.
+        INVALID_ARGUMENT naming the agents or models that exist. FAILED_PRECONDITION while the session works.
         """
 
     def StartTurn(
@@ -93,8 +94,9 @@ class SandboxServiceServicer:
         request: _sandbox_pb2.StartTurnRequest,
         context: _aio.ServicerContext[_sandbox_pb2.StartTurnRequest, _abc.Awaitable[_sandbox_pb2.StartTurnResponse]],
     ) -> _abc.Awaitable[_sandbox_pb2.StartTurnResponse]:
-        """Gives the agent a message and starts the status sync, which follows its events until the turn
-        ends. Idempotent by session and turn.
+        """Records a message for the agent; the status sync gives it to the agent and follows it until the turn ends.
+        Idempotent by session and turn. A turn that is given while another runs takes its place: the agent of that one is
+        ended first.
         """
 
     def CancelTurn(
@@ -102,7 +104,7 @@ class SandboxServiceServicer:
         request: _sandbox_pb2.CancelTurnRequest,
         context: _aio.ServicerContext[_sandbox_pb2.CancelTurnRequest, _abc.Awaitable[_sandbox_pb2.CancelTurnResponse]],
     ) -> _abc.Awaitable[_sandbox_pb2.CancelTurnResponse]:
-        """Asks the agent to stop its turn. Idempotent."""
+        """Records that the turn shall stop; the agent is told until it does, and ended if it does not. Idempotent."""
 
     def AnswerPermission(
         self,

@@ -1,0 +1,41 @@
+"""The sandbox's stores on a real database."""
+
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+import pytest_asyncio
+from sqlalchemy import create_engine
+
+from services.runtime.clock import Clock
+from services.runtime.database import Database, open_database
+from services.runtime.spine.outbox import Outbox
+from services.sandbox.sessions import SessionStore
+from services.sandbox.store import SandboxStore
+from services.sandbox.tables import metadata
+
+
+@pytest_asyncio.fixture
+async def database(tmp_path: Path) -> AsyncGenerator[Database, None]:
+    url = f"sqlite:///{tmp_path / 'sandbox.sqlite'}"
+    engine = create_engine(url)
+    metadata.create_all(engine)
+    engine.dispose()
+    opened = open_database(url)
+    await opened.start()
+    yield opened
+    await opened.close()
+
+
+@pytest_asyncio.fixture
+async def outbox(database: Database) -> Outbox:
+    return Outbox(database, Clock())
+
+
+@pytest_asyncio.fixture
+async def sessions(outbox: Outbox) -> SessionStore:
+    return SessionStore(outbox, Clock().timestamp)
+
+
+@pytest_asyncio.fixture
+async def sandboxes(outbox: Outbox) -> SandboxStore:
+    return SandboxStore(outbox, Clock())
