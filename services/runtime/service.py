@@ -45,6 +45,9 @@ SERVER_OPTIONS = (
 PUBLIC_PACKAGE = "branchline.gateway.v1"
 SPINE_PACKAGE = "branchline.spine.v1"
 
+OUTBOX_PART = "branchline.outbox"
+"""Under which name health checks are told whether anything is parked."""
+
 _PARKED_LOOK_SECONDS = 60.0
 _HOUR_SECONDS = 3600.0
 
@@ -69,6 +72,7 @@ class Service:
         self._handlers: dict[str, dict[str, Handler]] = {}
         self._drain_seconds = drain_seconds
         self._stopping = False
+        self._checks: HealthServicer | None = None
 
     def serve(self, servicer: object, file: FileDescriptor, name: str) -> None:
         """Serve what a servicer implements of a gRPC service, such as `serve(servicer, tasks_pb2.DESCRIPTOR, ...)`.
@@ -99,6 +103,7 @@ class Service:
             for prepare in self.before_start:
                 await prepare()
             server, checks = self._server()
+            self._checks = checks
             for name in ("", *self._handlers):
                 await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
             await server.start()
@@ -117,6 +122,12 @@ class Service:
         finally:
             await self._clean_up()
             log.info("service stopped", service=self.name)
+
+    async def tell_health(self, part: str, *, well: bool) -> None:
+        """Say of a part of the service whether it is well; health checks ask for it by its name."""
+        status = health_pb2.HealthCheckResponse.SERVING if well else health_pb2.HealthCheckResponse.NOT_SERVING
+        if self._checks is not None and not self._stopping:
+            await self._checks.set(part, status)
 
     async def _clean_up(self) -> None:
         """Take the last step first, and all of them whatever becomes of one."""
@@ -174,7 +185,7 @@ class Chassis:
         self.service.before_start += [migrate, self.database.start]
         self.service.after_stop.append(self.database.close)
         self.serve(AdminServicer(self.outbox), admin_pb2.DESCRIPTOR, "AdminService")
-        self.service.every(_PARKED_LOOK_SECONDS, "look for parked rows", self._tell_parked)
+        self.service.every(_PARKED_LOOK_SECONDS, "look for parked rows", self.tell_parked)
 
     async def _admit(self, call: Call) -> None:
         """Let in only calls that carry a principal signed by one of our own."""
@@ -221,8 +232,10 @@ class Chassis:
         self.outbox.line(destination)
         self.service.loops.append(BatchCourier(self.outbox, destination, deliver, **options).run)
 
-    async def _tell_parked(self) -> None:
+    async def tell_parked(self) -> None:
+        """Say in the health check and in the log whether anything is parked."""
         waiting, parked = await self.outbox.counts()
+        await self.service.tell_health(OUTBOX_PART, well=not parked)
         if parked:
             log.warning(
                 "rows are parked: see `branchline outbox list`", service=self.name, parked=parked, waiting=waiting

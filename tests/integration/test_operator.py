@@ -14,13 +14,14 @@ from branchline.client import Client
 from branchline.gateway.v1 import users_pb2
 from branchline.resource.v1 import organization_pb2
 from branchline.resource.v1.history_pb2 import HistoryEvent
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cli.installation import ROOT, Installation, local_installation
 from cli.settings import Settings
 from services.runtime.config import ServiceConfig
 from services.runtime.errors import InvalidArgument
 from services.runtime.principal import Principal, Signer
-from services.runtime.service import Chassis
+from services.runtime.service import OUTBOX_PART, Chassis
 from services.runtime.spine.outbox import Mark, OutboxRow
 from tests.integration.test_command_line import BIN, branchline, run
 from tests.support.stack import Stack, eventually, failure
@@ -97,6 +98,25 @@ async def test_what_is_parked_is_listed_delivered_again_or_dropped(parking: tupl
         return await outbox(data_dir, "list") == "nothing waits\n"
 
     assert await eventually(empty)
+
+
+async def test_what_is_parked_shows_in_the_health_check(parking: tuple[Parking, Path]) -> None:  # item 5
+    service, _ = parking
+
+    async def health() -> int:
+        await service.chassis.tell_parked()
+        async with grpc.aio.insecure_channel(
+            service.chassis.config.addresses["history"], options=(("grpc.default_authority", "localhost"),)
+        ) as channel:
+            request = health_pb2.HealthCheckRequest(service=OUTBOX_PART)
+            return (await health_pb2_grpc.HealthStub(channel).Check(request)).status
+
+    well = await health()
+    await service.mark("evt_a")
+    await service.until_parked(1)
+
+    assert well == health_pb2.HealthCheckResponse.SERVING
+    assert await health() == health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 @pytest.mark.parametrize("role", [organization_pb2.ROLE_ADMIN, organization_pb2.ROLE_OWNER])
