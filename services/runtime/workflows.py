@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from dbos import DBOS
+from dbos._dbos import _get_or_create_dbos_registry  # pyright: ignore[reportPrivateUsage]
 
 from services.runtime.errors import reason_of
 
@@ -80,6 +81,8 @@ class WorkflowEngine:
     async def stop(self) -> None:
         """Stop the engine at once; workflows go on after the next start."""
         await asyncio.to_thread(DBOS.destroy, workflow_completion_timeout_sec=0)
+        # So that the service can be built again in this process. DBOS forgets instances only together with workflows.
+        _get_or_create_dbos_registry().instance_info_map.clear()
         # DBOS had made its own thread pool the loop's default, and has shut it down.
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(thread_name_prefix="branchline"))
 

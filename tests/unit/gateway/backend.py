@@ -254,7 +254,7 @@ class _Organizations(organizations_pb2_grpc.OrganizationServiceServicer):
     backend: Backend
 
     async def RemoveMember(self, request: organizations_pb2.RemoveMemberRequest, context: Any) -> Any:
-        self.backend.members[request.user_id].discard(request.organization_id)
+        self.backend.members.get(request.user_id, set()).discard(request.organization_id)
         return organizations_pb2.RemoveMemberResponse()
 
 
