@@ -112,7 +112,7 @@ def sweep_of(service: Service) -> Sweep:
     raise AssertionError("the service has no sweep")
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def installed(tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[Installed, None]:
     folder: Path = tmp_path_factory.mktemp("task")
     addresses = {name: f"unix:{folder}/{name}" for name in ("task", "sandbox", "repository")}
