@@ -20,7 +20,7 @@ from services.runtime.client import MESSAGE_LIMIT_BYTES, SigningChannel, open_ch
 from services.runtime.clock import Clock
 from services.runtime.config import ServiceConfig, database_url
 from services.runtime.database import Database, open_database
-from services.runtime.loops import Every
+from services.runtime.loops import Every, being_cancelled
 from services.runtime.migrations import bring_up_to_date
 from services.runtime.principal import METADATA_KEY, Signer, bind_principal
 from services.runtime.serving import Admit, Call, Handler, Serving, implemented
@@ -67,7 +67,6 @@ class Service:
         self.after_stop: list[Step] = []
         self._handlers: dict[str, dict[str, Handler]] = {}
         self._drain_seconds = drain_seconds
-        self._stopping = False
 
     def serve(self, servicer: object, file: FileDescriptor, name: str) -> None:
         """Serve what a servicer implements of a gRPC service, such as `serve(servicer, tasks_pb2.DESCRIPTOR, ...)`.
@@ -107,7 +106,6 @@ class Service:
                 try:
                     yield
                 finally:
-                    self._stopping = True
                     await checks.enter_graceful_shutdown()
                     self.serving.drain()
                     await server.stop(self._drain_seconds)
@@ -128,8 +126,12 @@ class Service:
         try:
             await loop()
         except asyncio.CancelledError:
-            if self._stopping or (task := asyncio.current_task()) is None or task.cancelling():
+            if being_cancelled():
                 raise
+        except Exception as error:
+            if being_cancelled():
+                raise asyncio.CancelledError from error
+            raise
         raise RuntimeError(f"a loop of {self.name} ended: {getattr(loop, '__qualname__', loop)}")
 
     def _server(self) -> "tuple[grpc.aio.Server, HealthServicer]":
