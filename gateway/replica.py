@@ -27,7 +27,7 @@ from grpc_status import rpc_status
 
 from gateway.ring import Ring
 from services.runtime.errors import Unavailable, is_permanent, reason_of
-from services.runtime.loops import cancelled_from_outside
+from services.runtime.loops import being_cancelled
 from services.runtime.retry import Backoff
 from services.runtime.spine.hub import Hub
 from services.runtime.spine.tokens import Position, parse_resume_token, resume_token
@@ -81,7 +81,7 @@ class Replica:
                 await self._follow_once(backoff)
                 reason, self._refusal = "it ended", None
             except (Exception, asyncio.CancelledError) as error:
-                if cancelled_from_outside(error):
+                if being_cancelled():
                     raise
                 reason = reason_of(error)
                 self._refusal = error if isinstance(error, grpc.aio.AioRpcError) and is_permanent(error) else None

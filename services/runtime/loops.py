@@ -14,10 +14,14 @@ log = structlog.get_logger()
 Work = Callable[[], Awaitable[object]]
 
 
-def cancelled_from_outside(error: BaseException) -> bool:
-    """Say whether the running task is being cancelled. gRPC raises CancelledError for broken calls, too."""
+def being_cancelled() -> bool:
+    """Say whether the running task is being cancelled, whatever error came of it.
+
+    gRPC raises CancelledError for broken calls, too. And before Python 3.13 a TaskGroup whose part fails may swallow a
+    cancellation, or leave a trace of one: a task that asks this opens no TaskGroup itself.
+    """
     task = asyncio.current_task()
-    return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
+    return task is not None and task.cancelling() > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +37,11 @@ class Every:
         backoff = Backoff(first_seconds=min(1.0, self.seconds), most_seconds=self.seconds)
         while True:
             try:
-                # In a task of its own: on Python 3.11 a task group that failed leaves its task looking cancelled.
-                await asyncio.ensure_future(self.work())
+                await asyncio.ensure_future(self.work())  # in a task of its own: see `being_cancelled`
                 backoff.reset()
                 pause = self.seconds
             except (Exception, asyncio.CancelledError) as error:
-                if cancelled_from_outside(error):
+                if being_cancelled():
                     raise
                 log.warning("periodic work failed", work=self.name, reason=reason_of(error), exc_info=error)
                 pause = backoff.next_seconds()

@@ -19,7 +19,7 @@ from services.runtime.client import MESSAGE_LIMIT_BYTES, SigningChannel, open_ch
 from services.runtime.clock import Clock
 from services.runtime.config import ServiceConfig, database_url
 from services.runtime.database import Database, open_database
-from services.runtime.loops import Every
+from services.runtime.loops import Every, being_cancelled
 from services.runtime.migrations import bring_up_to_date
 from services.runtime.principal import METADATA_KEY, Signer, bind_principal
 from services.runtime.serving import Admit, Call, Handler, Serving, implemented
@@ -71,7 +71,6 @@ class Service:
         self.after_stop: list[Step] = []
         self._handlers: dict[str, dict[str, Handler]] = {}
         self._drain_seconds = drain_seconds
-        self._stopping = False
         self._checks: HealthServicer | None = None
 
     def serve(self, servicer: object, file: FileDescriptor, name: str) -> None:
@@ -113,7 +112,6 @@ class Service:
                 try:
                     yield
                 finally:
-                    self._stopping = True
                     await checks.enter_graceful_shutdown()
                     self.serving.drain()
                     await server.stop(self._drain_seconds)
@@ -126,7 +124,7 @@ class Service:
     async def tell_health(self, part: str, *, well: bool) -> None:
         """Say of a part of the service whether it is well; health checks ask for it by its name."""
         status = health_pb2.HealthCheckResponse.SERVING if well else health_pb2.HealthCheckResponse.NOT_SERVING
-        if self._checks is not None and not self._stopping:
+        if self._checks is not None:
             await self._checks.set(part, status)
 
     async def _clean_up(self) -> None:
@@ -140,8 +138,12 @@ class Service:
         try:
             await loop()
         except asyncio.CancelledError:
-            if self._stopping or (task := asyncio.current_task()) is None or task.cancelling():
+            if being_cancelled():
                 raise
+        except Exception as error:
+            if being_cancelled():
+                raise asyncio.CancelledError from error
+            raise
         raise RuntimeError(f"a loop of {self.name} ended: {getattr(loop, '__qualname__', loop)}")
 
     def _server(self) -> "tuple[grpc.aio.Server, HealthServicer]":

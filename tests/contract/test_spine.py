@@ -120,6 +120,22 @@ async def test_reconnecting_leaves_no_task_behind(
     assert after <= before + 2
 
 
+async def test_a_child_stops_though_its_stream_breaks_at_the_same_moment(
+    coordinator: Coordinator, child_url: str, tmp_path: Path
+) -> None:  # F25
+    proxy = Proxy(tmp_path / "p.sock", coordinator.address)
+    async with proxy.running(), coordinator.running():
+        for revision in range(1, 41):
+            async with running_child(child_url, proxy.address) as child:
+                await child.change(("a", revision))
+                await asyncio.sleep(0.002 * (revision % 5))
+                proxy.cut()
+                await asyncio.sleep(0.0002 * revision)
+                child.pushing.cancel()
+                await asyncio.wait({child.pushing}, timeout=5)
+                assert child.pushing.done()
+
+
 async def test_a_database_that_fails_on_either_side_stops_no_loop(
     coordinator: Coordinator, child_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # F3

@@ -14,7 +14,7 @@ import grpc
 import structlog
 
 from services.runtime.errors import is_permanent, reason_of
-from services.runtime.loops import cancelled_from_outside
+from services.runtime.loops import being_cancelled
 from services.runtime.retry import Backoff
 from services.runtime.spine.outbox import Key, Outbox, OutboxRow
 
@@ -111,7 +111,7 @@ class Courier:
                 self.outbox.arrived([row])
                 return
             except (Exception, asyncio.CancelledError) as error:
-                if cancelled_from_outside(error):
+                if being_cancelled():
                     raise
                 turns, reason = self._again, reason_of(error)
                 log.info("delivery failed", destination=self.destination, entity=row.entity_id, reason=reason)
@@ -162,7 +162,7 @@ class BatchCourier:
                 failed = 0
                 backoff.reset()
             except (Exception, asyncio.CancelledError) as error:
-                if cancelled_from_outside(error):
+                if being_cancelled():
                     raise
                 failed += 0 if _is_unreachable(error) else 1
                 log.info("delivery failed", destination=self.destination, reason=reason_of(error))

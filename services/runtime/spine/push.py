@@ -6,7 +6,6 @@ guard makes the repetition harmless.
 
 import asyncio
 from collections import deque
-from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +13,7 @@ import grpc
 import structlog
 from branchline.spine.v1 import push_pb2, push_pb2_grpc
 
-from services.runtime.loops import cancelled_from_outside
+from services.runtime.loops import being_cancelled
 from services.runtime.retry import Backoff
 from services.runtime.spine.outbox import COORDINATOR, Outbox, OutboxRow
 
@@ -35,16 +34,12 @@ class PushClient:
 
     async def run(self) -> None:
         """Push for ever, connecting again after every break, of the stream or of the database."""
-        me = asyncio.current_task()
-        assert me is not None
         while True:
             try:
-                # In a task of its own: on Python 3.11 a task group that failed leaves its task looking cancelled, and
-                # one that fails while it is being cancelled raises its failure alone.
-                await asyncio.create_task(self._stream())
+                await self._stream()
             except (Exception, asyncio.CancelledError) as error:
-                if me.cancelling():
-                    raise asyncio.CancelledError from error
+                if being_cancelled():
+                    raise
                 log.info("push stream broke", child=self.child, error=_words(error))
             self.outbox.line(COORDINATOR).fall_behind()
             await asyncio.sleep(self._backoff.next_seconds())
@@ -53,14 +48,16 @@ class PushClient:
         call: Any = self.stub.Push()
         window = asyncio.Semaphore(UNACKNOWLEDGED_BATCHES)
         in_flight: deque[list[OutboxRow]] = deque()
+        writing = asyncio.create_task(self._write(call, window, in_flight))
+        writing.add_done_callback(lambda _: call.cancel())  # ends the reading half
         try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(_until_it_breaks(self._write(call, window, in_flight)))
-                group.create_task(_until_it_breaks(self._read(call, window, in_flight)))
-        except* Exception as errors:
-            raise _first(errors) from errors
+            await self._read(call, window, in_flight)
         finally:
             call.cancel()
+            writing.cancel()
+            await asyncio.wait({writing})
+            if not writing.cancelled() and (error := writing.exception()) is not None:
+                log.info("pushing failed", child=self.child, error=_words(error))
 
     async def _write(self, call: Any, window: asyncio.Semaphore, in_flight: deque[list[OutboxRow]]) -> None:
         line = self.outbox.line(COORDINATOR)
@@ -93,21 +90,6 @@ def _entry(row: OutboxRow) -> push_pb2.PushEntry:
     return push_pb2.PushEntry(
         outbox_seq=row.seq, id=row.entity_id, revision=row.revision, deleted=row.deleted, state=row.state
     )
-
-
-async def _until_it_breaks(half: Coroutine[Any, Any, None]) -> None:
-    """Run one half of the stream. A call that gRPC cancels must end the other half, too."""
-    try:
-        await half
-    except asyncio.CancelledError as error:
-        if cancelled_from_outside(error):
-            raise
-        raise ConnectionError("the call was cancelled") from error
-
-
-def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    error = errors.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error
 
 
 def _words(error: BaseException) -> str:

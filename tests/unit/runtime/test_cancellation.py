@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from services.runtime.loops import Every, cancelled_from_outside
+from services.runtime.loops import Every, being_cancelled
 from services.runtime.signal import Signal
 
 ROOT = Path(__file__).parents[3]
@@ -68,8 +68,8 @@ async def test_a_cancellation_from_outside_is_told_from_one_that_a_broken_call_r
             if foreign:
                 raise asyncio.CancelledError
             await asyncio.Event().wait()
-        except asyncio.CancelledError as error:
-            seen.append(cancelled_from_outside(error))
+        except asyncio.CancelledError:
+            seen.append(being_cancelled())
             raise
 
     for foreign in (True, False):
@@ -80,3 +80,32 @@ async def test_a_cancellation_from_outside_is_told_from_one_that_a_broken_call_r
             await task
 
     assert seen == [False, True]
+
+
+async def test_a_cancellation_that_comes_while_a_group_fails_ends_the_loop() -> None:
+    """The group raises its errors then, and no CancelledError: a loop that went on would never end."""
+    breaking = asyncio.Event()
+
+    async def breaks() -> None:
+        await breaking.wait()
+        raise ConnectionError
+
+    async def ends_slowly() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.01)
+
+    async def work() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(breaks())
+            group.create_task(ends_slowly())
+
+    running = asyncio.create_task(Every(0.01, "work", work).run())
+    await asyncio.sleep(0.01)
+    breaking.set()
+    await asyncio.sleep(0.005)
+    running.cancel()
+    await asyncio.wait({running}, timeout=1)
+
+    assert running.done()
