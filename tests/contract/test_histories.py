@@ -110,7 +110,7 @@ class Watcher:
 
     def go_back(self, which: int) -> None:
         if self.remembered:
-            self.token, view = self.remembered[which % len(self.remembered)]
+            self.token, view = self.remembered[-1 - (3 * which) % len(self.remembered)]
             self.view = dict(view)
 
     async def _watch(self) -> None:
