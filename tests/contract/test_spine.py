@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import threading
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.runtime.clock import Clock
-from services.runtime.database import Database, DatabaseUnavailable, open_database
+from services.runtime.database import Database, DatabaseUnavailable, Reader, open_database
 from services.runtime.errors import DeadlineExceeded, FailedPrecondition, Unavailable
 from services.runtime.spine import outbox as outbox_module
 from services.runtime.spine.courier import BatchCourier, Courier
@@ -341,6 +342,28 @@ async def test_what_is_marked_while_the_table_is_read_is_not_lost(
     for entity in newest:
         revisions = [row.revision for row in found if row.entity_id == entity]
         assert revisions == sorted(set(revisions))
+
+
+async def test_what_is_committed_behind_the_back_of_a_look_at_the_table_is_not_lost(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outbox, looked, go_on = Outbox(database, Clock()), threading.Event(), threading.Event()
+    await database.write(outbox.mark, [mark("early")])
+    read_pending = outbox_module._read_pending  # pyright: ignore[reportPrivateUsage]
+
+    def slowly(tx: Reader, destination: str, after: int) -> tuple[list[OutboxRow], bool]:
+        page = read_pending(tx, destination, after)
+        looked.set()
+        go_on.wait(10)
+        return page
+
+    monkeypatch.setattr(outbox_module, "_read_pending", slowly)
+    taking = asyncio.create_task(taken(outbox, 2))
+    await asyncio.to_thread(looked.wait, 10)
+    await database.write(outbox.mark, [mark("late")])
+    go_on.set()
+
+    assert brief(await taking) == [("early", 1), ("late", 1)]
 
 
 async def test_a_line_that_is_not_emptied_is_bounded_and_loses_nothing(
