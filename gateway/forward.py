@@ -19,9 +19,9 @@ from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from gateway.caller import Authenticator, current_caller
-from gateway.placement import Placement
-from gateway.routes import ORGANIZATION, Route
+from gateway.caller import CACHE_SECONDS, Authenticator, current_caller
+from gateway.placement import FOR_EVER, Placement
+from gateway.routes import ORGANIZATION, USER, Route
 from services.runtime.client import SigningChannel
 from services.runtime.errors import PermissionDenied, Unavailable, reason_of
 from services.runtime.principal import Principal, Signer
@@ -96,7 +96,10 @@ class Forwarder:
         if token:
             principal = await self._placement.place_new(caller, route.target, wanted, token, seconds - _MARGIN_SECONDS)
         else:
-            principal = await self._placement.place(caller, route.target, wanted, defaults=route.defaults)
+            known = FOR_EVER if route.owner != USER else CACHE_SECONDS  # the user service knows no tasks
+            principal = await self._placement.place(
+                caller, route.target, wanted, defaults=route.defaults, at_most_seconds=known
+            )
         if route.target:
             principal.require(route.role)
         return principal

@@ -14,6 +14,10 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 DOMAIN = "branchline"
+
+_MESSAGE_BYTES = 1024
+_WORDS_BYTES = 256
+_VIOLATIONS = 8
 _PERMANENT = frozenset(
     {
         grpc.StatusCode.INVALID_ARGUMENT,
@@ -43,9 +47,13 @@ class DomainError(Exception):
         return []
 
     def to_status(self) -> status_pb2.Status:
-        """Return the error as clients see it."""
-        info = error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=self.metadata)
-        status = status_pb2.Status(code=self.code.value[0], message=self.message)
+        """Return the error as clients see it.
+
+        What it quotes is cut: a status travels in trailers, which take 16 KiB, and one that is larger never arrives.
+        """
+        metadata = {name: _cut(value) for name, value in self.metadata.items()}
+        info = error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=metadata)
+        status = status_pb2.Status(code=self.code.value[0], message=_cut(self.message, _MESSAGE_BYTES))
         for detail in (info, *self.details()):
             packed = any_pb2.Any()
             packed.Pack(detail)
@@ -69,10 +77,10 @@ class InvalidArgument(DomainError):
         self.violations = [(field, message)]
 
     def details(self) -> list[Message]:
-        """Name every wrong field."""
+        """Name the wrong fields."""
         violations = [
-            error_details_pb2.BadRequest.FieldViolation(field=field, description=message)
-            for field, message in self.violations
+            error_details_pb2.BadRequest.FieldViolation(field=_cut(field), description=_cut(message))
+            for field, message in self.violations[:_VIOLATIONS]
         ]
         return [error_details_pb2.BadRequest(field_violations=violations)]
 
@@ -94,7 +102,7 @@ class _ResourceError(DomainError):
 
     def details(self) -> list[Message]:
         """Name the resource."""
-        return [error_details_pb2.ResourceInfo(resource_type=self.kind, resource_name=self.name)]
+        return [error_details_pb2.ResourceInfo(resource_type=self.kind, resource_name=_cut(self.name))]
 
 
 class NotFound(_ResourceError):
@@ -120,7 +128,7 @@ class FailedPrecondition(DomainError):
 
     def details(self) -> list[Message]:
         """Name the precondition."""
-        violation = error_details_pb2.PreconditionFailure.Violation(type=self.reason, description=self.message)
+        violation = error_details_pb2.PreconditionFailure.Violation(type=self.reason, description=_cut(self.message))
         return [error_details_pb2.PreconditionFailure(violations=[violation])]
 
 
@@ -156,6 +164,12 @@ class Unavailable(DomainError):
     def details(self) -> list[Message]:
         """Say when to try again."""
         return [error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=1))]
+
+
+def _cut(words: str, most_bytes: int = _WORDS_BYTES) -> str:
+    """Return the beginning of words that are too long."""
+    data = words.encode(errors="replace")
+    return words if len(data) <= most_bytes else data[:most_bytes].decode(errors="ignore") + "…"
 
 
 def kind_name(kind: EntityKind.ValueType) -> str:
