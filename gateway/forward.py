@@ -26,7 +26,7 @@ from services.runtime.client import SigningChannel
 from services.runtime.errors import PermissionDenied, Unavailable, reason_of
 from services.runtime.principal import Principal, Signer
 from services.runtime.retry import Backoff
-from services.runtime.serving import Given, Handler, Serving
+from services.runtime.serving import Context, Given, Handler, Serving
 
 log = structlog.get_logger()
 
@@ -34,8 +34,6 @@ _PATIENCE_SECONDS = 10.0
 """How long a call is repeated while its owner cannot be reached, or has not been born yet."""
 
 _MARGIN_SECONDS = 0.5
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class Forwarder:

@@ -71,6 +71,11 @@ class RepositoryIngest:
         """Pass events on."""
         self.outbox.mark(tx, [Mark(one.id, one.revision, one.state) for one in pushed])
 
+    def lost(self, tx: Tx, task_id: str) -> None:
+        """Take a task for deleted that its owner does not know: it was never born, or is gone already."""
+        if self.workbench.places(tx, [task_id]):
+            self.tasks(tx, [Pushed(task_id, 0, deleted=True, state=Task())])
+
     def _deleted(self, task: Task) -> HistoryEvent:
         return self._event(task, EVENT_KIND_TASK_DELETED, task.title)
 

@@ -1,9 +1,7 @@
 """The public commands and reads that repository owns, as the gateway forwards them."""
 
 from dataclasses import dataclass
-from typing import Any
 
-import grpc
 from branchline.gateway.v1 import (
     repositories_pb2,
     repositories_pb2_grpc,
@@ -22,12 +20,11 @@ from services.repository.workbench import Workbench
 from services.runtime.clock import Clock
 from services.runtime.database import Database, Reader
 from services.runtime.principal import current_principal
+from services.runtime.serving import Context
 from services.runtime.spine.commands import Commands
 from services.runtime.spine.index import Index
 from services.runtime.spine.outbox import Outbox
 from services.runtime.spine.tokens import page_token, parse_consistency_token, parse_page_token
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 CHILD_SECONDS = 2.0
 """Time that a creation waits for its child, so that the next command finds it. The child is made in any case."""

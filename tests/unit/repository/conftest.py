@@ -18,6 +18,7 @@ from branchline.repository.v1.repository_pb2 import EnsureRepositoryRequest
 from branchline.repository.v1.repository_pb2_grpc import RepositoryServiceStub
 from branchline.resource.v1.repository_pb2 import Repository
 from branchline.resource.v1.task_pb2 import Task
+from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_TASK
 from branchline.spine.v1.push_pb2 import PushEntry, PushRequest
 from branchline.spine.v1.push_pb2_grpc import PushServiceStub
 from branchline.task.v1 import task_pb2
@@ -35,6 +36,7 @@ from services.repository.workbench import Workbench
 from services.runtime.clock import Clock, new_id
 from services.runtime.config import ServiceConfig
 from services.runtime.database import Database, Reader, Statement, open_database
+from services.runtime.errors import NotFound
 from services.runtime.migrations import migrate
 from services.runtime.principal import Principal, bind_principal
 from services.runtime.service import Chassis, Service
@@ -159,6 +161,8 @@ class Owner:
     deleted: list[str] = field(default_factory=list[str])
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once it may answer."""
+    knows: bool = True
+    """Whether it has the tasks that it is told to delete."""
 
     async def CreateTask(self, request: task_pb2.CreateTaskRequest, _context: Any) -> task_pb2.CreateTaskResponse:
         await self.ready.wait()
@@ -166,6 +170,8 @@ class Owner:
         return task_pb2.CreateTaskResponse()
 
     async def DeleteTask(self, request: task_pb2.DeleteTaskRequest, _context: Any) -> task_pb2.DeleteTaskResponse:
+        if not self.knows:
+            raise NotFound(ENTITY_KIND_TASK, request.task_id)
         self.deleted.append(request.task_id)
         return task_pb2.DeleteTaskResponse()
 
