@@ -115,5 +115,5 @@ class GithubSync:
 def _first(error: Exception) -> Exception:
     """Return the first error of a group of errors."""
     while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
+        error = cast("ExceptionGroup[Exception]", error).exceptions[0]
     return error

@@ -87,7 +87,7 @@ class Databases:
     dialect: str
     folder: Path
     server: Server | None = None
-    _schemas: list[str] = field(default_factory=list)
+    _schemas: list[str] = field(default_factory=list[str])
 
     def make(self, metadata: MetaData) -> str:
         """Return the URL of a new database."""

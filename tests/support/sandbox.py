@@ -52,14 +52,14 @@ async def eventually(look: Callable[[], T | None], what: Callable[[], Any] = lam
 class Coordinator(push_pb2_grpc.PushServiceServicer):
     """Takes what the service pushes, as the task would: the newest state of each, and how the sessions went."""
 
-    entries: dict[str, TranscriptEntry] = field(default_factory=dict)
-    sessions: list[AgentSession] = field(default_factory=list)
-    sandboxes: list[Sandbox] = field(default_factory=list)
-    revisions: dict[str, int] = field(default_factory=dict)
+    entries: dict[str, TranscriptEntry] = field(default_factory=dict[str, TranscriptEntry])
+    sessions: list[AgentSession] = field(default_factory=list[AgentSession])
+    sandboxes: list[Sandbox] = field(default_factory=list[Sandbox])
+    revisions: dict[str, int] = field(default_factory=dict[str, int])
     largest: int = 0
 
-    async def Push(self, requests: Any, context: Any) -> AsyncGenerator[push_pb2.PushResponse, None]:
-        async for request in requests:
+    async def Push(self, request_iterator: Any, context: Any) -> AsyncGenerator[push_pb2.PushResponse, None]:
+        async for request in request_iterator:
             for entry in request.entries:
                 self._take(entry)
             yield push_pb2.PushResponse(batch=request.batch)

@@ -109,16 +109,16 @@ class Backend(organization_pb2_grpc.OrganizationServiceServicer):
     url: str = ""
     index: Index = field(init=False)
     database: Database = field(init=False)
-    tokens: dict[str, User] = field(default_factory=dict)
-    members: dict[str, set[str]] = field(default_factory=dict)
+    tokens: dict[str, User] = field(default_factory=dict[str, User])
+    members: dict[str, set[str]] = field(default_factory=dict[str, set[str]])
     placed: set[str] = field(default_factory=lambda: {"task_1"})
-    selections: list[WatchSelection] = field(default_factory=list)
+    selections: list[WatchSelection] = field(default_factory=list[WatchSelection])
     """Every upstream watch that was opened."""
     asked: int = 0
     """Calls of Authenticate."""
     answering: asyncio.Event = field(default_factory=asyncio.Event)
     """Upstream watches are accepted and wait for this."""
-    got: list[tuple[str, float | None]] = field(default_factory=list)
+    got: list[tuple[str, float | None]] = field(default_factory=list[tuple[str, float | None]])
 
     def __post_init__(self) -> None:
         self.url = self.url or create_tables(self.folder / f"{uuid.uuid4().hex}.sqlite")
@@ -262,10 +262,10 @@ class _Organizations(organizations_pb2_grpc.OrganizationServiceServicer):
 class View:
     """What one watching client holds, and what it was told."""
 
-    held: dict[str, int] = field(default_factory=dict)
-    frames: list[WatchFrame] = field(default_factory=list)
+    held: dict[str, int] = field(default_factory=dict[str, int])
+    frames: list[WatchFrame] = field(default_factory=list[WatchFrame])
     token: str = ""
-    places: list[tuple[str, dict[str, int]]] = field(default_factory=list)
+    places: list[tuple[str, dict[str, int]]] = field(default_factory=list[tuple[str, dict[str, int]]])
     """Each resume token with what was held when it came."""
 
     def take(self, frame: WatchFrame) -> None:

@@ -237,7 +237,7 @@ async def test_a_resume_token_is_good_for_the_same_watch_of_the_same_person_alon
     async with backend.running(), backend.client() as client, backend.client("other") as other:
         token = (await until_synced(opened(client))).token
         of_task = client.tasks.WatchTask(tasks_pb2.WatchTaskRequest(task_id="task_1", resume_token=token))
-        codes = []
+        codes: list[grpc.StatusCode] = []
         for call in (opened(other, token), of_task):
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await until_synced(call)

@@ -68,8 +68,8 @@ class Client:
     """A watching client: what it holds, every place that it was given, and whether each place was true."""
 
     viewer: str
-    held: dict[str, int] = field(default_factory=dict)
-    places: list[tuple[str, dict[str, int]]] = field(default_factory=list)
+    held: dict[str, int] = field(default_factory=dict[str, int])
+    places: list[tuple[str, dict[str, int]]] = field(default_factory=list[tuple[str, dict[str, int]]])
     reading: asyncio.Event = field(default_factory=asyncio.Event)
     task: "asyncio.Task[None] | None" = None
 
