@@ -26,6 +26,7 @@ from services.runtime.principal import Principal, Signer, bind_principal
 from services.sandbox.limits import Limits
 from services.sandbox.providers.local import LocalProviderConfig
 from services.sandbox.service import SandboxConfig, build
+from tests.support.databases import migrated
 
 KEY = "a key for tests, long enough for HS256"
 SANDBOX, SESSION, TASK = "sbx_1", "ses_1", "task_1"
@@ -243,7 +244,7 @@ def config(folder: Path, options: dict[str, Any]) -> SandboxConfig:
 @asynccontextmanager
 async def sandbox_room(folder: Path, **options: Any) -> AsyncGenerator[Room, None]:
     """Prepare the service with its coordinator; the test starts it."""
-    (folder / "data").mkdir(parents=True, exist_ok=True)
+    migrated("sandbox", folder / "data")
     coordinator = Coordinator()
     server = grpc.aio.server()
     push_pb2_grpc.add_PushServiceServicer_to_server(coordinator, server)
