@@ -5,6 +5,7 @@ resource it is about.
 """
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 import grpc
 from branchline.resource.v1 import vocabulary_pb2 as words
@@ -12,6 +13,9 @@ from branchline.resource.v1.vocabulary_pb2 import EntityKind, ErrorReason
 from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+D = TypeVar("D", bound=Message)
 
 DOMAIN = "branchline"
 
@@ -182,6 +186,15 @@ def is_permanent(error: BaseException) -> bool:
     if isinstance(error, DomainError):
         return error.code in _PERMANENT
     return isinstance(error, grpc.aio.AioRpcError) and error.code() in _PERMANENT
+
+
+def detail_of(error: grpc.aio.AioRpcError, kind: type[D]) -> D:
+    """Return the detail of one kind that a failed call carries, empty if it carries none."""
+    found = kind()
+    status = rpc_status.from_call(error)
+    for detail in status.details if status else ():
+        detail.Unpack(found)
+    return found
 
 
 def reason_of(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from branchline.admin.v1 import admin_pb2
 from branchline.spine.v1 import push_pb2, push_pb2_grpc
 from google.protobuf.descriptor import FileDescriptor, ServiceDescriptor
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer  # pyright: ignore[reportMissingTypeStubs]
+from grpc_health.v1._async import HealthServicer
 
 from services.runtime.admin import AdminServicer
 from services.runtime.client import MESSAGE_LIMIT_BYTES, SigningChannel, open_channel

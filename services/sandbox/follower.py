@@ -7,6 +7,7 @@ its last event. After a restart the follower goes on behind that number, so that
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import structlog
@@ -173,7 +174,7 @@ class Follower:
                     return AgentLink(server, record)
             if turn.accepted:
                 raise TurnFailed("the agent was lost when its machine stopped; send a message to go on")
-            record = await self._persist(lambda: self._start_agent(turn, record))
+            record = await self._persist(partial(self._start_agent, turn, record))
             turn.follow(record)
             if record.turn > 1:
                 turn.restarted()

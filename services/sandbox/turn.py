@@ -12,6 +12,7 @@ from typing import Any
 from branchline.resource.v1 import session_pb2
 
 from services.sandbox.agent_server import AgentEvent, rpc_error
+from services.sandbox.members import member
 from services.sandbox.sessions import Asked, Progress, SessionRecord, Status, rpc_text
 from services.sandbox.transcript import TranscriptBuilder
 
@@ -229,7 +230,7 @@ class Turn:
         if "error" in message and not self.cancelled:
             self.fail(f"the agent failed: {rpc_error(message['error'])}")
             return
-        result = message.get("result") or {}
+        result = member(message, "result")
         reason = "cancelled" if "error" in message else str(result.get("stopReason", "end_turn"))
         if reason != "end_turn":
             words = f"The turn ended: {reason[:100]}"

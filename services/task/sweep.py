@@ -1,5 +1,6 @@
 """Finds what is stuck in a passing state, and moves it on or says why not: at start and every minute."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import structlog
@@ -54,7 +55,8 @@ class Sweep:
     async def revive_workflows(self, before: float) -> None:
         """Find tasks that have waited for a workflow since before a time though it does not run."""
         waiting = await self.database.read(self.store.waiting_for_workflow, before)
-        outcomes = await self.engine.outcomes([workflow_id(task) for task in waiting]) if waiting else {}
+        ids = [workflow_id(task) for task in waiting]
+        outcomes: Mapping[str, Outcome] = await self.engine.outcomes(ids) if ids else {}
         for task in waiting:
             try:
                 await self._revive(task, outcomes.get(workflow_id(task)))

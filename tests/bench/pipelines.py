@@ -95,7 +95,8 @@ class Floor:
     async def follow(self) -> None:
         """Watch the gateway and tell of everything that arrives."""
         async with grpc.aio.insecure_channel(self.address, options=OPTIONS) as channel:
-            async for batch in channel.unary_stream(WATCH)(b""):
+            watch: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(WATCH)
+            async for batch in watch(b""):
                 for entry in PushRequest.FromString(batch).entries:
                     self.seen(entry.id, entry.revision)
 

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import aiosqlite
 
@@ -56,7 +56,7 @@ class _Connection(aiosqlite.Connection):
     def run(self, fn: Callable[..., T], *args: Any) -> "asyncio.Future[T]":
         """Run a function in the connection's thread."""
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._tx.put_nowait((future, partial(fn, self.driver, *args)))
+        cast("Any", self)._tx.put_nowait((future, partial(fn, self.driver, *args)))
         return future
 
 

@@ -390,7 +390,7 @@ def _read_pending(tx: Reader, destination: str, after: int) -> tuple[list[Outbox
     """Return a page of what waits behind a number, and whether there is more."""
     rows = tx.each(_PENDING, {"to": destination, "after": after, "most": _PAGE_ROWS + 1})
     pages = parts(map(_outbox_row, rows), lambda row: len(row.payload), _PAGE_ROWS, _PAGE_BYTES)
-    page = next(pages, [])
+    page = next(pages, None) or []
     return page, next(pages, None) is not None
 
 

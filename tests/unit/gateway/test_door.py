@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from tests.unit.gateway.backend import (
     until_synced,
 )
 
+GET_TASK = "/branchline.gateway.v1.TaskService/GetTask"
 GET = tasks_pb2.GetTaskRequest(task_id="task_1")
 
 
@@ -35,9 +36,9 @@ async def backend(tmp_path: Path) -> AsyncGenerator[Backend, None]:
         yield backend
 
 
-async def refusal(call: object) -> grpc.StatusCode:
+async def refusal(call: Awaitable[Any]) -> grpc.StatusCode:
     with pytest.raises(grpc.aio.AioRpcError) as refused:
-        await call  # type: ignore[misc]
+        await call
     return refused.value.code()
 
 
@@ -46,9 +47,9 @@ async def test_a_call_needs_a_token_that_is_known(backend: Backend) -> None:
         answer = await known.tasks.GetTask(GET)
         guessed = await refusal(unknown.tasks.GetTask(GET))
         async with grpc.aio.insecure_channel(backend.addresses["gateway"]) as channel:
-            nobody = await refusal(channel.unary_unary("/branchline.gateway.v1.TaskService/GetTask")(b""))
-            stub: Any = health_pb2_grpc.HealthStub(channel)
-            health = await stub.Check(health_pb2.HealthCheckRequest())
+            get: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(GET_TASK)
+            nobody = await refusal(get(b""))
+            health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
 
     assert answer.task.title == "a title"
     assert guessed == nobody == grpc.StatusCode.UNAUTHENTICATED

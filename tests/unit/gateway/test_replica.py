@@ -14,14 +14,15 @@ from branchline.resource.v1 import watch_pb2
 from gateway import replica as replicas
 from gateway import ring as rings
 from services.runtime.spine.tokens import Position, consistency_token, parse_resume_token, resume_token
+from tests.support.databases import created
 from tests.unit.gateway.backend import (
     ORGANIZATION_ID,
     TASK,
     Backend,
     View,
-    create_tables,
     eventually,
     follow,
+    metadata,
     opened,
     state_entry,
     task_entry,
@@ -147,7 +148,7 @@ async def test_a_database_in_another_life_resets_every_watcher(backend: Backend,
             await backend.put(*(task_entry(f"old{n}", 1) for n in range(9)))
             following = asyncio.create_task(follow(opened(client), view))
             await eventually(lambda: len(view.held) == 9 and SYNCED in view.kinds)
-        backend.url = create_tables(backend.folder / "another.sqlite")
+        backend.url = created(metadata, backend.folder / "another.sqlite")
         await backend.put_unheard(task_entry("new", 1))
         async with backend.running():
             await eventually(lambda: view.held == {"new": 1})
@@ -237,7 +238,7 @@ async def test_a_resume_token_is_good_for_the_same_watch_of_the_same_person_alon
     async with backend.running(), backend.client() as client, backend.client("other") as other:
         token = (await until_synced(opened(client))).token
         of_task = client.tasks.WatchTask(tasks_pb2.WatchTaskRequest(task_id="task_1", resume_token=token))
-        codes = []
+        codes: list[grpc.StatusCode] = []
         for call in (opened(other, token), of_task):
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await until_synced(call)

@@ -1,7 +1,6 @@
 """The repository's parts over a real database, without its neighbours; and the whole service with a task service."""
 
 import asyncio
-import shutil
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -37,15 +36,14 @@ from services.runtime.clock import Clock, new_id
 from services.runtime.config import ServiceConfig
 from services.runtime.database import Database, Reader, Statement, open_database
 from services.runtime.errors import NotFound
-from services.runtime.migrations import migrate
 from services.runtime.principal import Principal, bind_principal
 from services.runtime.service import Chassis, Service
 from services.runtime.spine.index import Index
 from services.runtime.spine.ingest import Ingest, Refused
 from services.runtime.spine.outbox import COORDINATOR, Outbox
 from services.runtime.spine.tables import outbox as outbox_table
+from tests.support.databases import migrated
 
-MIGRATIONS = Path(__file__).parents[3] / "services" / "repository" / "migrations"
 PRINCIPAL = Principal(user_id="usr_1", organization_id="org_1", role=10, default_agent="mock")
 KEY = SecretStr("k" * 32)
 
@@ -119,18 +117,10 @@ def newer(task: Task, **changes: Any) -> Task:
     return following
 
 
-@pytest.fixture(scope="session")
-def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a database that the migrations made."""
-    path = tmp_path_factory.mktemp("empty") / "repository.sqlite"
-    migrate(MIGRATIONS, f"sqlite:///{path}")
-    return path
-
-
 @pytest.fixture
-def folder(tmp_path: Path, empty: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
     """Return a data folder with an empty database."""
-    shutil.copy(empty, tmp_path)
+    migrated("repository", tmp_path)
     return tmp_path
 
 

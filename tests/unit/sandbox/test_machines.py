@@ -30,8 +30,8 @@ class Scripted:
 
     name: str = "local"
     condition: Condition = Condition.GONE
-    asked: list[str] = field(default_factory=list)
-    there: set[str] = field(default_factory=set)
+    asked: list[str] = field(default_factory=list[str])
+    there: set[str] = field(default_factory=set[str])
     gate: asyncio.Event | None = None
 
     async def start(self) -> None:

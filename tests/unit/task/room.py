@@ -20,7 +20,7 @@ from branchline.spine.v1.push_pb2 import PushEntry
 from branchline.task.v1.task_pb2 import CreateTaskRequest
 from google.protobuf.any_pb2 import Any as Packed
 from google.protobuf.message import Message
-from sqlalchemy import create_engine, select
+from sqlalchemy import select
 
 from services.runtime.clock import Clock
 from services.runtime.database import Database, Statement, open_database
@@ -37,8 +37,8 @@ from services.task.public import PublicTaskServicer
 from services.task.sessions import Sessions
 from services.task.status import Status
 from services.task.store import ENTRIES, TaskStore
-from services.task.tables import metadata
 from services.task.turns import Turns
+from tests.support.databases import migrated
 
 M = TypeVar("M", bound=Message)
 
@@ -189,7 +189,4 @@ def sandbox_of(task: OpenTask, status: Any, reason: str = "", revision: int = 1)
 
 
 def new_database(folder: Path) -> Database:
-    engine = create_engine(f"sqlite:///{folder / 'task.sqlite'}")
-    metadata.create_all(engine)
-    engine.dispose()
-    return open_database(f"sqlite:///{folder / 'task.sqlite'}")
+    return open_database(migrated("task", folder))

@@ -24,8 +24,6 @@ from google.protobuf.message import Message
 from pydantic import SecretStr
 
 from services.runtime.client import open_channel
-from services.runtime.database import open_database
-from services.runtime.migrations import bring_up_to_date
 from services.runtime.principal import Signer
 from services.runtime.service import Service
 from services.runtime.spine.outbox import OutboxRow
@@ -36,10 +34,9 @@ from services.task.status import Status
 from services.task.sweep import Sweep
 from tests.support.stack import eventually, failure
 from tests.unit.task.neighbours import Refusal, RepositoryNeighbour, SandboxNeighbour
-from tests.unit.task.room import Room, birth, entry_of, new_id
+from tests.unit.task.room import Room, birth, entry_of, new_database, new_id
 
 KEY = "k" * 40
-MIGRATIONS = Path("services/task/migrations").absolute()
 IDLE, RUNNING, ERROR = task_pb2.TASK_STATUS_IDLE, task_pb2.TASK_STATUS_RUNNING, task_pb2.TASK_STATUS_ERROR
 
 
@@ -156,9 +153,7 @@ async def installed(tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[
 
 async def _leave_stuck(folder: Path) -> str:
     """Leave a task behind as a crash of a release before might have: provisioning, and nothing that does it."""
-    url = f"sqlite:///{folder / 'task.sqlite'}"
-    await bring_up_to_date({MIGRATIONS: url})
-    database = open_database(url)
+    database = new_database(folder)
     await database.start()
     room = Room(database)
     task_id = new_id("task")
