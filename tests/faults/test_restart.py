@@ -153,10 +153,11 @@ async def test_a_kill_while_provisioning_leaves_no_task_stuck_and_no_second_sand
         assert said.count("write a.txt: a\ncommit A\npush") == 1
 
 
-async def test_an_orphaned_sandbox_is_destroyed_at_the_next_start(tmp_path: Path) -> None:  # SBX-5
+async def test_an_orphaned_sandbox_is_stopped_at_the_next_start_and_its_files_are_kept(tmp_path: Path) -> None:  # SBX-5
     async with up(tmp_path) as processes, AsyncExitStack() as stack:
         client, organization_id = await processes.client(stack)
-        await until(client, (await create_task(client, organization_id, tmp_path, "go")).id, IDLE)
+        task = await create_task(client, organization_id, tmp_path, "write work.txt: done", hold=False)
+        await until(client, task.id, IDLE, turn=1)
         await processes.kill("up")
         for file in (tmp_path / "data" / "sandbox").glob("sandbox.sqlite*"):
             file.unlink()  # the service has forgotten its sandboxes
@@ -166,6 +167,8 @@ async def test_an_orphaned_sandbox_is_destroyed_at_the_next_start(tmp_path: Path
         await processes.client(stack)
 
         assert not processes.sandbox_processes()
+        assert [file.read_text() for file in (tmp_path / "data" / "sandbox").rglob("work.txt")] == ["done\n"]
+        assert "sandbox unknown to the database" in (tmp_path / "up.log").read_text()
 
 
 async def test_services_that_run_apart_are_killed_one_by_one_under_work(tmp_path: Path) -> None:  # OPS-2, OPS-3

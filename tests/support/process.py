@@ -121,6 +121,7 @@ def own_processes(folder: Path) -> Processes:
     addresses["gateway"] = f"127.0.0.1:{free_port()}"
     environment = {f"BRANCHLINE_ADDRESSES__{name.upper()}": address for name, address in addresses.items()}
     environment["BRANCHLINE_SIGNING_KEY"] = "a key for tests, long enough for HS256"
+    environment["BRANCHLINE_GATEWAY__CALLS_PER_MINUTE"] = "1000000"
     environment["BRANCHLINE_SANDBOX__LOCAL__AGENTS"] = json.dumps(scripted_agents())
     return Processes(folder, {**environment, **_common(folder)}, addresses["gateway"])
 

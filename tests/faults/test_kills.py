@@ -1,0 +1,362 @@
+"""Work goes on while everything is killed and stopped, by chance and again by the same seed; then all must agree."""
+
+import asyncio
+import contextlib
+import itertools
+import os
+import random
+import signal
+import sqlite3
+import uuid
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from branchline.client import Client
+from branchline.gateway.v1 import history_pb2, repositories_pb2, tasks_pb2
+from branchline.resource.v1 import sandbox_pb2, session_pb2, task_pb2
+from branchline.resource.v1.history_pb2 import HistoryEvent
+from branchline.resource.v1.session_pb2 import Session, TranscriptEntry
+from branchline.resource.v1.task_pb2 import Task, TaskStatus, TaskSummary
+from branchline.resource.v1.vocabulary_pb2 import (
+    ENTITY_KIND_HISTORY_EVENT,
+    ENTITY_KIND_SESSION,
+    ENTITY_KIND_TASK,
+    ENTITY_KIND_TRANSCRIPT_ENTRY,
+    EVENT_KIND_AGENT_FAILED,
+    EVENT_KIND_AGENT_FINISHED,
+    EventKind,
+)
+
+from tests.support.people import RESTING, Person, get_task, insist, transcript
+from tests.support.process import SERVICES, Processes, own_processes
+from tests.support.stack import eventually, make_remote
+from tests.support.views import View
+
+KILLS = int(os.environ.get("TEST_KILLS", "15"))
+SEED = int(os.environ.get("TEST_KILLS_SEED", "1"))
+PEOPLE = 3
+WATCHERS = 3
+SETTLE_SECONDS = 90.0
+
+OWNERS = tuple(name for name in SERVICES if name != "gateway")
+WORKING = (session_pb2.SESSION_STATUS_RUNNING, session_pb2.SESSION_STATUS_WAITING)
+PASSING = (sandbox_pb2.SANDBOX_STATUS_CREATING, sandbox_pb2.SANDBOX_STATUS_DESTROYING)
+ENDED = (task_pb2.TASK_STATUS_ARCHIVED, task_pb2.TASK_STATUS_KILLED)
+
+
+@dataclass
+class Faults:
+    """What befalls an installation."""
+
+    processes: Processes
+    chance: random.Random
+
+    async def befall(self) -> None:
+        """Let one thing happen, and let it pass."""
+        fault = self.chance.choice((self.kill_one, self.kill_one, self.kill_two, self.kill_all, self.stop_one))
+        if self.chance.random() < 0.25:
+            fault = self.chance.choice((self.stop_machines, self.kill_machines))
+        await fault()
+
+    async def kill_one(self) -> None:
+        await self.kill(1)
+
+    async def kill_two(self) -> None:
+        await self.kill(2)
+
+    async def kill_all(self) -> None:
+        await self.kill(len(SERVICES))
+
+    async def kill(self, count: int) -> None:
+        names = self.chance.sample(SERVICES, count)
+        print("kill", names)  # noqa: T201
+        for name in names:
+            await self.processes.kill(name)
+        await asyncio.sleep(self.chance.uniform(0, 1.5))
+        for name in names:
+            await self.processes.start(name, "serve", name)
+
+    async def stop_one(self) -> None:
+        process = self.processes.running[self.chance.choice(SERVICES)]
+        await self.stop([psutil.Process(process.pid)])
+
+    async def stop_machines(self) -> None:
+        found = self.processes.sandbox_processes()
+        await self.stop([process for process in found if process.name().startswith("sandbox-agent")])
+
+    async def kill_machines(self) -> None:
+        print("kill machines")  # noqa: T201
+        self.processes.kill_sandboxes()
+
+    async def stop(self, processes: list[psutil.Process]) -> None:
+        print("stop", processes)  # noqa: T201
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGSTOP)
+        await asyncio.sleep(self.chance.uniform(1, 6))
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGCONT)
+
+
+@dataclass
+class Books:
+    """The owners' databases, read directly."""
+
+    folder: Path
+
+    def rows(self, service: str, sql: str) -> list[tuple[object, ...]]:
+        path = self.folder / "data" / service / f"{service}.sqlite"
+        connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10)
+        try:
+            return connection.execute(sql).fetchall()
+        finally:
+            connection.close()
+
+    def unsettled(self) -> list[str]:
+        """Say what has not come to rest."""
+        found: list[str] = []
+        for name in OWNERS:
+            for row in self.rows(name, "SELECT destination, type_url, entity_id, attempts, parked_reason FROM outbox"):
+                found.append(f"{name} outbox: {row}")
+        for task in self.tasks():
+            if task.status not in RESTING:
+                found.append(f"task: {task}")
+        for row in self.rows("task", "SELECT session_id, working_since FROM task_workbench_sessions"):
+            if row[1] is not None:
+                found.append(f"session works: {row}")
+        for row in self.rows("task", "SELECT id, workflow FROM tasks WHERE workflow <> ''"):
+            found.append(f"waits for a workflow: {row}")
+        for row in self.rows("sandbox", "SELECT session_id, status, ending, closing FROM agent_sessions"):
+            if row[1] in WORKING or row[2] or row[3]:
+                found.append(f"agent: {row}")
+        for row in self.rows("sandbox", "SELECT id, status FROM sandboxes"):
+            if row[1] in PASSING:
+                found.append(f"sandbox: {row}")
+        return found
+
+    def tasks(self) -> list[Task]:
+        return [Task.FromString(_bytes(row[0])) for row in self.rows("task", "SELECT payload FROM tasks")]
+
+    def sessions(self) -> list[Session]:
+        rows = self.rows("task", "SELECT payload FROM task_workbench_sessions")
+        return [Session.FromString(_bytes(row[0])) for row in rows]
+
+    def entries(self) -> list[TranscriptEntry]:
+        rows = self.rows("task", "SELECT payload FROM transcript_entries ORDER BY session_id, position")
+        return [TranscriptEntry.FromString(_bytes(row[0])) for row in rows]
+
+    def events(self) -> list[HistoryEvent]:
+        rows = self.rows("history", "SELECT payload FROM events ORDER BY sequence")
+        return [HistoryEvent.FromString(_bytes(row[0])) for row in rows]
+
+
+def _bytes(value: object) -> bytes:
+    assert isinstance(value, bytes)
+    return value
+
+
+@pytest.mark.timeout(600)
+async def test_everything_is_killed_and_all_agree_at_rest(tmp_path: Path) -> None:  # OPS-2, OPS-3, API-4, SES-7
+    processes, chance = own_processes(tmp_path), random.Random(SEED)
+    books, enough = Books(tmp_path), asyncio.Event()
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(processes.stop)
+        for name in SERVICES:
+            await processes.start(name, "serve", name)
+        await processes.start("bootstrap", "bootstrap", "--agent", "mock")
+        client, organization_id = await processes.client(stack)
+        repository_id = await add_repository(client, organization_id, tmp_path)
+        views = [View("organization", client.watch_organization(organization_id)).open() for _ in range(WATCHERS)]
+        feeds = [View("history", client.watch_history(organization_id)).open() for _ in range(WATCHERS)]
+        numbers = itertools.count(1)
+        people = [Person(client, repository_id, random.Random(f"{SEED}/{n}"), numbers) for n in range(PEOPLE)]
+        task_views: dict[str, View] = {}
+        watching = asyncio.create_task(watch_tasks(client, people, task_views))
+        at_work = [asyncio.create_task(person.work(enough)) for person in people]
+        faults = Faults(processes, chance)
+        for _ in range(KILLS):
+            await asyncio.sleep(chance.uniform(0.2, 4))
+            await faults.befall()
+        enough.set()
+        await asyncio.gather(*at_work)
+        await settled(books)
+        watching.cancel()
+
+        done = {one: sum(event.kind == one for event in books.events()) for one in EventKind.values()}
+        print({EventKind.Name(one): count for one, count in done.items() if count})  # noqa: T201
+        problems = [f"stuck: {words}" for person in people for words in person.stuck]
+        problems += list(broken_promises(books, people))
+        problems += list(wrong_endings(books))
+        problems += list(wrong_numbers(books))
+        problems += await disagreements(client, organization_id, books, views, feeds, task_views)
+        for view in (*views, *feeds, *task_views.values()):
+            await view.close()
+        assert problems == []
+
+
+async def add_repository(client: Client, organization_id: str, folder: Path) -> str:
+    remote = make_remote(folder / "remotes")
+    request = repositories_pb2.AddRepositoryRequest(
+        request_id=uuid.uuid4().hex, organization_id=organization_id, remote_url=f"file://{remote}"
+    )
+    added = await insist(lambda: client.repositories.AddRepository(request))
+    assert added is not None
+    return added.repository.id
+
+
+async def watch_tasks(client: Client, people: list[Person], views: dict[str, View]) -> None:
+    while True:
+        for task_id in [task_id for person in people for task_id in person.tasks]:
+            if task_id not in views:
+                views[task_id] = View(task_id, client.watch_task(task_id)).open()
+        await asyncio.sleep(0.1)
+
+
+async def settled(books: Books) -> None:
+    """Wait until nothing is under way any more."""
+
+    async def look() -> bool:
+        return not books.unsettled()
+
+    try:
+        await eventually(look, SETTLE_SECONDS)
+    except TimeoutError:
+        pytest.fail("\n".join(books.unsettled()))
+
+
+def broken_promises(books: Books, people: list[Person]) -> Iterator[str]:
+    """Every message that was taken is there once, and its agent's words in order, none lost or doubled."""
+    entries = books.entries()
+    by_id = {entry.id: entry for entry in entries}
+    for promise in [promise for person in people for promise in person.promises]:
+        message = by_id.get(promise.entry_id)
+        if message is None:
+            yield f"lost: {promise}"
+            continue
+        if not message.turn:
+            continue  # dropped with its task, or cancelled while it waited
+        said = [entry for entry in entries if entry.session_id == promise.session_id and entry.turn == message.turn]
+        agent = session_pb2.TRANSCRIPT_ENTRY_KIND_AGENT_MESSAGE
+        text = "".join(entry.text for entry in said if entry.kind == agent).split()
+        words = [word for word in text if word.startswith("m") and "w" in word]
+        bad = [entry for entry in said if entry.kind == session_pb2.TRANSCRIPT_ENTRY_KIND_ERROR]
+        if words != promise.words[: len(words)]:
+            yield f"words of {promise}: {text}"
+        if promise.undisturbed and not bad and words != promise.words:
+            yield f"words lost of {promise}: {text}, {[(one.kind, one.text) for one in said]}"
+
+
+def wrong_endings(books: Books) -> Iterator[str]:
+    """Every turn ended once."""
+    ends: dict[str, int] = {}
+    for event in books.events():
+        if event.kind in (EVENT_KIND_AGENT_FINISHED, EVENT_KIND_AGENT_FAILED):
+            ends[event.session_id] = ends.get(event.session_id, 0) + 1
+    ended = {task.id for task in books.tasks() if task.status in ENDED}
+    for session in books.sessions():
+        count = ends.get(session.id, 0)
+        if count > session.turn or (count < session.turn and session.task_id not in ended):
+            yield f"{session.turn} turns of {session.id} have {count} ends"
+
+
+def wrong_numbers(books: Books) -> Iterator[str]:
+    """Positions and sequences have no gap; nothing of a finished turn streams."""
+    by_session: dict[str, list[TranscriptEntry]] = {}
+    for entry in books.entries():
+        by_session.setdefault(entry.session_id, []).append(entry)
+    for session_id, entries in by_session.items():
+        if [entry.position for entry in entries] != list(range(1, len(entries) + 1)):
+            yield f"positions of {session_id}: {[entry.position for entry in entries]}"
+        yield from (f"streams: {entry}" for entry in entries if entry.streaming)
+    sequences = [event.sequence for event in books.events()]
+    if sequences != list(range(1, len(sequences) + 1)):
+        yield f"sequences: {sequences}"
+
+
+async def disagreements(
+    client: Client,
+    organization_id: str,
+    books: Books,
+    views: list[View],
+    feeds: list[View],
+    task_views: dict[str, View],
+) -> list[str]:
+    """What watchers hold is what reads answer, and what the owners have."""
+    found: list[str] = []
+    request = tasks_pb2.ListTasksRequest(
+        organization_id=organization_id, page_size=1000, statuses=list(TaskStatus.values())[1:]
+    )
+    listed = {task.id: task for task in (await client.tasks.ListTasks(request)).tasks}
+    owned = {task.id: task for task in books.tasks()}
+    if {key: task.revision for key, task in listed.items()} != {key: task.revision for key, task in owned.items()}:
+        found.append("the list of tasks is not what their owner has")
+    live = {key: task for key, task in listed.items() if task.status not in ENDED}
+    for view in views:
+        await agree(found, view, lambda view=view: live_tasks(view) == live)
+    feed = {event.id: event for event in await events_of(client, organization_id)}
+    if feed != {event.id: event for event in books.events()}:
+        found.append("the feed is not what history has")
+    newest = {event.id for event in sorted(feed.values(), key=lambda event: event.sequence)[-50:]}
+    for view in feeds:
+        await agree(found, view, lambda view=view: holds_feed(view, feed, newest))
+    for task_id, view in task_views.items():
+        answer = await get_task(client, task_id)
+        entries = [entry for one in answer.sessions for entry in await transcript(client, task_id, one.id)]
+        owner = [entry for entry in books.entries() if entry.task_id == task_id]
+        if sorted(entries, key=_id) != sorted(owner, key=_id):
+            found.append(f"the transcript of {task_id} is not what its owner has")
+        await agree(found, view, lambda view=view, answer=answer, entries=entries: holds_task(view, answer, entries))
+    return found
+
+
+def _id(entry: TranscriptEntry) -> str:
+    return entry.id
+
+
+async def agree(found: list[str], view: View, agrees: object) -> None:
+    """Wait a little for a watcher that is on its way back; note it if it stays wrong."""
+
+    async def look() -> bool:
+        assert callable(agrees)
+        return bool(agrees())
+
+    try:
+        await eventually(look, 15)
+    except TimeoutError:
+        found.append(f"a watcher of {view.name} holds something else ({view.resets} resets, {len(view.held)} held)")
+
+
+def live_tasks(view: View) -> dict[str, TaskSummary]:
+    held = {key: TaskSummary.FromString(value) for key, value in view.of(ENTITY_KIND_TASK).items()}
+    return {key: task for key, task in held.items() if task.status not in ENDED}
+
+
+def holds_feed(view: View, feed: dict[str, HistoryEvent], newest: set[str]) -> bool:
+    held = {key: HistoryEvent.FromString(value) for key, value in view.of(ENTITY_KIND_HISTORY_EVENT).items()}
+    return newest <= held.keys() and all(feed.get(key) == event for key, event in held.items())
+
+
+def holds_task(view: View, answer: tasks_pb2.GetTaskResponse, entries: list[TranscriptEntry]) -> bool:
+    held = view.of(ENTITY_KIND_TRANSCRIPT_ENTRY)
+    return (
+        [Task.FromString(value) for value in view.of(ENTITY_KIND_TASK).values()] == [answer.task]
+        and {key: Session.FromString(value) for key, value in view.of(ENTITY_KIND_SESSION).items()}
+        == {one.id: one for one in answer.sessions}
+        and {key: TranscriptEntry.FromString(value) for key, value in held.items()} == {one.id: one for one in entries}
+    )
+
+
+async def events_of(client: Client, organization_id: str) -> list[HistoryEvent]:
+    events: list[HistoryEvent] = []
+    request = history_pb2.ListHistoryRequest(organization_id=organization_id, page_size=1000)
+    while True:
+        answer = await client.history.ListHistory(request)
+        events += answer.events
+        request.page_token = answer.next_page_token
+        if not request.page_token:
+            return events

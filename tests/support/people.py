@@ -1,0 +1,225 @@
+"""People at work on an installation that is being killed under them: they insist, and remember what was promised."""
+
+import asyncio
+import itertools
+import random
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import grpc
+from branchline.client import Client
+from branchline.gateway.v1 import sessions_pb2, tasks_pb2
+from branchline.resource.v1 import session_pb2, task_pb2
+from branchline.resource.v1.session_pb2 import TranscriptEntry
+from branchline.resource.v1.task_pb2 import Task
+
+from tests.support.stack import eventually
+
+RESTING = frozenset(
+    {
+        task_pb2.TASK_STATUS_IDLE,
+        task_pb2.TASK_STATUS_ERROR,
+        task_pb2.TASK_STATUS_ARCHIVED,
+        task_pb2.TASK_STATUS_KILLED,
+    }
+)
+_PASSES = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+    }
+)
+_MAY_REFUSE = frozenset({grpc.StatusCode.FAILED_PRECONDITION})
+_REST_SECONDS = 90.0
+
+T = TypeVar("T")
+
+
+async def insist(call: Callable[[], Awaitable[T]]) -> T | None:
+    """Call until there is an answer; None if the answer is that it cannot be done now."""
+    while True:
+        try:
+            return await call()
+        except grpc.aio.AioRpcError as error:
+            if error.code() in _MAY_REFUSE:
+                return None
+            if error.code() not in _PASSES:
+                raise
+        await asyncio.sleep(0.1)
+
+
+@dataclass
+class Promise:
+    """A message that was taken, and what its agent says if nobody stops it."""
+
+    task_id: str
+    session_id: str
+    entry_id: str
+    words: list[str]
+    undisturbed: bool
+
+
+@dataclass
+class Person:
+    """Works on one task after another."""
+
+    client: Client
+    repository_id: str
+    chance: random.Random
+    numbers: "itertools.count[int]"
+    promises: list[Promise] = field(default_factory=list[Promise])
+    tasks: list[str] = field(default_factory=list[str])
+    stuck: list[str] = field(default_factory=list[str])
+
+    async def work(self, enough: asyncio.Event) -> None:
+        """Work until it is enough."""
+        while not enough.is_set():
+            task = await self._create()
+            for _ in range(self.chance.randint(2, 5)):
+                if enough.is_set() or not await self._rest(task.id):
+                    break
+                await self.chance.choice((self._count, self._count, self._ask, self._hang, self._die))(task)
+            if self.chance.random() < 0.6:
+                await self._end(task)
+
+    async def _create(self) -> Task:
+        request = tasks_pb2.CreateTaskRequest(
+            request_id=uuid.uuid4().hex, repository_id=self.repository_id, text="say hello", hold_prompt=True
+        )
+        made = await self._twice(self.client.tasks.CreateTask, request)
+        assert made is not None
+        self.tasks.append(made.task.id)
+        return made.task
+
+    async def _count(self, task: Task) -> None:
+        await self._send(task, lambda words: "\n".join(f"say {word}\nwait 0.1" for word in words), undisturbed=True)
+
+    async def _die(self, task: Task) -> None:
+        await self._send(task, lambda words: f"say {words[0]}\ndie")
+
+    async def _hang(self, task: Task) -> None:
+        if await self._send(task, lambda words: f"say {words[0]}\nrun sleep 60"):
+            await asyncio.sleep(self.chance.uniform(0, 2))
+            await self._cancel(task)
+
+    async def _ask(self, task: Task) -> None:
+        promise = await self._send(task, lambda words: f"say {words[0]}\nask May I?\nsay {' '.join(words[1:])}")
+        if promise is None:
+            return
+        entry = await self._question(promise)
+        if entry is None:
+            return
+        await asyncio.sleep(self.chance.uniform(0, 1))
+        if self.chance.random() < 0.5:
+            await self._cancel(task)
+            return
+        request = sessions_pb2.AnswerPermissionRequest(
+            request_id=uuid.uuid4().hex,
+            task_id=task.id,
+            session_id=promise.session_id,
+            entry_id=entry.id,
+            option_id=self.chance.choice(("allow", "reject")),
+        )
+        await self._twice(self.client.sessions.AnswerPermission, request)
+
+    async def _cancel(self, task: Task) -> None:
+        request = sessions_pb2.CancelTurnRequest(
+            request_id=uuid.uuid4().hex, task_id=task.id, session_id=task.sessions[0].id
+        )
+        await self._twice(self.client.sessions.CancelTurn, request)
+
+    async def _end(self, task: Task) -> None:
+        number = uuid.uuid4().hex
+        if self.chance.random() < 0.5:
+            archive = tasks_pb2.ArchiveTaskRequest(request_id=number, task_id=task.id)
+            await self._twice(self.client.tasks.ArchiveTask, archive)
+        else:
+            await self._twice(self.client.tasks.KillTask, tasks_pb2.KillTaskRequest(request_id=number, task_id=task.id))
+
+    async def _send(
+        self, task: Task, script: Callable[[list[str]], str], *, undisturbed: bool = False
+    ) -> Promise | None:
+        number = next(self.numbers)
+        words = [f"m{number}w{place}" for place in range(8)]
+        request = sessions_pb2.SendMessageRequest(
+            request_id=uuid.uuid4().hex,
+            task_id=task.id,
+            session_id=task.sessions[0].id,
+            text=script(words),
+            queue=True,
+        )
+        answer = await self._twice(self.client.sessions.SendMessage, request)
+        if answer is None:
+            return None
+        promise = Promise(task.id, request.session_id, answer.entry.id, words, undisturbed)
+        self.promises.append(promise)
+        return promise
+
+    async def _question(self, promise: Promise) -> TranscriptEntry | None:
+        """Return the question once it is asked; None if the turn is over before."""
+        kind = session_pb2.TRANSCRIPT_ENTRY_KIND_PERMISSION
+
+        async def look() -> list[TranscriptEntry] | None:
+            entries = await transcript(self.client, promise.task_id, promise.session_id)
+            asked = [entry for entry in entries if entry.kind == kind and entry.streaming]
+            over = (await get_task(self.client, promise.task_id)).task.status in RESTING
+            return asked or ([TranscriptEntry()] if over else None)
+
+        try:
+            (entry, *_) = await eventually(look, _REST_SECONDS)
+        except TimeoutError:
+            self.stuck.append(f"no question in {promise.task_id}")
+            return None
+        return entry if entry.id else None
+
+    async def _rest(self, task_id: str) -> bool:
+        """Wait until the task rests; provision it anew if it must be. Return whether it takes messages."""
+
+        async def look() -> Task | None:
+            task = (await get_task(self.client, task_id)).task
+            return task if task.status in RESTING else None
+
+        try:
+            task = await eventually(look, _REST_SECONDS)
+        except TimeoutError:
+            self.stuck.append(f"does not come to rest: {(await get_task(self.client, task_id)).task}")
+            return False
+        if task.status == task_pb2.TASK_STATUS_ERROR and self.chance.random() < 0.5:
+            request = tasks_pb2.RetryTaskRequest(request_id=uuid.uuid4().hex, task_id=task_id)
+            if await self._twice(self.client.tasks.RetryTask, request) is not None:
+                return await self._rest(task_id)
+        return True
+
+    async def _twice(self, method: Any, request: Any) -> Any:
+        """Give a command, sometimes twice at the same moment; both answers must be one."""
+        if self.chance.random() < 0.5:
+            return await insist(lambda: method(request, timeout=5))
+        one, other = await asyncio.gather(
+            insist(lambda: method(request, timeout=5)), insist(lambda: method(request, timeout=5))
+        )
+        if one is not None and other is not None:
+            assert one == other, f"one command, two answers: {one} {other}"
+        return one or other
+
+
+async def get_task(client: Client, task_id: str) -> tasks_pb2.GetTaskResponse:
+    answer = await insist(lambda: client.tasks.GetTask(tasks_pb2.GetTaskRequest(task_id=task_id), timeout=5))
+    assert answer is not None
+    return answer
+
+
+async def transcript(client: Client, task_id: str, session_id: str) -> list[TranscriptEntry]:
+    """Return the whole transcript of a session."""
+    entries: list[TranscriptEntry] = []
+    request = sessions_pb2.ListTranscriptRequest(task_id=task_id, session_id=session_id, page_size=1000)
+    while True:
+        answer = await insist(lambda: client.sessions.ListTranscript(request, timeout=5))
+        assert answer is not None
+        entries += answer.entries
+        request.page_token = answer.next_page_token
+        if not request.page_token:
+            return entries
