@@ -16,6 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from dbos import DBOS
 
+from services.runtime.config import make_private
 from services.runtime.errors import reason_of
 
 _APPLICATION_VERSION = "1"
@@ -60,7 +61,7 @@ class WorkflowEngine:
     """The process's workflow engine. Register workflows before it starts."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(path.parent)
         DBOS(
             config={
                 "name": "branchline",
