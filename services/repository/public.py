@@ -13,10 +13,10 @@ from branchline.gateway.v1 import (
 
 from services.repository.creation import Creation
 from services.repository.downward import TO_TASK
-from services.repository.naming import check_branch
 from services.repository.overview import overview
 from services.repository.store import RepositoryStore
 from services.repository.workbench import Workbench
+from services.runtime.branches import check_branch
 from services.runtime.clock import Clock
 from services.runtime.database import Database, Reader
 from services.runtime.principal import current_principal

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from sqlalchemy import MetaData
 
+from services.runtime.config import make_private
+
 _VERSIONS = "versions"
 
 
@@ -54,7 +56,7 @@ def migrate(folder: Path, url: str) -> None:
     from alembic.config import Config  # noqa: PLC0415
 
     if url.startswith("sqlite:///"):
-        Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        make_private(Path(url.removeprefix("sqlite:///")).parent)
     config = Config()
     config.set_main_option("script_location", str(folder))
     config.set_main_option("sqlalchemy.url", url.replace("postgresql://", "postgresql+psycopg://").replace("%", "%%"))

@@ -14,6 +14,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import aiosqlite
 
+from services.runtime.config import make_private
 from services.runtime.database.base import Database, Job, in_context, raisable
 from services.runtime.database.statement import Compiled, Parameters, Statement
 from services.runtime.database.transaction import DatabaseBusy, DatabaseError, DatabaseUnavailable, Reader
@@ -78,7 +79,7 @@ class SqliteDatabase(Database):
 
     async def start(self) -> None:
         """Open the connections."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(self.path.parent)
         self._writer = await _open(self.path, writes=True)
         self._readers = [await _open(self.path, writes=False) for _ in range(_READERS)]
         self._idle_readers.extend(self._readers)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import SecretStr, ValidationError
@@ -113,3 +114,22 @@ def test_an_operator_finds_a_running_installation_and_makes_none(tmp_path: Path)
 def test_services_that_run_apart_are_told_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"addresses\.task.*signing_key"):
         distributed_installation(Settings(data_dir=tmp_path))
+
+
+def test_sandboxes_see_neither_the_file_of_settings_nor_data_behind_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # F14
+    disk, link = tmp_path / "disk", tmp_path / "data"
+    disk.mkdir()
+    link.symlink_to(disk)
+    monkeypatch.setenv("BRANCHLINE_CONFIG", str(tmp_path / "branchline.toml"))
+    settings = Settings(data_dir=link, sandbox={"local": {"sandbox_agent": "/bin/false", "hidden_paths": [link]}})
+
+    hidden = sandbox_configuration(settings)["local"]["hidden_paths"]
+
+    assert {disk, tmp_path / "branchline.toml", Path.home().resolve()} == set(hidden)
+
+
+def sandbox_configuration(settings: Settings) -> dict[str, Any]:
+    """Return what the sandbox service is built from."""
+    return local_installation(settings)._configuration("sandbox")  # pyright: ignore[reportPrivateUsage]
