@@ -184,7 +184,7 @@ class Chassis:
         async def migrate() -> None:
             await bring_up_to_date({room / "migrations": url})
 
-        self.service.before_start += [migrate, self.database.start]
+        self.service.before_start += [migrate, self.database.start, self.outbox.start]
         self.service.after_stop.append(self.database.close)
         self.serve(AdminServicer(self.outbox), admin_pb2.DESCRIPTOR, "AdminService")
         self.service.every(_PARKED_LOOK_SECONDS, "look for parked rows", self.tell_parked)
