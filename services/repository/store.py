@@ -79,6 +79,7 @@ class RepositoryStore:
     def ensure(self, tx: Tx, request: EnsureRepositoryRequest) -> None:
         """Create a repository, or bring its name and default branch and its caches up to date."""
         given = request.repository
+        self.lock(tx, [given.id])
         held = REPOSITORIES.find(tx, given.id)
         if held is None:
             if tx.value(_DELETED, {"of": given.id}) is not None:
