@@ -10,7 +10,7 @@ from branchline.resource.v1.vocabulary_pb2 import EventKind
 from sqlalchemy import Float, bindparam, select
 
 from services.organization.destinations import TO_HISTORY
-from services.organization.pages import Page, all_of, page_of
+from services.organization.filters import all_of
 from services.organization.tables import HISTORY, history_feed, organizations
 from services.runtime.clock import Clock, column_seconds
 from services.runtime.database import Database, Reader, Statement, Tx, is_in
@@ -18,6 +18,7 @@ from services.runtime.loops import for_each
 from services.runtime.principal import principal_or_none
 from services.runtime.spine.index import Entry, Index
 from services.runtime.spine.outbox import Mark, Outbox
+from services.runtime.spine.pages import Page, page_of
 
 RETENTION_DAYS = 90
 """How long the feed shows an event where the organization does not say."""

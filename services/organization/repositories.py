@@ -17,7 +17,6 @@ from sqlalchemy import String, bindparam, delete, select, tuple_
 
 from services.organization.destinations import TO_REPOSITORY
 from services.organization.feed import Feed
-from services.organization.pages import Page, page_of
 from services.organization.tables import github_repositories, repositories, repository_deletions
 from services.organization.tasks import Tasks
 from services.runtime.clock import Clock
@@ -26,6 +25,7 @@ from services.runtime.errors import AlreadyExists
 from services.runtime.spine.index import Entry, Index
 from services.runtime.spine.ingest import Pushed
 from services.runtime.spine.outbox import Mark, Outbox
+from services.runtime.spine.pages import Page, page_of
 from services.runtime.spine.resources import Held
 
 BURIED_AT_ONCE = 500
