@@ -24,7 +24,7 @@ from services.runtime.serving import Context
 from services.runtime.spine.commands import Commands
 from services.runtime.spine.index import Index
 from services.runtime.spine.outbox import Outbox
-from services.runtime.spine.tokens import page_token, parse_consistency_token, parse_page_token
+from services.runtime.spine.tokens import parse_consistency_token, parse_page_token
 
 CHILD_SECONDS = 2.0
 """Time that a creation waits for its child, so that the next command finds it. The child is made in any case."""
@@ -62,9 +62,8 @@ class Reads:
         """Return a page of a transcript."""
         self.workbench.task(tx, request.task_id, current_principal())
         most = request.page_size or _PAGE_ENTRIES
-        page, more = self.workbench.transcript(tx, request.task_id, request.session_id, after_position, most)
-        following = page_token(request, [page[-1].position]) if more else ""
-        return sessions_pb2.ListTranscriptResponse(entries=page, next_page_token=following)
+        page = self.workbench.transcript(tx, request.task_id, request.session_id, after_position, most)
+        return sessions_pb2.ListTranscriptResponse(entries=page.found, next_page_token=page.next_token(request))
 
     def overview(self, tx: Reader, repository_id: str) -> repositories_pb2.GetRepositoryOverviewResponse:
         """Return a repository's branches with their tasks and pull requests."""

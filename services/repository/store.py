@@ -31,7 +31,11 @@ REPOSITORIES = Resources(
 )
 _BRANCHES_OF = Statement(select(branches.c.payload).where(branches.c.repository_id == bindparam("of")))
 _BRANCH_NAMES_OF = Statement(select(branches.c.name).where(branches.c.repository_id == bindparam("of")))
-_PULL_REQUESTS_OF = Statement(select(pull_requests.c.payload).where(pull_requests.c.repository_id == bindparam("of")))
+_PULL_REQUESTS_OF = Statement(
+    select(pull_requests.c.payload)
+    .where(pull_requests.c.repository_id == bindparam("of"))
+    .order_by(pull_requests.c.number)
+)
 _ADD_BRANCH = Statement(insert(branches))
 _ADD_PULL_REQUEST = Statement(insert(pull_requests))
 _DROP_BRANCHES = Statement(delete(branches).where(branches.c.repository_id == bindparam("of")))
@@ -79,6 +83,7 @@ class RepositoryStore:
     def ensure(self, tx: Tx, request: EnsureRepositoryRequest) -> None:
         """Create a repository, or bring its name and default branch and its caches up to date."""
         given = request.repository
+        self.lock(tx, [given.id])
         held = REPOSITORIES.find(tx, given.id)
         if held is None:
             if tx.value(_DELETED, {"of": given.id}) is not None:
@@ -112,7 +117,7 @@ class RepositoryStore:
                 for pull in {pull.number: pull for pull in request.pull_requests}.values()
             ],
         )
-        after = {pull.head_branch: pull for pull in request.pull_requests}
+        after = self.pull_requests(tx, repository_id)
         told = [
             SetPullRequestRequest(task_id=task_id, pull_request=after.get(branch))
             for branch, task_id in self.branch_holders(tx, repository_id).items()
@@ -165,6 +170,6 @@ class RepositoryStore:
         return [Branch.FromString(row.payload) for row in tx.rows(_BRANCHES_OF, {"of": repository_id})]
 
     def pull_requests(self, tx: Reader, repository_id: str) -> dict[str, PullRequest]:
-        """Return the cached pull requests by the branch they are from."""
+        """Return the cached pull requests by the branch they are from: of several, the newest."""
         found = [PullRequest.FromString(row.payload) for row in tx.rows(_PULL_REQUESTS_OF, {"of": repository_id})]
         return {pull.head_branch: pull for pull in found}

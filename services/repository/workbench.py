@@ -24,10 +24,10 @@ from services.repository.tables import (
 from services.runtime.database import Reader, Statement, Tx, insert, is_in
 from services.runtime.errors import NotFound
 from services.runtime.principal import Principal
-from services.runtime.spine.chunks import PART_BYTES
 from services.runtime.spine.hub import Kind
 from services.runtime.spine.index import Entry, Index, IndexTable
 from services.runtime.spine.ingest import Pushed
+from services.runtime.spine.pages import Page, page_of
 from services.runtime.spine.resources import Held
 from services.runtime.statuses import HOLDS_BRANCH
 
@@ -46,7 +46,7 @@ _SESSION_THERE = Statement(
     )
 )
 _TRANSCRIPT = Statement(
-    select(transcript_entries.c.payload)
+    select(transcript_entries.c.position, transcript_entries.c.payload)
     .where(
         transcript_entries.c.session_id == bindparam("of"),
         transcript_entries.c.position > bindparam("after"),
@@ -132,21 +132,12 @@ class Workbench:
 
     def transcript(
         self, tx: Reader, task_id: str, session_id: str, after_position: int, most: int
-    ) -> tuple[list[TranscriptEntry], bool]:
-        """Return a page of a transcript, oldest first, and whether there is more; raise NotFound.
-
-        The page has at most 1 MiB, after at least one entry.
-        """
+    ) -> Page[TranscriptEntry]:
+        """Return a page of a transcript, oldest first; raise NotFound."""
         if tx.value(_SESSION_THERE, {"of": task_id, "session": session_id}) is None:
             raise NotFound(ENTITY_KIND_SESSION, session_id)
-        page: list[TranscriptEntry] = []
-        size = 0
-        for row in tx.each(_TRANSCRIPT, {"of": session_id, "after": after_position, "most": most + 1}):
-            size += len(row.payload)
-            if page and (len(page) == most or size > PART_BYTES):
-                return page, True
-            page.append(TranscriptEntry.FromString(row.payload))
-        return page, False
+        rows = tx.each(_TRANSCRIPT, {"of": session_id, "after": after_position, "most": most + 1})
+        return page_of(TranscriptEntry, rows, ["position"], most)
 
     def places(self, tx: Reader, task_ids: Iterable[str]) -> dict[str, Place]:
         """Return what the index knows of tasks, by their ids."""

@@ -15,9 +15,9 @@ from branchline.resource.v1.vocabulary_pb2 import (
 
 from services.runtime.database import Database
 from services.runtime.errors import DomainError, FailedPrecondition, InvalidArgument, Unavailable
+from services.runtime.lanes import Lanes
 from services.runtime.retry import Backoff
 from services.sandbox.agent_server import AgentError, AgentServer, AgentUnknownError
-from services.sandbox.lanes import Lanes
 from services.sandbox.machines import WORKSPACE, Machines
 from services.sandbox.members import member, members
 from services.sandbox.providers.base import Condition

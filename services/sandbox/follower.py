@@ -15,6 +15,7 @@ import structlog
 from services.runtime.clock import Clock
 from services.runtime.database import Database
 from services.runtime.errors import DomainError, Unavailable, reason_of
+from services.runtime.lanes import Lanes
 from services.runtime.retry import Backoff
 from services.runtime.signal import Signal
 from services.sandbox import faults
@@ -22,7 +23,6 @@ from services.sandbox.agent_server import AgentError, AgentServer
 from services.sandbox.agents import Agents
 from services.sandbox.commands import run
 from services.sandbox.control import Control
-from services.sandbox.lanes import Lanes
 from services.sandbox.limits import Limits
 from services.sandbox.link import AgentLink
 from services.sandbox.machines import WORKSPACE, Machines

@@ -36,7 +36,7 @@ class PublicUserServicer(users_pb2_grpc.UserServiceServicer):
         return await self.commands.run(request, users_pb2.UpdatePreferencesResponse, self._update, request)
 
     def _update(self, tx: Tx, request: users_pb2.UpdatePreferencesRequest) -> users_pb2.UpdatePreferencesResponse:
-        user = USERS.get(tx, current_principal().user_id)
+        user = USERS.take(tx, current_principal().user_id)
         user.preferences.CopyFrom(request.preferences)
         self.accounts.save(tx, user)
         named = consistency_token([(ENTITY_KIND_USER, user.id, user.revision)])

@@ -270,11 +270,13 @@ def mark(entity: str, revision: int = 1, *, to: str = COORDINATOR, title: str = 
     return Mark(entity, revision, Task(id=entity, revision=revision, title=title), destination=to)
 
 
-async def taken(outbox: Outbox, count: int, *, forget: bool = True, to: str = COORDINATOR) -> list[OutboxRow]:
+async def taken(
+    outbox: Outbox, count: int, *, forget: bool = True, to: str = COORDINATOR, most: int = 100
+) -> list[OutboxRow]:
     rows: list[OutboxRow] = []
     async with asyncio.timeout(10):
         while len(rows) < count:
-            more = await outbox.line(to).take(100)
+            more = await outbox.line(to).take(most)
             if forget:
                 outbox.arrived(more)
             rows += more
@@ -384,6 +386,20 @@ async def test_a_line_that_is_not_emptied_is_bounded_and_loses_nothing(
 
     assert most <= 21
     assert brief(found) == [(f"t{k:03}", 1) for k in range(150)]
+
+
+async def test_new_rows_are_numbered_behind_old_ones_although_the_clock_was_set_back(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await database.write(Outbox(database, Clock()).mark, [mark("a"), mark("b")])
+    monkeypatch.setattr(outbox_module.time, "time_ns", lambda: 1)
+    outbox = Outbox(database, Clock())
+    await outbox.start()
+    first = await taken(outbox, 1, most=1)
+
+    await database.write(outbox.mark, [mark("b", 2)])
+
+    assert brief([*first, *await taken(outbox, 1)]) == [("a", 1), ("b", 2)]
 
 
 async def test_a_row_committed_late_with_an_early_number_is_carried(database: Database) -> None:

@@ -120,6 +120,7 @@ _LISTED = Statement(
     .order_by(outbox.c.seq)
     .limit(bindparam("most"))
 )
+_NEWEST = Statement(select(func.max(outbox.c.seq)))
 _OF_SEQS = is_in(outbox.c.seq, "seqs")
 _UNPARK = Statement(update(outbox).where(outbox.c.parked_reason != "", _OF_SEQS).values(parked_reason="", attempts=0))
 _UNPARK_ALL = Statement(update(outbox).where(outbox.c.parked_reason != "").values(parked_reason="", attempts=0))
@@ -252,6 +253,11 @@ class Outbox:
     _awaited: dict[tuple[str, str], set[asyncio.Event]] = field(
         default_factory=dict[tuple[str, str], set[asyncio.Event]]
     )
+
+    async def start(self) -> None:
+        """Begin the numbers of new rows behind all that are held, also where the clock was set back."""
+        newest: int | None = await self.database.read(Reader.value, _NEWEST)
+        self._numbers = itertools.count(max(time.time_ns(), (newest or 0) + 1))
 
     def line(self, destination: str) -> Line:
         """Return the line of a destination; only one carrier may take from it."""
