@@ -110,15 +110,6 @@ github_repositories = Table(
     comment="Coordinator index of github-data: GitHub's repository id to ours",
 )
 
-task_lookup = Table(
-    "task_lookup",
-    metadata,
-    Column("task_id", String, primary_key=True),
-    Column("organization_id", String, nullable=False),
-    Column("repository_id", String, nullable=False),
-    comment="Coordinator index of task: task id to repository id, for routing",
-)
-
 task_summaries = index_table(
     "task_summaries",
     metadata,

@@ -9,24 +9,20 @@ from typing import Any
 from branchline.resource.v1.task_pb2 import TaskStatus, TaskSummary
 from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_TASK
 from branchline.user.v1.user_pb2 import ForgetTaskStatesRequest
-from sqlalchemy import Boolean, String, bindparam, delete, func, or_, select, tuple_
+from sqlalchemy import Boolean, String, bindparam, func, or_, select, tuple_
 
 from services.organization.destinations import TO_USER
 from services.organization.pages import Page, all_of, page_of, pattern
-from services.organization.tables import task_lookup, task_summaries
+from services.organization.tables import task_summaries
 from services.runtime.clock import column_seconds
-from services.runtime.database import Reader, Statement, Tx, insert_new, is_in
+from services.runtime.database import Reader, Statement, Tx, is_in
 from services.runtime.spine.index import Entry, Index
 from services.runtime.spine.ingest import Pushed, RejectedEntryError
 from services.runtime.spine.outbox import Mark, Outbox
 from services.runtime.statuses import ENDED
 
 _c = task_summaries.c
-_ADD_ROUTE = Statement(insert_new(task_lookup, ["task_id"]))
-_DROP_ROUTE = Statement(delete(task_lookup).where(task_lookup.c.task_id == bindparam("task")))
-_ROUTE = Statement(
-    select(task_lookup.c.organization_id, task_lookup.c.repository_id).where(task_lookup.c.task_id == bindparam("task"))
-)
+_ROUTE = Statement(select(_c.scope, _c.repository_id).where(_c.id == bindparam("task"), _c.deleted.is_(False)))
 _OF_REPOSITORY = Statement(
     select(_c.revision, _c.payload)
     .where(_c.scope == bindparam("of"), _c.repository_id == bindparam("repository"), _c.deleted.is_(False))
@@ -70,7 +66,7 @@ class Tasks:
     outbox: Outbox
 
     def take(self, tx: Tx, pushed: Sequence[Pushed[TaskSummary]]) -> None:
-        """Index pushed summaries. Those that are gone leave with their routes and with what people had open of them."""
+        """Index pushed summaries. Those that are gone leave with what people had open of them."""
         self._put(tx, [_entry(one.state, one.revision, deleted=one.deleted) for one in pushed])
 
     def forget_of(self, tx: Tx, organization_id: str, repository_id: str, most: int) -> int:
@@ -83,16 +79,7 @@ class Tasks:
 
     def _put(self, tx: Tx, entries: Sequence[Entry]) -> None:
         fresh = self.index.put_many(tx, entries)
-        tx.change_many(
-            _ADD_ROUTE,
-            [
-                {"task_id": one.id, "organization_id": one.scope, "repository_id": one.columns["repository_id"]}
-                for one in fresh
-                if not one.deleted
-            ],
-        )
         gone = [one for one in fresh if one.deleted]
-        tx.change_many(_DROP_ROUTE, [{"task": one.id} for one in gone])
         self.outbox.mark(
             tx,
             [
@@ -104,7 +91,7 @@ class Tasks:
     def route(self, tx: Reader, task_id: str) -> tuple[str, str] | None:
         """Return (organization id, repository id) of a task, or None."""
         row: Any = tx.row(_ROUTE, {"task": task_id})
-        return (row.organization_id, row.repository_id) if row is not None else None
+        return (row.scope, row.repository_id) if row is not None else None
 
     def page(
         self, tx: Reader, wanted: TaskFilter, order: Order, after: Sequence[str | int | float] | None, most: int

@@ -16,10 +16,10 @@ from branchline.gateway.v1 import organizations_pb2, organizations_pb2_grpc
 from branchline.resource.v1.task_pb2 import Task
 from branchline.spine.v1.push_pb2 import PushEntry, PushRequest
 
+from services.sandbox.providers.ports import free_port
 from tests.bench.child import Child
 from tests.bench.floor import OPTIONS, WATCH, Pusher, Store
 from tests.bench.installation import Installed, a_task, installed, task_id
-from tests.support.ports import free_port
 
 Seen = Callable[[str, int], None]
 """Called with an entity's id and revision when a client has received it."""

@@ -560,7 +560,8 @@ async def test_numbers_have_no_doubles_and_nobody_hears_of_an_older_revision_beh
 
     index.hub.publish = listen  # type: ignore[method-assign]
     jobs = [(f"t{k % 3}", 1 + (k * 7) % 40) for k in range(120)]
-    await asyncio.gather(*(database.write(index.put, entry(*job)) for job in jobs))
+    with index.hub.watcher(SCOPE):
+        await asyncio.gather(*(database.write(index.put, entry(*job)) for job in jobs))
     await database.close()
 
     seqs = [seq for _, _, seq in heard]

@@ -10,7 +10,7 @@ import contextvars
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import grpc
 import structlog
@@ -36,8 +36,7 @@ class RejectedEntryError(Exception):
     """The entry is bad data and will be refused however often it comes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pushed(Generic[M]):
+class Pushed(NamedTuple, Generic[M]):
     """One entry as a handler gets it: the newest state of a child's entity."""
 
     id: str

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any as AnyValue
+from typing import NamedTuple
 
 from google.protobuf.any_pb2 import Any
 from google.protobuf.message import Message
@@ -37,8 +38,7 @@ Key = tuple[str, str]
 """Type and id of an entity."""
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
+class Mark(NamedTuple):
     """The newest state of one entity, on its way to a destination."""
 
     entity_id: str
@@ -48,8 +48,7 @@ class Mark:
     deleted: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class OutboxRow:
+class OutboxRow(NamedTuple):
     """A row of the outbox. `seq` names exactly this version of the entity."""
 
     seq: int
@@ -276,9 +275,12 @@ class Outbox:
         ]
         if not rows:
             return
+        tx.at_end(self._put, rows)
+        tx.after_commit(partial(self._hand_over, rows))
+
+    def _put(self, tx: Tx, rows: Sequence[OutboxRow]) -> None:
         now = self.clock.seconds()
         tx.change_many(_PUT, [_columns(row, now) for row in rows])
-        tx.after_commit(partial(self._hand_over, rows))
 
     def _hand_over(self, rows: Sequence[OutboxRow]) -> None:
         by_destination: dict[str, list[OutboxRow]] = {}

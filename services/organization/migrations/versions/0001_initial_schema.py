@@ -255,14 +255,6 @@ def upgrade() -> None:
         batch_op.create_index("requests_create_time", ["create_time"], unique=False)
 
     op.create_table(
-        "task_lookup",
-        sa.Column("task_id", sa.String(), nullable=False),
-        sa.Column("organization_id", sa.String(), nullable=False),
-        sa.Column("repository_id", sa.String(), nullable=False),
-        sa.PrimaryKeyConstraint("task_id"),
-        comment="Coordinator index of task: task id to repository id, for routing",
-    )
-    op.create_table(
         "task_summaries",
         sa.Column("scope", sa.String(), nullable=False),
         sa.Column("id", sa.String(), nullable=False),
@@ -397,7 +389,6 @@ def downgrade() -> None:
         batch_op.drop_index("task_summaries_changes")
 
     op.drop_table("task_summaries")
-    op.drop_table("task_lookup")
     with op.batch_alter_table("requests", schema=None) as batch_op:
         batch_op.drop_index("requests_create_time")
 
