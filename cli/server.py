@@ -13,6 +13,9 @@ from typing import Any
 
 import uvloop
 
+if __name__ == "__main__":
+    sys.modules["rich"] = None  # type: ignore[assignment] - structlog would load it, for tracebacks in colours
+
 from cli.installation import SERVICES, Installation, distributed_installation, known_installation
 from cli.isolation import require_isolation
 from cli.settings import Settings, SettingsError, load_settings

@@ -193,7 +193,7 @@ class Turn:
 
     @property
     def worth_storing(self) -> bool:
-        """Whether there is more to store than how far the events were read; those that said nothing may be read again."""
+        """Whether there is more to store than how far the events were read; what said nothing may be read again."""
         last_event, *told = self._stored
         return told != [self.builder.count, self.accepted, self.status] or (
             bool(self.builder.changed or self._asked or self._settled) or self.last_event - last_event >= _READ_AGAIN

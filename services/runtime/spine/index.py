@@ -462,12 +462,12 @@ def _row(entry: Entry, seq: int, now: float) -> dict[str, Any]:
     }
 
 
-def _change(  # noqa: PLR0913 - what `_COLUMNS` names, in that order
+def _change(
     spec: IndexTable,
     entity_id: str,
     revision: int,
     change_seq: int,
-    deleted: bool,  # noqa: FBT001
+    deleted: bool,
     viewer_id: str,
     task_id: str,
     payload: bytes,
