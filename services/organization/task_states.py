@@ -13,16 +13,21 @@ from branchline.user.v1.user_pb2 import ForgetTaskStatesRequest
 from sqlalchemy import select
 
 from services.organization.destinations import TO_USER
-from services.organization.tables import members, task_lookup
+from services.organization.tables import members, task_summaries
 from services.runtime.database import Reader, Statement, Tx, is_in
 from services.runtime.spine.index import Entry, Index
 from services.runtime.spine.ingest import Pushed
 from services.runtime.spine.outbox import Mark, Outbox
 
 _PLACES = Statement(
-    select(task_lookup.c.task_id, members.c.user_id)
-    .join(members, members.c.scope == task_lookup.c.organization_id)
-    .where(is_in(task_lookup.c.task_id, "tasks"), is_in(members.c.user_id, "users"), members.c.deleted.is_(False))
+    select(task_summaries.c.task_id, members.c.user_id)
+    .join(members, members.c.scope == task_summaries.c.scope)
+    .where(
+        is_in(task_summaries.c.id, "tasks"),
+        task_summaries.c.deleted.is_(False),
+        is_in(members.c.user_id, "users"),
+        members.c.deleted.is_(False),
+    )
 )
 
 
