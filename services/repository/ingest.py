@@ -21,6 +21,7 @@ from services.runtime.clock import Clock
 from services.runtime.database import Database, Tx
 from services.runtime.spine.ingest import Handler, Ingest, Pushed, RejectedEntryError
 from services.runtime.spine.outbox import Mark, Outbox
+from services.runtime.statuses import HOLDS_BRANCH
 
 log = structlog.get_logger()
 
@@ -40,9 +41,7 @@ class RepositoryIngest:
         return Ingest(
             database,
             Handler(Task, self.tasks),
-            Handler(Session, self.workbench.put_sessions),
-            Handler(Sandbox, self.workbench.put_sandboxes),
-            Handler(TranscriptEntry, self.workbench.put_transcript),
+            Handler((Session, Sandbox, TranscriptEntry), self.workbench.put_parts),
             Handler(HistoryEvent, self.history_events),
         )
 
@@ -65,7 +64,9 @@ class RepositoryIngest:
         marks += [Mark(task.id, task.revision, summary_of(task), deleted=True) for task in gone]
         self.outbox.mark(tx, [*marks, *(Mark(event.id, 1, event) for event in events)])
         moved = [task for task in changed if task.status != places[task.id].status]
-        self.store.touch(tx, (places[task.id].repository_id for task in (*moved, *gone)))
+        left = [task for task in moved if places[task.id].live and task.status not in HOLDS_BRANCH]
+        counted, active = ([places[task.id].repository_id for task in (*some, *gone)] for some in (left, moved))
+        self.store.touch(tx, counted, active)
 
     def history_events(self, tx: Tx, pushed: Sequence[Pushed[HistoryEvent]]) -> None:
         """Pass events on."""

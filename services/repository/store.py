@@ -1,7 +1,7 @@
 """Queries of the repositories themselves and of the caches of GitHub. What changed is marked for the organization."""
 
 from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from branchline.repository.v1.repository_pb2 import EnsureRepositoryRequest
 from branchline.resource.v1.repository_pb2 import Branch, PullRequest, Repository
@@ -17,6 +17,9 @@ from services.runtime.errors import NotFound
 from services.runtime.principal import Principal
 from services.runtime.spine.outbox import Mark, Outbox
 from services.runtime.spine.resources import Resources
+
+ACTIVITY_SECONDS = 60.0
+"""How exactly a repository says when something last happened in it."""
 
 REPOSITORIES = Resources(
     repositories,
@@ -68,6 +71,8 @@ class RepositoryStore:
 
     outbox: Outbox
     clock: Clock
+    told: dict[str, float] = field(default_factory=dict[str, float])
+    """When the activity of each repository was told last."""
 
     def visible(self, tx: Reader, repository_id: str, principal: Principal) -> Repository:
         """Return a repository; raise NotFound if it is not the caller's to see."""
@@ -145,11 +150,14 @@ class RepositoryStore:
         tx.change(_BURY, {"id": repository.id, "delete_time": self.clock.seconds()})
         self.outbox.mark(tx, [Mark(repository.id, repository.revision, repository, deleted=True)])
 
-    def touch(self, tx: Tx, repository_ids: Iterable[str]) -> None:
-        """Count the live tasks again and note that something happened."""
-        ids = sorted(set(repository_ids))
+    def touch(self, tx: Tx, counted: Iterable[str], active: Iterable[str] = ()) -> None:
+        """Count live tasks again, and note that something happened: that is told once in a while alone."""
+        now = self.clock.seconds()
+        quiet = {one for one in active if now - self.told.get(one, 0.0) >= ACTIVITY_SECONDS}
+        ids = sorted({*counted, *quiet})
         if not ids:
             return
+        tx.after_commit(lambda: self.told.update(dict.fromkeys(ids, now)))
         live = {row.repository_id: row.tasks for row in tx.rows(_LIVE_TASKS, {"ids": ids})}
         touched = sorted(REPOSITORIES.find_many(tx, ids), key=lambda one: one.id)
         for repository in touched:

@@ -15,6 +15,7 @@ from pathlib import Path
 from sqlalchemy import MetaData
 
 from services.runtime.config import make_private
+from services.runtime.database.indexes import add_conditions
 
 _VERSIONS = "versions"
 
@@ -68,6 +69,7 @@ def run_environment(metadata: MetaData) -> None:
     from alembic import context  # noqa: PLC0415
     from sqlalchemy import create_engine  # noqa: PLC0415
 
+    add_conditions(metadata)
     engine = create_engine(context.config.get_main_option("sqlalchemy.url") or "")
     with engine.connect() as connection:
         context.configure(connection=connection, target_metadata=metadata, render_as_batch=True)

@@ -209,7 +209,9 @@ class Follower:
         return await call()
 
     async def _flush(self, turn: Turn) -> None:
-        """Store what is new. Raise Overtaken."""
+        """Store what is new, if it is worth that. Raise Overtaken."""
+        if not turn.worth_storing:
+            return
         progress, record = turn.take(), turn.record
         sessions = self.ground.sessions
         try:

@@ -431,7 +431,7 @@ async def _field(folder: Path, tasks: int) -> AsyncGenerator[tuple[Field, Caller
 
 async def _ready_task(installation: Installed, repository_id: str) -> Task:
     request = tasks_pb2.CreateTaskRequest(
-        request_id=request_id(), repository_id=repository_id, text="say hello", hold_prompt=True
+        request_id=request_id(), repository_id=repository_id, text="say hello", agent="mock", hold_prompt=True
     )
     made = (await installation.client.tasks.CreateTask(request)).task
     return await _until_idle(installation, made, 0)

@@ -222,7 +222,7 @@ class World:
         state = AnyState()
         state.Pack(Task(id=name, revision=revision - 1))
         entry = push_pb2.PushEntry(outbox_seq=1, id=name, revision=revision - 1, state=state)
-        await self.coordinator.ingest.submit([entry])
+        await self.coordinator.ingest.submit(push_pb2.PushRequest(entries=[entry]))
 
     async def _settle(self) -> None:
         """Wait until the coordinator has everything."""

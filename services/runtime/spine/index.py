@@ -199,17 +199,23 @@ class Index:
         return bool(self.put_many(tx, [entry]))
 
     def put_many(self, tx: Tx, entries: Sequence[Entry]) -> list[Entry]:
-        """Store the states of one kind that are newer than what is held; return those, one for each entity.
+        """Store the states that are newer than what is held; return those, one for each entity.
 
         A number of statements that does not grow with the number of entries or of their scopes.
         """
         if not entries:
             return []
-        spec = self._tables[entries[0].kind]
-        fresh = _newest(entries)
-        numbers = _take_numbers(tx, [entry.scope for entry in fresh])  # first: from here on the scopes are ours alone
+        newest = _newest(entries)
+        numbers = _take_numbers(tx, [entry.scope for entry in newest])  # first: from here on the scopes are ours alone
+        by_kind: dict[Kind, list[tuple[Entry, int]]] = {}
+        for entry, number in zip(newest, numbers, strict=True):
+            by_kind.setdefault(entry.kind, []).append((entry, number))
+        return [entry for kind, found in by_kind.items() for entry in self._put(tx, self._tables[kind], found)]
+
+    def _put(self, tx: Tx, spec: IndexTable, numbered: Sequence[tuple[Entry, int]]) -> list[Entry]:
+        fresh = [entry for entry, _ in numbered]
         now = self._clock.seconds()
-        rows = [_row(entry, number, now) for entry, number in zip(fresh, numbers, strict=True)]
+        rows = [_row(entry, number, now) for entry, number in numbered]
         if tx.change_many(spec.put, rows) < len(rows):
             held = _held(tx, spec, fresh)
             stored = [held.get((row["id"], row["scope"])) == row["change_seq"] for row in rows]
@@ -396,11 +402,12 @@ def _incarnate(tx: Tx, epoch: str) -> str:
 
 def _newest(entries: Sequence[Entry]) -> list[Entry]:
     """Return the newest entry of each entity."""
-    newest: dict[tuple[str, str], Entry] = {}
+    newest: dict[tuple[Kind, str, str], Entry] = {}
     for entry in entries:
-        known = newest.get((entry.id, entry.scope))
+        key = entry.kind, entry.id, entry.scope
+        known = newest.get(key)
         if known is None or known.revision < entry.revision:
-            newest[(entry.id, entry.scope)] = entry
+            newest[key] = entry
     return list(newest.values())
 
 

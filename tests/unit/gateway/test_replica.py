@@ -1,7 +1,6 @@
 """Watches through the gateway: real sockets, a real index, upstreams that break. API-4, API-5."""
 
 import asyncio
-import dataclasses
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
@@ -272,9 +271,9 @@ async def test_a_filtered_feed_shows_its_part_and_its_tokens_are_good_for_no_oth
         return history_pb2.WatchHistoryRequest(organization_id=ORGANIZATION_ID, task_id=task_id, resume_token=token)
 
     async with backend.running(), backend.client() as client:
-        await backend.put(dataclasses.replace(task_entry("a", 1), task_id="task_1"), task_entry("b", 1))
+        await backend.put(task_entry("a", 1)._replace(task_id="task_1"), task_entry("b", 1))
         part = await until_synced(client.history.WatchHistory(feed("task_1")))
-        await backend.put(task_entry("b", 2), dataclasses.replace(task_entry("a", 2), task_id="task_1"))
+        await backend.put(task_entry("b", 2), task_entry("a", 2)._replace(task_id="task_1"))
         again = await until_synced(client.history.WatchHistory(feed("task_1", part.token)))
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await until_synced(client.history.WatchHistory(feed("", part.token)))

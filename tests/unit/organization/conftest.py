@@ -13,7 +13,7 @@ from branchline.resource.v1.organization_pb2 import ROLE_OWNER, Organization, Ro
 from branchline.resource.v1.repository_pb2 import Repository
 from branchline.resource.v1.task_pb2 import TaskSummary
 from branchline.resource.v1.user_pb2 import User
-from branchline.spine.v1.push_pb2 import PushEntry
+from branchline.spine.v1.push_pb2 import PushEntry, PushRequest
 from google.protobuf.message import Message
 from sqlalchemy import bindparam, select
 
@@ -74,7 +74,7 @@ class Room:
 
     async def push(self, *entries: tuple[Message, bool]) -> dict[int, str]:
         """Apply states as a child pushes them; return the reasons of those that were refused."""
-        return await self.ingest.submit([_entry(state, deleted) for state, deleted in entries])
+        return await self.ingest.submit(PushRequest(entries=[_entry(state, deleted) for state, deleted in entries]))
 
     async def found(self, slug: str = "acme", *, owner: str = "usr_owner") -> Organization:
         """Found an organization; its owner is the caller from now on."""

@@ -121,11 +121,11 @@ async def test_a_repository_with_many_tasks_is_buried_in_steps(room: Room, monke
     await room.push(*((summary(organization.id, repository.id, number), False) for number in range(35)))
 
     await gone(room, repository)
-    after_one_step = room.count("task_lookup")
+    after_one_step = room.count("task_summaries WHERE NOT deleted")
     await room.stores.teardown.sweep(room.database)
 
     assert after_one_step == 25
-    assert room.count("task_lookup") == 0
+    assert room.count("task_summaries WHERE NOT deleted") == 0
     assert await room.database.read(REPOSITORIES.find, repository.id) is None
 
 

@@ -80,7 +80,7 @@ class Room:
 
     async def push(self, *states: Any, deleted: bool = False) -> Refused:
         """Have a task's states applied as one batch; return what was refused."""
-        return await self.ingest.submit([entry(state, deleted=deleted) for state in states])
+        return await self.ingest.submit(PushRequest(entries=[entry(state, deleted=deleted) for state in states]))
 
     async def marked(self, message: type[Message], destination: str = COORDINATOR) -> list[Any]:
         """Return what waits to leave, oldest first, as (state, deleted)."""

@@ -16,7 +16,7 @@ from branchline.resource.v1.session_pb2 import Session, TranscriptEntry
 from branchline.resource.v1.task_pb2 import Task
 from branchline.resource.v1.vocabulary_pb2 import EventKind
 from branchline.sandbox.v1.sandbox_pb2 import AgentSession
-from branchline.spine.v1.push_pb2 import PushEntry
+from branchline.spine.v1.push_pb2 import PushEntry, PushRequest
 from branchline.task.v1.task_pb2 import CreateTaskRequest
 from google.protobuf.any_pb2 import Any as Packed
 from google.protobuf.message import Message
@@ -154,7 +154,7 @@ class Room:
         """Apply one batch as if sandboxes had pushed it; return what was refused."""
         entries = [entry_of(state, _id(state), _revision(state)) for state in states]
         async with asyncio.timeout(10):
-            return await self.ingest.submit(entries)
+            return await self.ingest.submit(PushRequest(entries=entries))
 
 
 def _another_session(task_id: str) -> Session:
