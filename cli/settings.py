@@ -89,6 +89,10 @@ def load_settings(**given: Any) -> Settings:
             continue
         if variable.partition("__")[0].upper() not in known:
             raise ValueError(f"{variable} is not a setting of Branchline")
+        if "__" in variable and os.environ[variable].lstrip().startswith("{"):
+            raise ValueError(
+                f"{variable} holds an object, of which nothing would be read: set {variable}__KEY for each key"
+            )
     return Settings(**given)
 
 
