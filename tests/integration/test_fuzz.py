@@ -41,7 +41,7 @@ from tests.support.stack import Failure, Stack, failure_of, request_id
 PACKAGE = "branchline.gateway.v1."
 SEED = 20_240_901
 AT_ONCE = 16
-SECONDS = 30.0
+SECONDS = 60.0
 
 CLEAR = frozenset(
     {
@@ -287,6 +287,7 @@ async def aimed(stack: Stack) -> AsyncGenerator[Field, None]:
         "preferences": user_pb2.UserPreferences(),
         "draft": user_pb2.Draft(text="half", attachments=[session_pb2.Attachment(path="a", content="b")]),
         "CreateTask.sandbox_provider": "nowhere",
+        "CreateSession.agent": "nobody",
         "ListHistory.user_id": member_id,
     }
     foreign = {

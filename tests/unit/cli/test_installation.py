@@ -18,7 +18,7 @@ from cli.installation import (
     local_installation,
     socket_folder,
 )
-from cli.settings import Addresses, Settings, SettingsError
+from cli.settings import Addresses, Settings, SettingsError, load_settings
 
 ROOT = Path(__file__).parents[3]
 KEY = "a key for tests, long enough for HS256"
@@ -128,6 +128,13 @@ def test_sandboxes_see_neither_the_file_of_settings_nor_data_behind_a_link(
     hidden = sandbox_configuration(settings)["local"]["hidden_paths"]
 
     assert {disk, tmp_path / "branchline.toml", Path.home().resolve()} == set(hidden)
+
+
+def test_an_object_in_one_variable_is_refused_and_not_dropped(monkeypatch: pytest.MonkeyPatch) -> None:  # F14
+    monkeypatch.setenv("BRANCHLINE_SANDBOX__LOCAL", '{"hidden_paths": ["/srv/keys"]}')
+
+    with pytest.raises(ValueError, match="BRANCHLINE_SANDBOX__LOCAL__KEY"):
+        load_settings(sandbox={"local": {}})
 
 
 def sandbox_configuration(settings: Settings) -> dict[str, Any]:
