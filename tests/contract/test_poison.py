@@ -91,7 +91,7 @@ class Edge:
 @pytest.fixture(scope="module", params=sorted(EDGES))
 def edge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[Edge, None, None]:
     folder: Path = tmp_path_factory.mktemp("edge")
-    migrated(request.param, folder / "data")
+    migrated(request.param, folder / "data" / request.param)
     opened = Edge(request.param, local_installation(Settings(data_dir=folder / "data")))
     opened.open()
     yield opened

@@ -503,14 +503,14 @@ async def test_what_is_refused_is_parked_at_once_and_what_fails_after_some_attem
             raise FailedPrecondition(words.ERROR_REASON_NOT_FOUND, "never")
         if row.entity_id == "poison":
             raise ValueError("a bug")
-        if row.entity_id == "away" and tries["away"] < 8:
+        if row.entity_id == "away" and tries["away"] < 5:
             raise Unavailable(words.ERROR_REASON_OVERLOADED, "not now")
 
     async with carrying(Courier(outbox, "below", deliver, attempts=3)):
         names = ("refused", "poison", "away", "fine")
         await database.write(outbox.mark, [mark(name, to="below") for name in names])
         await eventually(lambda: both(outbox, parked_count=2))
-        await until(lambda: tries.get("away") == 8)
+        await until(lambda: tries.get("away") == 5)
     rows = {row.entity_id: row for row in await parked(outbox)}
 
     assert (tries["refused"], tries["poison"], tries["fine"]) == (1, 3, 1)
@@ -526,7 +526,7 @@ async def test_a_batch_courier_keeps_the_order_and_parks_the_one_to_blame(databa
     outbox = Outbox(database, Clock())
     got: list[str] = []
     fails = {"refused": FailedPrecondition(words.ERROR_REASON_NOT_FOUND, "no"), "poison": ValueError("a bug")}
-    outage = [Unavailable(words.ERROR_REASON_OVERLOADED, "not now")] * 5
+    outage = [Unavailable(words.ERROR_REASON_OVERLOADED, "not now")] * 4
 
     async def deliver(rows: Any) -> None:
         if outage:

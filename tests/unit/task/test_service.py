@@ -343,7 +343,10 @@ async def test_a_retry_opens_every_session_and_an_agent_that_fails_fails_only_it
     assert task.sessions[1].status_reason == "no such agent"
 
 
-async def test_a_kill_stops_the_agents_first_and_says_why_it_takes_long(installed: Installed) -> None:  # F29
+async def test_a_kill_stops_the_agents_first_and_says_why_it_takes_long(
+    installed: Installed, monkeypatch: pytest.MonkeyPatch
+) -> None:  # F29
+    monkeypatch.setattr("services.task.workflows._PAUSES_SECONDS", (1.0, 5.0))
     task_id = await installed.create()
     task = await installed.until(task_id, RUNNING)
     installed.sandbox.refusals["DestroySandbox"] = Refusal(grpc.StatusCode.INTERNAL, "the host is on fire", times=1)
