@@ -57,12 +57,13 @@ class Faults:
 
     processes: Processes
     chance: random.Random
+    acknowledged: asyncio.Event
 
     async def befall(self) -> None:
         """Let one thing happen, and let it pass."""
-        kills = (self.kill_one, self.kill_two, self.kill_all)
+        kills = (self.kill_one, self.kill_at_answer, self.kill_two, self.kill_all)
         others = (self.stop_one, self.stop_machines, self.kill_machines)
-        await self.chance.choices((*kills, *others), (9, 4, 2, 3, 2, 1))[0]()
+        await self.chance.choices((*kills, *others), (6, 6, 4, 2, 3, 2, 1))[0]()
         if self.chance.random() < 0.8:
             await self.serving()
 
@@ -85,6 +86,14 @@ class Faults:
             return True
 
     async def kill_one(self) -> None:
+        await self.kill(1)
+
+    async def kill_at_answer(self) -> None:
+        """Kill right after a command was acknowledged."""
+        self.acknowledged.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(5):
+                await self.acknowledged.wait()
         await self.kill(1)
 
     async def kill_two(self) -> None:
@@ -185,7 +194,7 @@ def _bytes(value: object) -> bytes:
 @pytest.mark.timeout(600)
 async def test_everything_is_killed_and_all_agree_at_rest(tmp_path: Path) -> None:  # OPS-2, OPS-3, API-4, SES-7
     processes, chance = own_processes(tmp_path), random.Random(SEED)
-    books, enough = Books(tmp_path), asyncio.Event()
+    books, enough, acknowledged = Books(tmp_path), asyncio.Event(), asyncio.Event()
     async with AsyncExitStack() as stack:
         stack.push_async_callback(processes.stop)
         for name in SERVICES:
@@ -196,11 +205,14 @@ async def test_everything_is_killed_and_all_agree_at_rest(tmp_path: Path) -> Non
         views = [View("organization", client.watch_organization(organization_id)).open() for _ in range(WATCHERS)]
         feeds = [View("history", client.watch_history(organization_id)).open() for _ in range(WATCHERS)]
         numbers = itertools.count(1)
-        people = [Person(client, repository_id, random.Random(f"{SEED}/{n}"), numbers) for n in range(PEOPLE)]
+        people = [
+            Person(client, repository_id, random.Random(f"{SEED}/{number}"), numbers, acknowledged)
+            for number in range(PEOPLE)
+        ]
         task_views: dict[str, View] = {}
         watching = asyncio.create_task(watch_tasks(client, people, task_views))
         at_work = [asyncio.create_task(person.work(enough)) for person in people]
-        faults = Faults(processes, chance)
+        faults = Faults(processes, chance, acknowledged)
         for _ in range(KILLS):
             await asyncio.sleep(chance.uniform(0.2, 4))
             await faults.befall()

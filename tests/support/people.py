@@ -71,6 +71,8 @@ class Person:
     repository_id: str
     chance: random.Random
     numbers: "itertools.count[int]"
+    acknowledged: asyncio.Event
+    """Set at each command that was acknowledged."""
     promises: list[Promise] = field(default_factory=list[Promise])
     tasks: list[str] = field(default_factory=list[str])
     tokens: dict[str, str] = field(default_factory=dict[str, str])
@@ -236,6 +238,7 @@ class Person:
 
     def _seen(self, request: Any, answer: Any) -> Any:
         token = getattr(answer, "consistency_token", "")
+        self.acknowledged.set()
         if token:
             self.tokens[getattr(request, "task_id", "") or answer.task.id] = token
         return answer
