@@ -61,8 +61,10 @@ class Control:
     async def _answer(self, answer: Permission) -> None:
         if not answer.option_id or answer.entry_id not in self.turn.open_questions:
             return
+        self.turn.answers[answer.entry_id] = answer
         await self.link.answer(answer.rpc_id, {"outcome": "selected", "optionId": answer.option_id})
-        self.turn.settle(answer.entry_id, f"answered: {answer.option_id}", answer.user_id)
+        faults.reached("answer told")
+        self.turn.settle_answered(answer)
 
     async def _cancel(self) -> None:
         """Tell the agent to stop; what it asks is answered with that. Answers that come later are dropped."""

@@ -91,7 +91,9 @@ class Follower:
         builder = TranscriptBuilder(
             record.session_id, record.task_id, record.turn, record.entry_count, now, dict(opened.drafts)
         )
-        return Turn(record, builder, {asked.entry_id: asked.rpc_id for asked in opened.permissions})
+        asked = {one.entry_id: one.rpc_id for one in opened.permissions}
+        answered = {one.entry_id: one for one in opened.permissions if one.option_id}
+        return Turn(record, builder, asked, answered)
 
     async def _follow(self, turn: Turn, opened: Opened) -> None:
         """Follow one agent until the turn is over, or the agent is lost before it had the prompt."""

@@ -13,7 +13,7 @@ from branchline.resource.v1 import session_pb2
 
 from services.sandbox.agent_server import AgentEvent, rpc_error
 from services.sandbox.members import member
-from services.sandbox.sessions import Asked, Progress, SessionRecord, Status, rpc_text
+from services.sandbox.sessions import Asked, Permission, Progress, SessionRecord, Status, rpc_text
 from services.sandbox.transcript import TranscriptBuilder
 
 MARKS = 2**48
@@ -58,6 +58,8 @@ class Turn:
     builder: TranscriptBuilder
     open_questions: dict[str, str]
     """Requests for permission that wait: the transcript entry and the request's id."""
+    answers: dict[str, Permission] = field(default_factory=dict[str, Permission])
+    """Answers that people gave, by the transcript entry, whether the agent is known to have been told or not."""
 
     end: End | None = None
     lost: str = ""
@@ -156,6 +158,10 @@ class Turn:
             self.builder.answer(entry_id, state, user_id)
             self._settled.append(entry_id)
 
+    def settle_answered(self, answer: Permission) -> None:
+        """Close a question with its answer."""
+        self.settle(answer.entry_id, f"answered: {answer.option_id}", answer.user_id)
+
     def fail(self, reason: str, *, end_first: bool = False) -> None:
         """End the turn in error, and its agent with it."""
         if not self.over:
@@ -182,7 +188,11 @@ class Turn:
         """Close what the end leaves open, and say why it ended."""
         assert self.end is not None
         for entry_id in list(self.open_questions):
-            self.settle(entry_id, self.end.abandoned)
+            answer = self.answers.get(entry_id)
+            if answer is None or self.cancelled:
+                self.settle(entry_id, self.end.abandoned)
+            else:
+                self.settle_answered(answer)
         self.builder.seal_all(self.end.abandoned)
         if self.end.reason:
             self.builder.note(session_pb2.TRANSCRIPT_ENTRY_KIND_ERROR, self.end.reason)

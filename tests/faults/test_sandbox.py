@@ -308,6 +308,22 @@ async def test_permission_is_asked_answered_and_the_turn_goes_on(room: Room) -> 
     assert room.coordinator.entries[asked.id].state == "answered: allow"
 
 
+async def test_an_answer_that_was_given_is_shown_though_the_service_dies_in_it(room: Room) -> None:
+    await room.start(kill_at="answer told")
+    await room.open()
+    await room.prompt(1, "ask May I?")
+    question = await room.question()
+
+    await room.answer(question.id, "allow")
+    await room.killed()
+    await asyncio.sleep(1)  # the agent ends its turn meanwhile
+    await room.start()
+
+    assert (await room.ended(1)).status == IDLE
+    assert room.coordinator.entries[question.id].state == "answered: allow"
+    assert room.coordinator.entries[question.id].user_id
+
+
 async def test_an_open_question_is_cancelled_with_its_turn_and_late_answers_are_dropped(room: Room) -> None:
     await room.start()
     await room.open()

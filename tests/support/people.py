@@ -71,8 +71,12 @@ class Person:
     repository_id: str
     chance: random.Random
     numbers: "itertools.count[int]"
+    acknowledged: asyncio.Event
+    """Set at each command that was acknowledged."""
     promises: list[Promise] = field(default_factory=list[Promise])
     tasks: list[str] = field(default_factory=list[str])
+    tokens: dict[str, str] = field(default_factory=dict[str, str])
+    """Consistency tokens of the last command to each task: a person sees what they did."""
     stuck: list[str] = field(default_factory=list[str])
 
     async def work(self, enough: asyncio.Event) -> None:
@@ -82,7 +86,8 @@ class Person:
             for _ in range(self.chance.randint(2, 5)):
                 if enough.is_set() or not await self._rest(task.id):
                     break
-                await self.chance.choice((self._count, self._count, self._ask, self._hang, self._die))(task)
+                deeds = (self._count, self._count, self._ask, self._hang, self._die, self._close, self._second)
+                await self.chance.choice(deeds)(task)
             if self.chance.random() < 0.6:
                 await self._end(task)
 
@@ -96,15 +101,31 @@ class Person:
         return made.task
 
     async def _count(self, task: Task) -> None:
-        await self._send(task, lambda words: "\n".join(f"say {word}\nwait 0.1" for word in words), undisturbed=True)
+        await self._send(task, _say_all, undisturbed=True)
 
     async def _die(self, task: Task) -> None:
         await self._send(task, lambda words: f"say {words[0]}\ndie")
 
     async def _hang(self, task: Task) -> None:
-        if await self._send(task, lambda words: f"say {words[0]}\nrun sleep 60"):
+        if await self._send(task, lambda words: f"say {words[0]}\nrun sleep 20"):
             await asyncio.sleep(self.chance.uniform(0, 2))
             await self._cancel(task)
+
+    async def _close(self, task: Task) -> None:
+        """Close the session and open it again."""
+        which = {"task_id": task.id, "session_id": task.sessions[0].id}
+        closing = sessions_pb2.CloseSessionRequest(request_id=uuid.uuid4().hex, **which)
+        await self._twice(self.client.sessions.CloseSession, closing)
+        opening = sessions_pb2.ReopenSessionRequest(request_id=uuid.uuid4().hex, **which)
+        await self._twice(self.client.sessions.ReopenSession, opening)
+
+    async def _second(self, task: Task) -> None:
+        """Open another session and have it say something while the first one does."""
+        request = sessions_pb2.CreateSessionRequest(request_id=uuid.uuid4().hex, task_id=task.id)
+        made = await self._twice(self.client.sessions.CreateSession, request)
+        if made is not None:
+            await self._send(task, _say_all, undisturbed=True)
+            await self._send(task, _say_all, undisturbed=True, session_id=made.session.id)
 
     async def _ask(self, task: Task) -> None:
         promise = await self._send(task, lambda words: f"say {words[0]}\nask May I?\nsay {' '.join(words[1:])}")
@@ -133,6 +154,9 @@ class Person:
         await self._twice(self.client.sessions.CancelTurn, request)
 
     async def _end(self, task: Task) -> None:
+        """Archive or kill the task, whatever it is doing."""
+        for promise in self.promises:
+            promise.undisturbed = promise.undisturbed and promise.task_id != task.id
         number = uuid.uuid4().hex
         if self.chance.random() < 0.5:
             archive = tasks_pb2.ArchiveTaskRequest(request_id=number, task_id=task.id)
@@ -141,14 +165,19 @@ class Person:
             await self._twice(self.client.tasks.KillTask, tasks_pb2.KillTaskRequest(request_id=number, task_id=task.id))
 
     async def _send(
-        self, task: Task, script: Callable[[list[str]], str], *, undisturbed: bool = False
+        self,
+        task: Task,
+        script: Callable[[list[str]], str],
+        *,
+        undisturbed: bool = False,
+        session_id: str = "",
     ) -> Promise | None:
         number = next(self.numbers)
         words = [f"m{number}w{place}" for place in range(8)]
         request = sessions_pb2.SendMessageRequest(
             request_id=uuid.uuid4().hex,
             task_id=task.id,
-            session_id=task.sessions[0].id,
+            session_id=session_id or task.sessions[0].id,
             text=script(words),
             queue=True,
         )
@@ -166,7 +195,8 @@ class Person:
         async def look() -> list[TranscriptEntry] | None:
             entries = await transcript(self.client, promise.task_id, promise.session_id)
             asked = [entry for entry in entries if entry.kind == kind and entry.streaming]
-            over = (await get_task(self.client, promise.task_id)).task.status in RESTING
+            token = self.tokens.get(promise.task_id, "")
+            over = (await get_task(self.client, promise.task_id, token)).task.status in RESTING
             return asked or ([TranscriptEntry()] if over else None)
 
         try:
@@ -180,7 +210,7 @@ class Person:
         """Wait until the task rests; provision it anew if it must be. Return whether it takes messages."""
 
         async def look() -> Task | None:
-            task = (await get_task(self.client, task_id)).task
+            task = (await get_task(self.client, task_id, self.tokens.get(task_id, ""))).task
             return task if task.status in RESTING else None
 
         try:
@@ -197,17 +227,30 @@ class Person:
     async def _twice(self, method: Any, request: Any) -> Any:
         """Give a command, sometimes twice at the same moment; both answers must be one."""
         if self.chance.random() < 0.5:
-            return await insist(lambda: method(request, timeout=5))
+            answer: Any = await insist(lambda: method(request, timeout=5))
+            return self._seen(request, answer)
         one, other = await asyncio.gather(
             insist(lambda: method(request, timeout=5)), insist(lambda: method(request, timeout=5))
         )
         if one is not None and other is not None:
             assert one == other, f"one command, two answers: {one} {other}"
-        return one or other
+        return self._seen(request, one or other)
+
+    def _seen(self, request: Any, answer: Any) -> Any:
+        token = getattr(answer, "consistency_token", "")
+        self.acknowledged.set()
+        if token:
+            self.tokens[getattr(request, "task_id", "") or answer.task.id] = token
+        return answer
 
 
-async def get_task(client: Client, task_id: str) -> tasks_pb2.GetTaskResponse:
-    answer = await insist(lambda: client.tasks.GetTask(tasks_pb2.GetTaskRequest(task_id=task_id), timeout=5))
+def _say_all(words: list[str]) -> str:
+    return "\n".join(f"say {word}\nwait 0.1" for word in words)
+
+
+async def get_task(client: Client, task_id: str, consistency_token: str = "") -> tasks_pb2.GetTaskResponse:
+    request = tasks_pb2.GetTaskRequest(task_id=task_id, consistency_token=consistency_token)
+    answer = await insist(lambda: client.tasks.GetTask(request, timeout=5))
     assert answer is not None
     return answer
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.sandbox.agent_server import AgentEvent
-from services.sandbox.sessions import SessionRecord
+from services.sandbox.sessions import Permission, SessionRecord
 from services.sandbox.transcript import TranscriptBuilder
 from services.sandbox.turn import MARKS, PROMPT_POSTS, Turn
 
@@ -69,6 +69,19 @@ def asks(rpc_id: int) -> dict[str, Any]:
 def apply(to: Turn, *messages: dict[str, Any]) -> None:
     for message in messages:
         to.apply(AgentEvent(to.last_event + 1, message))
+
+
+def test_a_question_that_was_answered_is_shown_so_though_its_turn_ends_before_the_agent_is_known_to_have_it() -> None:
+    made = posted()
+    apply(made, asks(7))
+    (entry_id,) = made.open_questions
+    made.answers[entry_id] = Permission(entry_id, "7", "allow", "usr_1")
+
+    apply(made, {"id": made.rpc_id, "result": {"stopReason": "end_turn"}})
+    made.close()
+
+    (shown,) = [draft.entry for draft in made.take().drafts if draft.entry.id == entry_id]
+    assert (shown.state, shown.user_id, shown.streaming) == ("answered: allow", "usr_1", False)
 
 
 @pytest.mark.parametrize(
