@@ -15,7 +15,7 @@ from branchline.task.v1.task_pb2 import CreateTaskRequest, SetPullRequestRequest
 from services.repository.downward import TO_TASK
 from services.runtime.errors import AlreadyExists, NotFound
 from services.runtime.principal import Principal, bind_principal
-from tests.unit.repository.conftest import Owner, Room, Running, running_repository
+from tests.unit.repository.conftest import Owner, Room, Running, eventually, running_repository
 
 
 def reported(revision: int, *names: str, pull_requests: list[PullRequest] | None = None) -> EnsureRepositoryRequest:
@@ -127,6 +127,7 @@ async def test_the_child_gets_the_task_as_it_is_shown(running: Running) -> None:
 
     task = await running.create(branch="topic")
 
+    await eventually(lambda: bool(running.owner.created))
     (told,) = running.owner.created
     assert told.task == task
     assert isinstance(task, Task)
