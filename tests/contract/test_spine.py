@@ -218,9 +218,9 @@ async def test_large_states_travel_in_small_batches(
     sizes: list[int] = []
     submit = Ingest.submit
 
-    def measured(self: Ingest, entries: Any) -> Any:
-        sizes.append(sum(entry.ByteSize() for entry in entries))
-        return submit(self, entries)
+    def measured(self: Ingest, request: Any) -> Any:
+        sizes.append(request.ByteSize())
+        return submit(self, request)
 
     monkeypatch.setattr(Ingest, "submit", measured)
     async with running_child(child_url, coordinator.address) as child:
