@@ -324,9 +324,9 @@ class SessionStore:
 
         Raise NotFound.
         """
-        self.get(tx, request.session_id)
         this = {"session": request.session_id}
         if not tx.change(_START_TURN, {**this, "to_turn": request.turn, "now": now}):
+            self.get(tx, request.session_id)
             return
         tx.change(_DROP_PERMISSIONS, this)
         tx.change(_PUT_PROMPT, {"session_id": request.session_id, "payload": request.SerializeToString()})
