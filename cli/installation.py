@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 from pydantic import BaseModel, SecretStr
 
-from cli.settings import Settings, SettingsError
+from cli.settings import CONFIG_VARIABLE, Settings, SettingsError
 from services.runtime.config import database_url
 from services.runtime.secrets import read_or_create_key
 from services.runtime.service import Service
@@ -58,16 +58,23 @@ class Installation:
         return {**section, **shared} if name == GATEWAY else {**section, **shared, "data_dir": self._data_dir(name)}
 
     def _data_dir(self, name: str) -> Path:
-        return self.settings.data_dir.absolute() / name
+        return self.settings.data_dir.resolve() / name
+
+    def _secret_paths(self) -> list[Path]:
+        """Return where keys and data are: the data folder, the user's home, the file of settings."""
+        settings_file = os.environ.get(CONFIG_VARIABLE)
+        return [self.settings.data_dir, Path.home(), *([Path(settings_file)] if settings_file else ())]
 
     def _local_provider(self, given: dict[str, Any]) -> dict[str, Any]:
         """Add what only an installation knows: where sandbox-agent is, what to hide from agents, what to show."""
         return {
             **given,
             "sandbox_agent": given.get("sandbox_agent") or find_sandbox_agent(),
-            "hidden_paths": [self.settings.data_dir.absolute(), Path.home(), *map(Path, given.get("hidden_paths", ()))],
+            "hidden_paths": [
+                path.resolve() for path in (*self._secret_paths(), *map(Path, given.get("hidden_paths", ())))
+            ],
             "readable_paths": [*_python_paths(), *map(Path, given.get("readable_paths", ()))],
-            "writable_paths": [Path(path).absolute() for path in given.get("writable_paths", ())],
+            "writable_paths": [Path(path).resolve() for path in given.get("writable_paths", ())],
         }
 
 

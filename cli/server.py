@@ -13,11 +13,19 @@ from typing import Any
 
 import uvloop
 
+if __name__ == "__main__":
+    for command_line in ("click", "rich"):  # structlog and httpx would load them if they could
+        sys.modules[command_line] = None  # type: ignore[assignment]
+
 from cli.installation import SERVICES, Installation, distributed_installation, known_installation
 from cli.isolation import require_isolation
 from cli.settings import Settings, SettingsError, load_settings
 from services.runtime.logging import configure_logging
+from services.runtime.memory import give_back
 from services.runtime.migrations import bring_up_to_date
+
+_SETTLED_SECONDS = 5.0
+"""Time after which a process has all that it needs to serve."""
 
 
 async def serve(data_dir: Path, service: str) -> None:
@@ -54,6 +62,7 @@ async def until_stopped() -> None:
     loop = asyncio.get_running_loop()
     for sign in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(sign, stop.set)
+    loop.call_later(_SETTLED_SECONDS, give_back)
     await stop.wait()
 
 

@@ -5,16 +5,19 @@ its name: `BRANCHLINE_GITHUB_DATA__GITHUB_TOKEN` or `[github_data] github_token 
 """
 
 import contextlib
+import json
 import os
+import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, SecretStr
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 PREFIX = "BRANCHLINE_"
 CLIENT_KEYS = frozenset({"BRANCHLINE_ADDRESS", "BRANCHLINE_TOKEN"})
 CONFIG_VARIABLE = "BRANCHLINE_CONFIG"
+_LEVELS = "__"
 
 TOKEN_FILE = "token"  # noqa: S105 - a file name
 """File in the data folder that keeps the first API token, readable by its owner alone."""
@@ -39,17 +42,10 @@ class Addresses(BaseModel):
     sandbox: str = ""
 
 
-class Settings(BaseSettings):
+class Settings(BaseModel):
     """All settings of an installation."""
 
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX,
-        env_nested_delimiter="__",
-        extra="forbid",
-        frozen=True,
-        hide_input_in_errors=True,
-        toml_file=os.environ.get(CONFIG_VARIABLE),
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     data_dir: Path = Path("data")
     signing_key: SecretStr = SecretStr("")
@@ -68,28 +64,52 @@ class Settings(BaseSettings):
     task: dict[str, Any] = {}
     sandbox: dict[str, Any] = {}
 
-    @classmethod
-    def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], *sources: PydanticBaseSettingsSource, **named: PydanticBaseSettingsSource
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Read arguments first, then the environment, then the file."""
-        given = sources or (named["init_settings"], named["env_settings"])
-        return (*given[:2], TomlConfigSettingsSource(settings_cls))
-
     def section(self, service: str) -> dict[str, Any]:
         """Return what was set for one service."""
         return dict(getattr(self, service))
 
 
 def load_settings(**given: Any) -> Settings:
-    """Read the settings. Raise ValueError for a variable that means nothing."""
-    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
-    for variable in os.environ:
+    """Read arguments first, then the environment, then the file. Raise ValueError for what means nothing."""
+    path = os.environ.get(CONFIG_VARIABLE)
+    found: dict[str, Any] = tomllib.loads(Path(path).read_text()) if path else {}
+    for variable, value in os.environ.items():
         if not variable.startswith(PREFIX) or variable in CLIENT_KEYS or variable == CONFIG_VARIABLE:
             continue
-        if variable.partition("__")[0].upper() not in known:
+        keys = variable.removeprefix(PREFIX).lower().split(_LEVELS)
+        if keys[0] not in Settings.model_fields:
             raise ValueError(f"{variable} is not a setting of Branchline")
-    return Settings(**given)
+        _set(found, keys, _value(value))
+    return Settings(**_merged(found, given))
+
+
+def _set(settings: dict[str, Any], keys: list[str], value: Any) -> None:
+    """Set what is under keys, level by level."""
+    *sections, name = keys
+    for section in sections:
+        if not isinstance(settings.setdefault(section, {}), dict):
+            raise ValueError(f"{section} is set twice: as a whole, and in part")  # noqa: TRY004 - of a text
+        settings = settings[section]
+    settings[name] = value
+
+
+def _value(text: str) -> Any:
+    """Return a list or an object that a variable holds as JSON, or its text."""
+    if text[:1] in ("[", "{"):
+        with contextlib.suppress(ValueError):
+            return json.loads(text)
+    return text
+
+
+def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for key, value in over.items():
+        held = merged.get(key)
+        if isinstance(held, Mapping) and isinstance(value, Mapping):
+            merged[key] = _merged(cast("Mapping[str, Any]", held), cast("Mapping[str, Any]", value))
+        else:
+            merged[key] = value
+    return merged
 
 
 def read_token(data_dir: Path) -> str:

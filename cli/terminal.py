@@ -44,7 +44,7 @@ def print_failure(error: grpc.aio.AioRpcError, of: str = "") -> None:
     """Say why a call failed, its details included."""
     errors.print(f"{of + ': ' if of else ''}[red]{error.code().name}[/red]", end=" ")
     errors.print(error.details(), markup=False)
-    status = rpc_status.from_call(error)  # pyright: ignore[reportArgumentType]
+    status = rpc_status.from_call(error)
     for detail in status.details if status else ():
         errors.print(
             MessageToJson(detail, indent=None, descriptor_pool=_DETAIL_TYPES),

@@ -3,7 +3,6 @@
 import asyncio
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
 from time import monotonic
 
 from branchline.organization.v1.organization_pb2 import AuthenticateRequest
@@ -69,7 +68,7 @@ class Authenticator:
             asking = self._asking.get(hashed)
             if asking is None:
                 asking = self._asking[hashed] = asyncio.create_task(self._ask(hashed))
-                asking.add_done_callback(partial(self._answered, hashed))
+                asking.add_done_callback(_heard)
             await asyncio.shield(asking)
 
     def forget(self, user_id: str) -> None:
@@ -79,15 +78,19 @@ class Authenticator:
     async def _ask(self, hashed: str) -> None:
         asked = monotonic()
         request = AuthenticateRequest(token_hash=hashed)
-        answer = await self._organization.Authenticate(request, timeout=_TIMEOUT_SECONDS)
+        try:
+            answer = await self._organization.Authenticate(request, timeout=_TIMEOUT_SECONDS)
+        finally:
+            del self._asking[hashed]  # not in a callback: who found it ended would wait for it without ever waiting
         caller = Caller(answer.user, {}, hashed, answer.role_limit, asked)
         caller.roles.update({member.organization_id: caller.held_to(member.role) for member in answer.memberships})
         self._known[hashed] = caller
 
-    def _answered(self, hashed: str, asking: "asyncio.Task[None]") -> None:
-        del self._asking[hashed]
-        if not asking.cancelled():
-            asking.exception()  # nobody may be left to hear of it
+
+def _heard(asking: "asyncio.Task[None]") -> None:
+    """Take note of an error: nobody may be left to hear of it."""
+    if not asking.cancelled():
+        asking.exception()
 
 
 class Door:

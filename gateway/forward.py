@@ -17,16 +17,15 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2
-from grpc_status import rpc_status
 
-from gateway.caller import Authenticator, current_caller
-from gateway.placement import Placement
-from gateway.routes import ORGANIZATION, Route
+from gateway.caller import CACHE_SECONDS, Authenticator, current_caller
+from gateway.placement import FOR_EVER, Placement
+from gateway.routes import ORGANIZATION, USER, Route
 from services.runtime.client import SigningChannel
-from services.runtime.errors import PermissionDenied, Unavailable, reason_of
+from services.runtime.errors import PermissionDenied, Unavailable, detail_of, reason_of
 from services.runtime.principal import Principal, Signer
 from services.runtime.retry import Backoff
-from services.runtime.serving import Given, Handler, Serving
+from services.runtime.serving import Context, Given, Handler, Serving
 
 log = structlog.get_logger()
 
@@ -34,8 +33,6 @@ _PATIENCE_SECONDS = 10.0
 """How long a call is repeated while its owner cannot be reached, or has not been born yet."""
 
 _MARGIN_SECONDS = 0.5
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class Forwarder:
@@ -60,8 +57,8 @@ class Forwarder:
         channel = self._channels[route.owner].raw
         path = f"/{method.containing_service.full_name}/{method.name}"
         response_type = GetMessageClass(method.output_type)
-        call = channel.unary_unary(path)
-        call_stream = channel.unary_stream(path)
+        call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(path)
+        call_stream: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(path)
 
         async def forward(given: Given, context: Context) -> bytes:
             deadline = asyncio.get_running_loop().time() + _seconds(context, route)
@@ -96,7 +93,10 @@ class Forwarder:
         if token:
             principal = await self._placement.place_new(caller, route.target, wanted, token, seconds - _MARGIN_SECONDS)
         else:
-            principal = await self._placement.place(caller, route.target, wanted, defaults=route.defaults)
+            known = FOR_EVER if route.owner != USER else CACHE_SECONDS  # the user service knows no tasks
+            principal = await self._placement.place(
+                caller, route.target, wanted, defaults=route.defaults, at_most_seconds=known
+            )
         if route.target:
             principal.require(route.role)
         return principal
@@ -148,11 +148,7 @@ def _is_missing(error: grpc.aio.AioRpcError, wanted: str) -> bool:
     """Say whether the owner does not know the very resource that the organization has just placed there."""
     if error.code() != grpc.StatusCode.NOT_FOUND or not wanted:
         return False
-    status = rpc_status.from_call(error)  # pyright: ignore[reportArgumentType]
-    resource = error_details_pb2.ResourceInfo()
-    return status is not None and any(
-        detail.Unpack(resource) and resource.resource_name == wanted for detail in status.details
-    )
+    return detail_of(error, error_details_pb2.ResourceInfo).resource_name == wanted
 
 
 def _seconds(context: Context, route: Route) -> float:

@@ -239,7 +239,7 @@ class View:
                     if frame.kind == WATCH_FRAME_KIND_SYNCED:
                         return
         except grpc.aio.AioRpcError as error:
-            explained = rpc_status.from_call(error)  # pyright: ignore[reportArgumentType]
+            explained = rpc_status.from_call(error)
             if error.code() == grpc.StatusCode.UNAVAILABLE and explained is None:
                 raise unreachable() from error
             raise

@@ -51,7 +51,7 @@ class Ring:
             return None
         missed = list(self._behind(after.change_seq))
         missed.reverse()
-        first = next(parts(missed, size_of, FRAME_CHANGES), [])
+        first = next(parts(missed, size_of, FRAME_CHANGES), None) or []
         if len(first) < len(missed):
             return Page(Position(after.epoch, first[-1].change_seq), first, more=True)
         return Page(self.position, first)

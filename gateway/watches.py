@@ -22,10 +22,10 @@ from gateway.fanout import FanOut
 from gateway.placement import Placement
 from gateway.replica import Upstream, View
 from services.runtime.principal import Principal, Signer
+from services.runtime.serving import Context
 from services.runtime.spine.tokens import parse_consistency_token, parse_resume_token
 from services.runtime.spine.watch import Watch, watch
 
-Context = grpc.aio.ServicerContext[Any, Any]
 Visible = Callable[[WatchChange], bool]
 Metadata = tuple[tuple[str, str], ...]
 Ask = Callable[[WatchSelection, Metadata | None], Any]

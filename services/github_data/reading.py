@@ -92,12 +92,13 @@ def _json(response: Response[Any]) -> list[Json]:
 
 
 def _pull_request(pull: Json) -> PullRequest:
+    user: Json = pull.get("user") or {}
     message = PullRequest(
         number=pull["number"],
         title=pull["title"],
         head_branch=pull["head"]["ref"],
         base_branch=pull["base"]["ref"],
-        author_login=(pull.get("user") or {}).get("login", ""),
+        author_login=user.get("login", ""),
         draft=bool(pull.get("draft")),
         url=pull["html_url"],
     )

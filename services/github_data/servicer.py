@@ -1,16 +1,13 @@
 """The gRPC surface of the github-data service."""
 
 from dataclasses import dataclass
-from typing import Any
 
-import grpc
 from branchline.github_data.v1 import github_data_pb2, github_data_pb2_grpc
 
 from services.github_data.store import GithubStore
 from services.github_data.sync import GithubSync
 from services.runtime.database import Database
-
-Context = grpc.aio.ServicerContext[Any, Any]
+from services.runtime.serving import Context
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ Wishes stand in the database: what was wanted before a restart, or could not be 
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import cast
 
 import structlog
 from branchline.resource.v1 import organization_pb2
@@ -115,5 +116,5 @@ class GithubSync:
 def _first(error: Exception) -> Exception:
     """Return the first error of a group of errors."""
     while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
+        error = cast("ExceptionGroup[Exception]", error).exceptions[0]
     return error

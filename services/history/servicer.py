@@ -2,15 +2,12 @@
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any
 
-import grpc
 from branchline.history.v1 import history_pb2, history_pb2_grpc
 
 from services.history.store import HistoryStore
 from services.runtime.database import Database
-
-Context = grpc.aio.ServicerContext[Any, Any]
+from services.runtime.serving import Context
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,7 @@ class HistoryStore:
     def page(self, tx: Reader, organization_id: str, after_sequence: int) -> list[HistoryEvent]:
         """Return the next events of a feed, oldest first."""
         rows = tx.each(_PAGE, {"of": organization_id, "after": after_sequence, "most": _PAGE_EVENTS})
-        payloads = next(parts((row.payload for row in rows), len, _PAGE_EVENTS), [])
+        payloads = next(parts((row.payload for row in rows), len, _PAGE_EVENTS), None) or []
         return [HistoryEvent.FromString(payload) for payload in payloads]
 
     def delete(self, tx: Tx, organization_id: str) -> None:

@@ -10,13 +10,15 @@ from branchline.resource.v1.vocabulary_pb2 import EventKind
 from sqlalchemy import Float, bindparam, select
 
 from services.organization.destinations import TO_HISTORY
-from services.organization.pages import Page, all_of, page_of
+from services.organization.filters import all_of
 from services.organization.tables import HISTORY, history_feed, organizations
 from services.runtime.clock import Clock, column_seconds
 from services.runtime.database import Database, Reader, Statement, Tx, is_in
+from services.runtime.loops import for_each
 from services.runtime.principal import principal_or_none
 from services.runtime.spine.index import Entry, Index
 from services.runtime.spine.outbox import Mark, Outbox
+from services.runtime.spine.pages import Page, page_of
 
 RETENTION_DAYS = 90
 """How long the feed shows an event where the organization does not say."""
@@ -127,12 +129,14 @@ class Feed:
         """Drop from the feed what is older than its organization shows, some at a time."""
         after = ""
         while page := await database.read(_organizations_after, after):
-            for organization in page:
-                days = organization.settings.history_retention_days or RETENTION_DAYS
-                given = {"of": organization.id, "before": self.clock.seconds() - days * _DAY_SECONDS}
-                while await database.write(self.index.forget_where, HISTORY, _OLD, given):
-                    pass
+            await for_each(page, "expire a feed", lambda organization: self._expire_of(database, organization))
             after = page[-1].id
+
+    async def _expire_of(self, database: Database, organization: Organization) -> None:
+        days = organization.settings.history_retention_days or RETENTION_DAYS
+        given = {"of": organization.id, "before": self.clock.seconds() - days * _DAY_SECONDS}
+        while await database.write(self.index.forget_where, HISTORY, _OLD, given):
+            pass
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ from branchline.resource.v1.repository_pb2 import Repository
 from branchline.resource.v1.task_pb2 import TaskSummary
 from branchline.resource.v1.user_pb2 import User, UserTaskState
 from branchline.resource.v1.vocabulary_pb2 import (
-    ENTITY_KIND_USER_TASK_STATE,
     EVENT_KIND_AGENT_ASKED,
     EVENT_KIND_AGENT_FAILED,
     EVENT_KIND_AGENT_FINISHED,
@@ -21,7 +20,6 @@ from branchline.user.v1.user_pb2 import ApiTokenState, MarkUnreadRequest
 from services.organization.destinations import TO_USER
 from services.organization.stores import Stores
 from services.runtime.database import Database, Tx
-from services.runtime.spine.index import Entry
 from services.runtime.spine.ingest import Handler, Ingest, Pushed, each
 from services.runtime.spine.outbox import Mark, Outbox
 
@@ -50,7 +48,7 @@ class OrganizationIngest:
             Handler(GithubRepository, each(stores.github.take_repository)),
             Handler(GithubStatus, stores.github.take_statuses),
             Handler(HistoryEvent, self.events),
-            Handler(UserTaskState, self.task_states),
+            Handler(UserTaskState, stores.task_states.take),
         )
 
     def repositories(self, tx: Tx, pushed: Sequence[Pushed[Repository]]) -> None:
@@ -81,20 +79,3 @@ class OrganizationIngest:
             for event in news
         ]
         self.outbox.mark(tx, marks)
-
-    def task_states(self, tx: Tx, pushed: Sequence[Pushed[UserTaskState]]) -> None:
-        """Index what people have open, unread and half written."""
-        entries = [
-            Entry(
-                ENTITY_KIND_USER_TASK_STATE,
-                one.state.organization_id,
-                one.id,
-                one.revision,
-                one.state,
-                viewer_id=one.state.user_id,
-                task_id=one.state.task_id,
-                deleted=one.deleted,
-            )
-            for one in pushed
-        ]
-        self.stores.index.put_many(tx, entries)

@@ -9,6 +9,7 @@ from branchline.resource.v1.vocabulary_pb2 import (
     ENTITY_KIND_MEMBER,
     ERROR_REASON_ALREADY_MEMBER,
     ERROR_REASON_LAST_OWNER,
+    ERROR_REASON_QUOTA_EXCEEDED,
     EVENT_KIND_MEMBER_ADDED,
     EVENT_KIND_MEMBER_REMOVED,
     EVENT_KIND_MEMBER_UPDATED,
@@ -21,13 +22,19 @@ from services.organization.feed import Feed
 from services.organization.tables import members
 from services.runtime.clock import Clock
 from services.runtime.database import Reader, Statement, Tx, is_in
-from services.runtime.errors import AlreadyExists, FailedPrecondition, NotFound
+from services.runtime.errors import AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted
 from services.runtime.principal import current_principal
 from services.runtime.spine.index import Entry, Index
 from services.runtime.spine.outbox import Mark, Outbox
 from services.runtime.spine.resources import Held
 
 REMOVED_AT_ONCE = 500
+
+MOST_MEMBERS = 2_000
+"""Most members of one organization: they are listed, and carried by watches."""
+
+MOST_MEMBERSHIPS = 500
+"""Most organizations of one person: each call that says who calls carries them."""
 
 MEMBERS = Held(members, Member, ENTITY_KIND_MEMBER)
 MEMBERS_OF = MEMBERS.by("scope")
@@ -39,6 +46,10 @@ _OWNERS = Statement(
     select(func.count()).where(
         members.c.scope == bindparam("of"), members.c.role == ROLE_OWNER, members.c.deleted.is_(False)
     )
+)
+_COUNT = Statement(select(func.count()).where(members.c.scope == bindparam("of"), members.c.deleted.is_(False)))
+_COUNT_OF_USER = Statement(
+    select(func.count()).where(members.c.user_id == bindparam("user"), members.c.deleted.is_(False))
 )
 _USER_IDS = Statement(
     select(members.c.scope, members.c.user_id).where(is_in(members.c.scope, "scopes"), members.c.deleted.is_(False))
@@ -71,10 +82,18 @@ class Members:
         return found
 
     def join(self, tx: Tx, organization_id: str, user: User, role: Role.ValueType) -> Member:
-        """Make a person a member. Raise AlreadyExists if the person is one."""
+        """Make a person a member.
+
+        Raise AlreadyExists if the person is one, ResourceExhausted if there would be too many.
+        """
         if self.find(tx, organization_id, user.id) is not None:
             sentence = f"{user.email or user.id} is a member"
             raise AlreadyExists(ENTITY_KIND_MEMBER, user.id, sentence, ERROR_REASON_ALREADY_MEMBER)
+        if tx.value(_COUNT, {"of": organization_id}) >= MOST_MEMBERS:
+            raise ResourceExhausted(ERROR_REASON_QUOTA_EXCEEDED, f"an organization has at most {MOST_MEMBERS} members")
+        if tx.value(_COUNT_OF_USER, {"user": user.id}) >= MOST_MEMBERSHIPS:
+            sentence = f"a person is a member of at most {MOST_MEMBERSHIPS} organizations"
+            raise ResourceExhausted(ERROR_REASON_QUOTA_EXCEEDED, sentence)
         left = tx.value(_LAST_REVISION, {"member": member_id(organization_id, user.id)})
         member = Member(
             organization_id=organization_id,

@@ -30,8 +30,8 @@ from services.runtime.spine.resources import Held
 
 DEFAULT_IDLE_SECONDS = 1800
 DEFAULT_SANDBOX_PROVIDER = "local"
-ORGANIZATION_BYTES = 16 * 1024
-"""Most that an organization's own state may take: every watch of it carries it."""
+ORGANIZATION_BYTES = 4 * 1024
+"""Most that an organization's own state may take: every watch of it carries it, and the list of a person's own."""
 
 _UPDATABLE = frozenset({"display_name", "slug", "settings"})
 _SLUG = re.compile(r"[a-z0-9]([a-z0-9-]{0,37}[a-z0-9])?")

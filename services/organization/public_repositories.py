@@ -14,6 +14,7 @@ from services.organization.destinations import TO_GITHUB_DATA, TO_REPOSITORY
 from services.organization.reading import Context, Reading
 from services.organization.remote import check_remote_url, name_from_url
 from services.organization.repositories import REPOSITORIES
+from services.runtime.branches import check_branch
 from services.runtime.database import Tx
 from services.runtime.errors import FailedPrecondition, NotFound
 from services.runtime.principal import current_principal
@@ -37,6 +38,8 @@ class PublicRepositoryServicer(Reading, repositories_pb2_grpc.RepositoryServiceS
     async def AddRepository(self, request: api.AddRepositoryRequest, context: Context) -> api.AddRepositoryResponse:
         """Add a repository by URL: index it here, have the child created."""
         check_remote_url(request.remote_url)
+        if request.default_branch:
+            check_branch(request.default_branch, "default_branch")
         added = asyncio.Event()
         answer = await self.commands.run(request, api.AddRepositoryResponse, self._add, request, added)
         if added.is_set():  # now, and not when the request came first

@@ -1,18 +1,15 @@
 """What the public servicers share: reads that see what the caller has written."""
 
 from dataclasses import dataclass
-from typing import Any
 
-import grpc
 from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_API_TOKEN, ENTITY_KIND_USER
 from branchline.spine.v1.push_pb2 import ConsistencyPoint
 
 from services.organization.stores import Stores
 from services.runtime.database import Database
 from services.runtime.principal import current_principal
+from services.runtime.serving import Context
 from services.runtime.spine.tokens import parse_consistency_token
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 _ONES_OWN = frozenset({ENTITY_KIND_USER, ENTITY_KIND_API_TOKEN})
 

@@ -17,7 +17,6 @@ from sqlalchemy import String, bindparam, delete, select, tuple_
 
 from services.organization.destinations import TO_REPOSITORY
 from services.organization.feed import Feed
-from services.organization.pages import Page, page_of
 from services.organization.tables import github_repositories, repositories, repository_deletions
 from services.organization.tasks import Tasks
 from services.runtime.clock import Clock
@@ -26,6 +25,7 @@ from services.runtime.errors import AlreadyExists
 from services.runtime.spine.index import Entry, Index
 from services.runtime.spine.ingest import Pushed
 from services.runtime.spine.outbox import Mark, Outbox
+from services.runtime.spine.pages import Page, page_of
 from services.runtime.spine.resources import Held
 
 BURIED_AT_ONCE = 500
@@ -39,7 +39,7 @@ _d = repository_deletions.c
 _BEGIN_DELETION = Statement(insert_new(repository_deletions, ["repository_id"]))
 _GONE = Statement(upsert(repository_deletions, ["repository_id"], keep=["organization_id", "request_time"]))
 _DELETIONS = Statement(select(repository_deletions).where(is_in(_d.repository_id, "ids")))
-_GONE_ONES = Statement(select(_d.repository_id).where(_d.gone.is_(True)).limit(bindparam("most")))
+_GONE_ONES = Statement(select(_d.repository_id).where(_d.gone.is_(True)).limit(BURIED_AT_ONCE))
 _FORGET_DELETION = Statement(delete(repository_deletions).where(_d.repository_id == bindparam("repository")))
 _UNLINK = Statement(delete(github_repositories).where(github_repositories.c.repository_id == bindparam("repository")))
 _UNTOUCHED = Statement(
@@ -176,9 +176,13 @@ class Repositories:
             self.feed.record(tx, organization_id, EVENT_KIND_REPOSITORY_DELETED, words, repository_id)
         return organization_id
 
-    def unburied(self, tx: Reader, most: int) -> list[str]:
+    def unburied(self, tx: Reader) -> list[str]:
         """Return repositories that are gone and not yet buried."""
-        return [row.repository_id for row in tx.rows(_GONE_ONES, {"most": most})]
+        return [row.repository_id for row in tx.rows(_GONE_ONES)]
+
+    def is_unburied(self, tx: Reader, repository_id: str) -> bool:
+        """Say whether a repository is gone and not yet buried."""
+        return any(row.gone for row in tx.rows(_DELETIONS, {"ids": [repository_id]}))
 
     def page(self, tx: Reader, organization_id: str, after: Sequence[Any] | None, most: int) -> Page[Repository]:
         """Return the repositories behind a place in the catalogue, by name."""

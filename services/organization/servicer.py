@@ -2,9 +2,7 @@
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any
 
-import grpc
 from branchline.organization.v1 import organization_pb2, organization_pb2_grpc
 from branchline.resource.v1.organization_pb2 import ORGANIZATION_KIND_TEAM, Member, Organization
 from branchline.resource.v1.user_pb2 import User
@@ -30,10 +28,9 @@ from services.runtime.clock import Clock
 from services.runtime.database import Database, Reader, Tx
 from services.runtime.errors import NotFound, Unauthenticated
 from services.runtime.principal import current_principal
+from services.runtime.serving import Context
 from services.runtime.spine.source import watch_index
 from services.runtime.spine.tokens import parse_consistency_token
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 FIRST_TOKEN = "first token"  # noqa: S105 - its name
 

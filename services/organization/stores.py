@@ -9,6 +9,7 @@ from services.organization.organizations import Organizations
 from services.organization.people import People
 from services.organization.repositories import Repositories
 from services.organization.tables import HISTORY, UNWATCHED, WATCHED
+from services.organization.task_states import TaskStates
 from services.organization.tasks import Tasks
 from services.organization.teardown import Teardown
 from services.runtime.clock import Clock
@@ -27,6 +28,7 @@ class Stores:
     members: Members
     organizations: Organizations
     tasks: Tasks
+    task_states: TaskStates
     repositories: Repositories
     github: Github
     teardown: Teardown
@@ -47,6 +49,7 @@ def open_stores(database: Database, outbox: Outbox, clock: Clock) -> Stores:
         members=members,
         organizations=organizations,
         tasks=tasks,
+        task_states=TaskStates(index, outbox),
         repositories=repositories,
         github=Github(index, outbox, repositories),
         teardown=Teardown(outbox, organizations, members, repositories),

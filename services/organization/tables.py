@@ -30,6 +30,7 @@ from sqlalchemy import (
     Table,
 )
 
+from services.runtime.database.indexes import partial_index
 from services.runtime.spine.index import IndexTable, UnwatchedIndex
 from services.runtime.spine.tables import add_spine_tables, index_table
 
@@ -40,7 +41,7 @@ add_spine_tables(metadata, coordinator=True, commands=True)
 def _partial(table: Table, name: str, *columns: str, where: ColumnElement[bool], unique: bool = False) -> None:
     """Add an index of some rows alone."""
     found = [table.c[column] for column in columns]
-    Index(f"{table.name}_{name}", *found, unique=unique, sqlite_where=where, postgresql_where=where)
+    partial_index(f"{table.name}_{name}", *found, unique=unique, where=where)
 
 
 organizations = index_table(

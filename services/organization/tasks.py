@@ -12,13 +12,14 @@ from branchline.user.v1.user_pb2 import ForgetTaskStatesRequest
 from sqlalchemy import Boolean, String, bindparam, delete, func, or_, select, tuple_
 
 from services.organization.destinations import TO_USER
-from services.organization.pages import Page, all_of, page_of, pattern
+from services.organization.filters import all_of, pattern
 from services.organization.tables import task_lookup, task_summaries
 from services.runtime.clock import column_seconds
 from services.runtime.database import Reader, Statement, Tx, insert_new, is_in
 from services.runtime.spine.index import Entry, Index
 from services.runtime.spine.ingest import Pushed, RejectedEntryError
 from services.runtime.spine.outbox import Mark, Outbox
+from services.runtime.spine.pages import Page, page_of
 from services.runtime.statuses import ENDED
 
 _c = task_summaries.c

@@ -18,6 +18,7 @@ from services.organization.organizations import ORGANIZATIONS, Organizations
 from services.organization.repositories import Repositories
 from services.organization.tables import HISTORY, WATCHED, github_status, organizations, teardowns, user_task_states
 from services.runtime.database import Database, Reader, Statement, Tx, insert_new
+from services.runtime.loops import for_each
 from services.runtime.spine.index import IndexTable
 from services.runtime.spine.outbox import Mark, Outbox
 
@@ -105,17 +106,24 @@ class Teardown:
 
     async def sweep(self, database: Database) -> None:
         """Bury the repositories and end the organizations that are waiting for it."""
-        while waiting := await database.read(self.repositories.unburied, _AT_ONCE):
-            for repository_id in waiting:
-                await database.write(self._bury, repository_id)
-        for organization_id in await database.read(_deleting):
+
+        async def bury(repository_id: str) -> None:
+            while await database.write(self._bury, repository_id):
+                pass
+
+        async def end(organization_id: str) -> None:
             while await database.write(self.advance, organization_id):
                 pass
 
-    def _bury(self, tx: Tx, repository_id: str) -> None:
+        await for_each(await database.read(self.repositories.unburied), "bury a repository", bury)
+        await for_each(await database.read(_deleting), "end an organization", end)
+
+    def _bury(self, tx: Tx, repository_id: str) -> bool:
+        """Take a step; say whether there are more."""
         organization_id = self.repositories.bury(tx, repository_id)
         if organization_id:
             self.advance(tx, organization_id)
+        return not organization_id and self.repositories.is_unburied(tx, repository_id)
 
 
 def _deleting(tx: Reader) -> list[str]:

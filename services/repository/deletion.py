@@ -71,7 +71,7 @@ class Deletion:
 
     def begin(self, tx: Tx, repository_id: str) -> None:
         """Have a repository deleted; raise NotFound if there is none. One that is being deleted already stays so."""
-        repository = REPOSITORIES.get(tx, repository_id)
+        repository = REPOSITORIES.take(tx, repository_id)
         if not repository.HasField("delete_time"):
             repository.delete_time.CopyFrom(self.clock.timestamp())
             self.store.save(tx, [repository])

@@ -21,6 +21,7 @@ from services.runtime.clock import Clock
 from services.runtime.database import Database, Tx
 from services.runtime.spine.ingest import Handler, Ingest, Pushed, RejectedEntryError
 from services.runtime.spine.outbox import Mark, Outbox
+from services.runtime.statuses import HOLDS_BRANCH
 
 log = structlog.get_logger()
 
@@ -40,9 +41,7 @@ class RepositoryIngest:
         return Ingest(
             database,
             Handler(Task, self.tasks),
-            Handler(Session, self.workbench.put_sessions),
-            Handler(Sandbox, self.workbench.put_sandboxes),
-            Handler(TranscriptEntry, self.workbench.put_transcript),
+            Handler((Session, Sandbox, TranscriptEntry), self.workbench.put_parts),
             Handler(HistoryEvent, self.history_events),
         )
 
@@ -65,11 +64,18 @@ class RepositoryIngest:
         marks += [Mark(task.id, task.revision, summary_of(task), deleted=True) for task in gone]
         self.outbox.mark(tx, [*marks, *(Mark(event.id, 1, event) for event in events)])
         moved = [task for task in changed if task.status != places[task.id].status]
-        self.store.touch(tx, (places[task.id].repository_id for task in (*moved, *gone)))
+        left = [task for task in moved if places[task.id].live and task.status not in HOLDS_BRANCH]
+        counted, active = ([places[task.id].repository_id for task in (*some, *gone)] for some in (left, moved))
+        self.store.touch(tx, counted, active)
 
     def history_events(self, tx: Tx, pushed: Sequence[Pushed[HistoryEvent]]) -> None:
         """Pass events on."""
         self.outbox.mark(tx, [Mark(one.id, one.revision, one.state) for one in pushed])
+
+    def lost(self, tx: Tx, task_id: str) -> None:
+        """Take a task for deleted that its owner does not know: it was never born, or is gone already."""
+        if self.workbench.places(tx, [task_id]):
+            self.tasks(tx, [Pushed(task_id, 0, deleted=True, state=Task())])
 
     def _deleted(self, task: Task) -> HistoryEvent:
         return self._event(task, EVENT_KIND_TASK_DELETED, task.title)

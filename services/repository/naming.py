@@ -1,12 +1,8 @@
-"""Titles and branch names: derived from a task's text, or checked as given. Pure."""
+"""Titles and branch names: derived from a task's text. Pure."""
 
 import re
 import unicodedata
 from collections.abc import Set
-
-from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_BRANCH_NAME_INVALID
-
-from services.runtime.errors import InvalidArgument
 
 TITLE_LENGTH = 62
 """Most characters of a title."""
@@ -14,17 +10,12 @@ TITLE_LENGTH = 62
 BRANCH_LENGTH = 50
 """Most characters of a derived name."""
 
-MOST_BYTES = 200
-"""Most bytes of a name that is given: git keeps it as a file's."""
-
 _PREFIXES = (
     ("fix", ("fix", "bug", "broken", "crash", "error", "repair", "wrong", "fails")),
     ("docs", ("document", "documentation", "docs", "readme", "changelog")),
     ("refactor", ("refactor", "rename", "clean", "simplify", "restructure", "tidy")),
 )
 _DEFAULT_PREFIX = "feat"
-# Rules of git-check-ref-format(1) for a branch, as far as they concern a name without "refs/heads/".
-_REFUSED = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|^/|/$|\.$|(^|/)\.|\.lock(/|$)|^-|^@$|^HEAD$")
 
 
 def derive_title(text: str) -> str:
@@ -66,12 +57,3 @@ def unique_branch(wanted: str, taken: Set[str]) -> str:
 def _folders(name: str) -> list[str]:
     parts = name.split("/")
     return ["/".join(parts[:end]) for end in range(1, len(parts))]
-
-
-def check_branch(name: str) -> None:
-    """Raise InvalidArgument for a name that git would refuse (git-check-ref-format), or that is too long for a file."""
-    if len(name.encode()) > MOST_BYTES:
-        words = f"a branch name has at most {MOST_BYTES} bytes"
-        raise InvalidArgument("branch", words, ERROR_REASON_BRANCH_NAME_INVALID)
-    if _REFUSED.search(name):
-        raise InvalidArgument("branch", f'git refuses the branch name "{name}"', ERROR_REASON_BRANCH_NAME_INVALID)

@@ -1,9 +1,7 @@
 """The public commands and reads that repository owns, as the gateway forwards them."""
 
 from dataclasses import dataclass
-from typing import Any
 
-import grpc
 from branchline.gateway.v1 import (
     repositories_pb2,
     repositories_pb2_grpc,
@@ -15,19 +13,18 @@ from branchline.gateway.v1 import (
 
 from services.repository.creation import Creation
 from services.repository.downward import TO_TASK
-from services.repository.naming import check_branch
 from services.repository.overview import overview
 from services.repository.store import RepositoryStore
 from services.repository.workbench import Workbench
+from services.runtime.branches import check_branch
 from services.runtime.clock import Clock
 from services.runtime.database import Database, Reader
 from services.runtime.principal import current_principal
+from services.runtime.serving import Context
 from services.runtime.spine.commands import Commands
 from services.runtime.spine.index import Index
 from services.runtime.spine.outbox import Outbox
-from services.runtime.spine.tokens import page_token, parse_consistency_token, parse_page_token
-
-Context = grpc.aio.ServicerContext[Any, Any]
+from services.runtime.spine.tokens import parse_consistency_token, parse_page_token
 
 CHILD_SECONDS = 2.0
 """Time that a creation waits for its child, so that the next command finds it. The child is made in any case."""
@@ -65,9 +62,8 @@ class Reads:
         """Return a page of a transcript."""
         self.workbench.task(tx, request.task_id, current_principal())
         most = request.page_size or _PAGE_ENTRIES
-        page, more = self.workbench.transcript(tx, request.task_id, request.session_id, after_position, most)
-        following = page_token(request, [page[-1].position]) if more else ""
-        return sessions_pb2.ListTranscriptResponse(entries=page, next_page_token=following)
+        page = self.workbench.transcript(tx, request.task_id, request.session_id, after_position, most)
+        return sessions_pb2.ListTranscriptResponse(entries=page.found, next_page_token=page.next_token(request))
 
     def overview(self, tx: Reader, repository_id: str) -> repositories_pb2.GetRepositoryOverviewResponse:
         """Return a repository's branches with their tasks and pull requests."""

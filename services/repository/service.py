@@ -47,6 +47,7 @@ def build(config: RepositoryConfig) -> Service:
     chassis.take_commands()
     chassis.coordinate(index, ingest.ingest(database))
     chassis.push_to("organization")
-    chassis.courier(TO_TASK, Downward(chassis.stub(TaskServiceStub, "task")).deliver)
+    downward = Downward(chassis.stub(TaskServiceStub, "task"), database, ingest.lost)
+    chassis.courier(TO_TASK, downward.deliver)
     chassis.service.every(_SWEEP_PAUSE_SECONDS, "deletions", deletion.sweep)
     return chassis.service

@@ -2,9 +2,7 @@
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any
 
-import grpc
 from branchline.organization.v1.organization_pb2 import GetGitCredentialRequest as OrganizationGitCredentialRequest
 from branchline.organization.v1.organization_pb2_grpc import OrganizationServiceStub
 from branchline.repository.v1 import repository_pb2, repository_pb2_grpc
@@ -18,11 +16,10 @@ from services.repository.workbench import Workbench
 from services.runtime.database import Database, Reader
 from services.runtime.principal import current_principal
 from services.runtime.remote import host_of
+from services.runtime.serving import Context
 from services.runtime.spine.index import Index
 from services.runtime.spine.source import watch_index
 from services.runtime.spine.tokens import parse_consistency_token
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 _KINDS = tuple(table.kind for table in WATCHED)
 

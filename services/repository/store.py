@@ -1,7 +1,7 @@
 """Queries of the repositories themselves and of the caches of GitHub. What changed is marked for the organization."""
 
 from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from branchline.repository.v1.repository_pb2 import EnsureRepositoryRequest
 from branchline.resource.v1.repository_pb2 import Branch, PullRequest, Repository
@@ -18,6 +18,9 @@ from services.runtime.principal import Principal
 from services.runtime.spine.outbox import Mark, Outbox
 from services.runtime.spine.resources import Resources
 
+ACTIVITY_SECONDS = 60.0
+"""How exactly a repository says when something last happened in it."""
+
 REPOSITORIES = Resources(
     repositories,
     Repository,
@@ -31,7 +34,11 @@ REPOSITORIES = Resources(
 )
 _BRANCHES_OF = Statement(select(branches.c.payload).where(branches.c.repository_id == bindparam("of")))
 _BRANCH_NAMES_OF = Statement(select(branches.c.name).where(branches.c.repository_id == bindparam("of")))
-_PULL_REQUESTS_OF = Statement(select(pull_requests.c.payload).where(pull_requests.c.repository_id == bindparam("of")))
+_PULL_REQUESTS_OF = Statement(
+    select(pull_requests.c.payload)
+    .where(pull_requests.c.repository_id == bindparam("of"))
+    .order_by(pull_requests.c.number)
+)
 _ADD_BRANCH = Statement(insert(branches))
 _ADD_PULL_REQUEST = Statement(insert(pull_requests))
 _DROP_BRANCHES = Statement(delete(branches).where(branches.c.repository_id == bindparam("of")))
@@ -64,6 +71,8 @@ class RepositoryStore:
 
     outbox: Outbox
     clock: Clock
+    told: dict[str, float] = field(default_factory=dict[str, float])
+    """When the activity of each repository was told last."""
 
     def visible(self, tx: Reader, repository_id: str, principal: Principal) -> Repository:
         """Return a repository; raise NotFound if it is not the caller's to see."""
@@ -79,6 +88,7 @@ class RepositoryStore:
     def ensure(self, tx: Tx, request: EnsureRepositoryRequest) -> None:
         """Create a repository, or bring its name and default branch and its caches up to date."""
         given = request.repository
+        self.lock(tx, [given.id])
         held = REPOSITORIES.find(tx, given.id)
         if held is None:
             if tx.value(_DELETED, {"of": given.id}) is not None:
@@ -112,7 +122,7 @@ class RepositoryStore:
                 for pull in {pull.number: pull for pull in request.pull_requests}.values()
             ],
         )
-        after = {pull.head_branch: pull for pull in request.pull_requests}
+        after = self.pull_requests(tx, repository_id)
         told = [
             SetPullRequestRequest(task_id=task_id, pull_request=after.get(branch))
             for branch, task_id in self.branch_holders(tx, repository_id).items()
@@ -140,11 +150,14 @@ class RepositoryStore:
         tx.change(_BURY, {"id": repository.id, "delete_time": self.clock.seconds()})
         self.outbox.mark(tx, [Mark(repository.id, repository.revision, repository, deleted=True)])
 
-    def touch(self, tx: Tx, repository_ids: Iterable[str]) -> None:
-        """Count the live tasks again and note that something happened."""
-        ids = sorted(set(repository_ids))
+    def touch(self, tx: Tx, counted: Iterable[str], active: Iterable[str] = ()) -> None:
+        """Count live tasks again, and note that something happened: that is told once in a while alone."""
+        now = self.clock.seconds()
+        quiet = {one for one in active if now - self.told.get(one, 0.0) >= ACTIVITY_SECONDS}
+        ids = sorted({*counted, *quiet})
         if not ids:
             return
+        tx.after_commit(lambda: self.told.update(dict.fromkeys(ids, now)))
         live = {row.repository_id: row.tasks for row in tx.rows(_LIVE_TASKS, {"ids": ids})}
         touched = sorted(REPOSITORIES.find_many(tx, ids), key=lambda one: one.id)
         for repository in touched:
@@ -165,6 +178,6 @@ class RepositoryStore:
         return [Branch.FromString(row.payload) for row in tx.rows(_BRANCHES_OF, {"of": repository_id})]
 
     def pull_requests(self, tx: Reader, repository_id: str) -> dict[str, PullRequest]:
-        """Return the cached pull requests by the branch they are from."""
+        """Return the cached pull requests by the branch they are from: of several, the newest."""
         found = [PullRequest.FromString(row.payload) for row in tx.rows(_PULL_REQUESTS_OF, {"of": repository_id})]
         return {pull.head_branch: pull for pull in found}

@@ -26,6 +26,7 @@ from sqlalchemy import (
     text,
 )
 
+from services.runtime.database.indexes import partial_index
 from services.runtime.spine.index import IndexTable
 from services.runtime.spine.tables import add_spine_tables, index_table
 
@@ -43,7 +44,7 @@ repositories = Table(
     Column("deleting", Boolean, nullable=False),
     Column("github_revision", BigInteger, nullable=False, server_default="0"),
     Column("payload", LargeBinary, nullable=False),
-    Index("repositories_deleting", "id", sqlite_where=text("deleting"), postgresql_where=text("deleting")),
+    partial_index("repositories_deleting", "id", where=text("deleting")),
     comment="Repositories, owned here",
 )
 
@@ -85,15 +86,8 @@ task_index = Table(
     Column("gone", Boolean, nullable=False),
     Column("told_time", Float, nullable=False),
     Index("task_index_repository", "repository_id"),
-    Index(
-        "task_index_live_branch",
-        "repository_id",
-        "branch",
-        unique=True,
-        sqlite_where=text("live"),
-        postgresql_where=text("live"),
-    ),
-    Index("task_index_gone", "task_id", sqlite_where=text("gone"), postgresql_where=text("gone")),
+    partial_index("task_index_live_branch", "repository_id", "branch", unique=True, where=text("live")),
+    partial_index("task_index_gone", "task_id", where=text("gone")),
     comment="Coordinator index of task: task id to branch; at most one live task per branch. `live`: it holds the "
     "branch; `gone`: its owner deleted it, its details are being buried; `told_time`: when it was told to go",
 )

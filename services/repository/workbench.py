@@ -1,6 +1,6 @@
 """The index of tasks: who holds which branch, and the workbench of each task as its owner pushed it."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,15 +24,14 @@ from services.repository.tables import (
 from services.runtime.database import Reader, Statement, Tx, insert, is_in
 from services.runtime.errors import NotFound
 from services.runtime.principal import Principal
-from services.runtime.spine.chunks import PART_BYTES
-from services.runtime.spine.hub import Kind
 from services.runtime.spine.index import Entry, Index, IndexTable
 from services.runtime.spine.ingest import Pushed
+from services.runtime.spine.pages import Page, page_of
 from services.runtime.spine.resources import Held
 from services.runtime.statuses import HOLDS_BRANCH
 
 BURIED_AT_ONCE = 500
-_NO_COLUMNS: Mapping[str, Any] = {}
+_KINDS = {Session: SESSIONS.kind, Sandbox: SANDBOXES.kind, TranscriptEntry: TRANSCRIPT.kind}
 
 _tasks = Held(task_details, Task, ENTITY_KIND_TASK)
 _BURIED = Statement(select(task_details.c.id).where(is_in(task_details.c.id, "ids"), task_details.c.deleted.is_(True)))
@@ -46,7 +45,7 @@ _SESSION_THERE = Statement(
     )
 )
 _TRANSCRIPT = Statement(
-    select(transcript_entries.c.payload)
+    select(transcript_entries.c.position, transcript_entries.c.payload)
     .where(
         transcript_entries.c.session_id == bindparam("of"),
         transcript_entries.c.position > bindparam("after"),
@@ -132,21 +131,12 @@ class Workbench:
 
     def transcript(
         self, tx: Reader, task_id: str, session_id: str, after_position: int, most: int
-    ) -> tuple[list[TranscriptEntry], bool]:
-        """Return a page of a transcript, oldest first, and whether there is more; raise NotFound.
-
-        The page has at most 1 MiB, after at least one entry.
-        """
+    ) -> Page[TranscriptEntry]:
+        """Return a page of a transcript, oldest first; raise NotFound."""
         if tx.value(_SESSION_THERE, {"of": task_id, "session": session_id}) is None:
             raise NotFound(ENTITY_KIND_SESSION, session_id)
-        page: list[TranscriptEntry] = []
-        size = 0
-        for row in tx.each(_TRANSCRIPT, {"of": session_id, "after": after_position, "most": most + 1}):
-            size += len(row.payload)
-            if page and (len(page) == most or size > PART_BYTES):
-                return page, True
-            page.append(TranscriptEntry.FromString(row.payload))
-        return page, False
+        rows = tx.each(_TRANSCRIPT, {"of": session_id, "after": after_position, "most": most + 1})
+        return page_of(TranscriptEntry, rows, ["position"], most)
 
     def places(self, tx: Reader, task_ids: Iterable[str]) -> dict[str, Place]:
         """Return what the index knows of tasks, by their ids."""
@@ -220,35 +210,19 @@ class Workbench:
         if tasks:
             tx.change(_LEAVE, {"ids": [task.id for task in tasks]})
 
-    def put_sessions(self, tx: Tx, pushed: Sequence[Pushed[Session]]) -> None:
-        """Index states of sessions."""
-        self._put_parts(tx, SESSIONS.kind, pushed, lambda _: _NO_COLUMNS)
-
-    def put_sandboxes(self, tx: Tx, pushed: Sequence[Pushed[Sandbox]]) -> None:
-        """Index states of sandboxes."""
-        self._put_parts(tx, SANDBOXES.kind, pushed, lambda _: _NO_COLUMNS)
-
-    def put_transcript(self, tx: Tx, pushed: Sequence[Pushed[TranscriptEntry]]) -> None:
-        """Index entries of transcripts."""
-        self._put_parts(
-            tx, TRANSCRIPT.kind, pushed, lambda one: {"session_id": one.session_id, "position": one.position}
-        )
-
-    def _put_parts(
-        self, tx: Tx, kind: Kind, pushed: Sequence[Pushed[Any]], columns: Callable[[Any], Mapping[str, Any]]
-    ) -> None:
-        """Index parts of tasks. What comes late, of a task that is gone, is ignored."""
+    def put_parts(self, tx: Tx, pushed: Sequence[Pushed[Session | Sandbox | TranscriptEntry]]) -> None:
+        """Index states of parts of tasks. What comes late, of a task that is gone, is ignored."""
         places = self.places(tx, (one.state.task_id for one in pushed))
         entries = [
             Entry(
-                kind,
+                _KINDS[type(one.state)],
                 one.state.task_id,
                 one.id,
                 one.revision,
                 one.state,
                 task_id=one.state.task_id,
                 deleted=one.deleted,
-                columns=columns(one.state),
+                columns=_columns(one.state),
             )
             for one in pushed
             if one.state.task_id in places and not places[one.state.task_id].gone
@@ -280,6 +254,10 @@ class Workbench:
 def _task_entry(task: Task, *, deleted: bool) -> Entry:
     columns = {"repository_id": task.repository_id, "organization_id": task.organization_id}
     return Entry(TASKS.kind, task.id, task.id, task.revision, task, task_id=task.id, deleted=deleted, columns=columns)
+
+
+def _columns(part: Session | Sandbox | TranscriptEntry) -> Mapping[str, Any]:
+    return {"session_id": part.session_id, "position": part.position} if isinstance(part, TranscriptEntry) else {}
 
 
 def _stays(task: Task, place: Place) -> bool:

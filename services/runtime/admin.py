@@ -1,15 +1,12 @@
 """What an operator may ask of every service: what waits to leave it, and what is parked."""
 
 from dataclasses import dataclass
-from typing import Any
 
-import grpc
 from branchline.admin.v1 import admin_pb2, admin_pb2_grpc
 
 from services.runtime.principal import current_principal
+from services.runtime.serving import Context
 from services.runtime.spine.outbox import Outbox
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 _PAGE_ROWS = 100
 

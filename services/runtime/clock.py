@@ -31,9 +31,10 @@ class Clock:
         return self.now().timestamp()
 
 
-_EARLIEST_SECONDS, _LATEST_SECONDS = -62_135_596_800, 253_402_300_799
+EARLIEST_SECONDS, LATEST_SECONDS = -62_135_596_800, 253_402_300_799
+"""The range of a protobuf timestamp: the years that have four digits."""
 
 
 def column_seconds(time: Timestamp) -> float:
     """Return a timestamp as a column holds it: seconds since 1970, within the years that have four digits."""
-    return min(max(time.seconds, _EARLIEST_SECONDS), _LATEST_SECONDS) + time.nanos / 1e9
+    return min(max(time.seconds, EARLIEST_SECONDS), LATEST_SECONDS) + time.nanos / 1e9

@@ -27,3 +27,8 @@ class ServiceConfig(BaseModel):
 def database_url(data_dir: Path, name: str) -> str:
     """Return the URL of a service's database, which is in its data folder."""
     return f"sqlite:///{data_dir / f'{name}.sqlite'}"
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder for data, if it is not there, that only its user may enter."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ resource it is about.
 """
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 import grpc
 from branchline.resource.v1 import vocabulary_pb2 as words
@@ -12,8 +13,15 @@ from branchline.resource.v1.vocabulary_pb2 import EntityKind, ErrorReason
 from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+D = TypeVar("D", bound=Message)
 
 DOMAIN = "branchline"
+
+_MESSAGE_BYTES = 1024
+_WORDS_BYTES = 256
+_VIOLATIONS = 8
 _PERMANENT = frozenset(
     {
         grpc.StatusCode.INVALID_ARGUMENT,
@@ -43,9 +51,13 @@ class DomainError(Exception):
         return []
 
     def to_status(self) -> status_pb2.Status:
-        """Return the error as clients see it."""
-        info = error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=self.metadata)
-        status = status_pb2.Status(code=self.code.value[0], message=self.message)
+        """Return the error as clients see it.
+
+        What it quotes is cut: a status travels in trailers, which take 16 KiB, and one that is larger never arrives.
+        """
+        metadata = {name: _cut(value) for name, value in self.metadata.items()}
+        info = error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=metadata)
+        status = status_pb2.Status(code=self.code.value[0], message=_cut(self.message, _MESSAGE_BYTES))
         for detail in (info, *self.details()):
             packed = any_pb2.Any()
             packed.Pack(detail)
@@ -69,10 +81,10 @@ class InvalidArgument(DomainError):
         self.violations = [(field, message)]
 
     def details(self) -> list[Message]:
-        """Name every wrong field."""
+        """Name the wrong fields."""
         violations = [
-            error_details_pb2.BadRequest.FieldViolation(field=field, description=message)
-            for field, message in self.violations
+            error_details_pb2.BadRequest.FieldViolation(field=_cut(field), description=_cut(message))
+            for field, message in self.violations[:_VIOLATIONS]
         ]
         return [error_details_pb2.BadRequest(field_violations=violations)]
 
@@ -94,7 +106,7 @@ class _ResourceError(DomainError):
 
     def details(self) -> list[Message]:
         """Name the resource."""
-        return [error_details_pb2.ResourceInfo(resource_type=self.kind, resource_name=self.name)]
+        return [error_details_pb2.ResourceInfo(resource_type=self.kind, resource_name=_cut(self.name))]
 
 
 class NotFound(_ResourceError):
@@ -120,7 +132,7 @@ class FailedPrecondition(DomainError):
 
     def details(self) -> list[Message]:
         """Name the precondition."""
-        violation = error_details_pb2.PreconditionFailure.Violation(type=self.reason, description=self.message)
+        violation = error_details_pb2.PreconditionFailure.Violation(type=self.reason, description=_cut(self.message))
         return [error_details_pb2.PreconditionFailure(violations=[violation])]
 
 
@@ -158,6 +170,12 @@ class Unavailable(DomainError):
         return [error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=1))]
 
 
+def _cut(words: str, most_bytes: int = _WORDS_BYTES) -> str:
+    """Return the beginning of words that are too long."""
+    data = words.encode(errors="replace")
+    return words if len(data) <= most_bytes else data[:most_bytes].decode(errors="ignore") + "…"
+
+
 def kind_name(kind: EntityKind.ValueType) -> str:
     """Return a kind as people and `ResourceInfo` know it, such as "task"."""
     return EntityKind.Name(kind).removeprefix("ENTITY_KIND_").lower()
@@ -168,6 +186,15 @@ def is_permanent(error: BaseException) -> bool:
     if isinstance(error, DomainError):
         return error.code in _PERMANENT
     return isinstance(error, grpc.aio.AioRpcError) and error.code() in _PERMANENT
+
+
+def detail_of(error: grpc.aio.AioRpcError, kind: type[D]) -> D:
+    """Return the detail of one kind that a failed call carries, empty if it carries none."""
+    found = kind()
+    status = rpc_status.from_call(error)
+    for detail in status.details if status else ():
+        detail.Unpack(found)
+    return found
 
 
 def reason_of(error: BaseException) -> str:

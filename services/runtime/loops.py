@@ -1,8 +1,9 @@
 """Loops that run as long as their service: they live through errors, and end only when they are told to."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import structlog
 
@@ -12,6 +13,7 @@ from services.runtime.retry import Backoff
 log = structlog.get_logger()
 
 Work = Callable[[], Awaitable[object]]
+T = TypeVar("T")
 
 
 def being_cancelled() -> bool:
@@ -46,3 +48,19 @@ class Every:
                 log.warning("periodic work failed", work=self.name, reason=reason_of(error), exc_info=error)
                 pause = backoff.next_seconds()
             await asyncio.sleep(pause)
+
+
+async def for_each(items: Iterable[T], name: str, work: Callable[[T], Awaitable[object]], parallel: int = 1) -> None:
+    """Do something with each of some items, so many at a time; one that fails is logged and holds up no other."""
+    turns = asyncio.Semaphore(parallel)
+
+    async def work_on(item: T) -> None:
+        async with turns:
+            try:
+                await work(item)
+            except (Exception, asyncio.CancelledError) as error:
+                if being_cancelled():
+                    raise
+                log.warning("one of several failed", work=name, reason=reason_of(error), exc_info=error)
+
+    await asyncio.gather(*map(work_on, items))

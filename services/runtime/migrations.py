@@ -14,6 +14,9 @@ from pathlib import Path
 
 from sqlalchemy import MetaData
 
+from services.runtime.config import make_private
+from services.runtime.database.indexes import add_conditions
+
 _VERSIONS = "versions"
 
 
@@ -54,7 +57,7 @@ def migrate(folder: Path, url: str) -> None:
     from alembic.config import Config  # noqa: PLC0415
 
     if url.startswith("sqlite:///"):
-        Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        make_private(Path(url.removeprefix("sqlite:///")).parent)
     config = Config()
     config.set_main_option("script_location", str(folder))
     config.set_main_option("sqlalchemy.url", url.replace("postgresql://", "postgresql+psycopg://").replace("%", "%%"))
@@ -66,6 +69,7 @@ def run_environment(metadata: MetaData) -> None:
     from alembic import context  # noqa: PLC0415
     from sqlalchemy import create_engine  # noqa: PLC0415
 
+    add_conditions(metadata)
     engine = create_engine(context.config.get_main_option("sqlalchemy.url") or "")
     with engine.connect() as connection:
         context.configure(connection=connection, target_metadata=metadata, render_as_batch=True)

@@ -5,6 +5,8 @@ import hashlib
 import secrets
 from pathlib import Path
 
+from services.runtime.config import make_private
+
 _KEY_BYTES = 32
 TOKEN_PREFIX = "bl_"  # noqa: S105 - the beginning of every token
 
@@ -22,7 +24,7 @@ def token_hash(token: str) -> str:
 def read_or_create_key(path: Path) -> str:
     """Return the Fernet key in a file that only its owner can read; make it on first use."""
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(path.parent)
         path.touch(mode=0o600)
         path.write_bytes(base64.urlsafe_b64encode(secrets.token_bytes(_KEY_BYTES)))
     return path.read_text()

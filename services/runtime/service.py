@@ -12,7 +12,7 @@ from branchline.admin.v1 import admin_pb2
 from branchline.spine.v1 import push_pb2, push_pb2_grpc
 from google.protobuf.descriptor import FileDescriptor, ServiceDescriptor
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer  # pyright: ignore[reportMissingTypeStubs]
+from grpc_health.v1._async import HealthServicer
 
 from services.runtime.admin import AdminServicer
 from services.runtime.client import MESSAGE_LIMIT_BYTES, SigningChannel, open_channel
@@ -184,7 +184,7 @@ class Chassis:
         async def migrate() -> None:
             await bring_up_to_date({room / "migrations": url})
 
-        self.service.before_start += [migrate, self.database.start]
+        self.service.before_start += [migrate, self.database.start, self.outbox.start]
         self.service.after_stop.append(self.database.close)
         self.serve(AdminServicer(self.outbox), admin_pb2.DESCRIPTOR, "AdminService")
         self.service.every(_PARKED_LOOK_SECONDS, "look for parked rows", self.tell_parked)
@@ -224,15 +224,15 @@ class Chassis:
         """Remember the answers of commands, for as long as they are promised."""
         self.service.every(_HOUR_SECONDS, "forget old requests", self.commands.forget_old)
 
-    def courier(self, destination: str, deliver: Deliver, **options: Any) -> None:
+    def courier(self, destination: str, deliver: Deliver) -> None:
         """Carry what is marked for a destination there, in lanes."""
         self.outbox.line(destination)
-        self.service.loops.append(Courier(self.outbox, destination, deliver, **options).run)
+        self.service.loops.append(Courier(self.outbox, destination, deliver).run)
 
-    def batch_courier(self, destination: str, deliver: DeliverAll, **options: Any) -> None:
+    def batch_courier(self, destination: str, deliver: DeliverAll) -> None:
         """Carry what is marked for a destination there, many at a time and in order."""
         self.outbox.line(destination)
-        self.service.loops.append(BatchCourier(self.outbox, destination, deliver, **options).run)
+        self.service.loops.append(BatchCourier(self.outbox, destination, deliver).run)
 
     async def tell_parked(self) -> None:
         """Say in the health check and in the log whether anything is parked."""

@@ -162,7 +162,7 @@ def status_of(error: BaseException, method: str) -> status_pb2.Status:
     if isinstance(error, DomainError):
         return error.to_status()
     if isinstance(error, grpc.aio.AioRpcError):
-        passed_on = rpc_status.from_call(error)  # pyright: ignore[reportArgumentType]
+        passed_on = rpc_status.from_call(error)
         return passed_on or status_pb2.Status(code=error.code().value[0], message=error.details() or "")
     log.error("call failed", method=method, exc_info=error)
     unknown = DomainError(ERROR_REASON_INTERNAL, "something went wrong inside; the server's log has it")

@@ -15,9 +15,9 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from protovalidate import Violation
 
+from services.runtime.clock import EARLIEST_SECONDS, LATEST_SECONDS
 from services.runtime.errors import InvalidArgument
 
-_FIRST_SECOND, _LAST_SECOND = -62_135_596_800, 253_402_300_799
 _DURATION_SECONDS = 315_576_000_000
 _NANOS = 999_999_999
 
@@ -49,7 +49,7 @@ def _unfit(message: Message, within: str) -> Iterator[tuple[str, str]]:
                 if "\0" in value:
                     yield name, "must not hold the character U+0000"
             elif isinstance(value, Timestamp):
-                if not (_FIRST_SECOND <= value.seconds <= _LAST_SECOND and 0 <= value.nanos <= _NANOS):
+                if not (EARLIEST_SECONDS <= value.seconds <= LATEST_SECONDS and 0 <= value.nanos <= _NANOS):
                     yield name, "must be a time from the year 1 to the year 9999"
             elif isinstance(value, Duration):
                 if not _is_duration(value):

@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 from dbos import DBOS
 from dbos._dbos import _get_or_create_dbos_registry  # pyright: ignore[reportPrivateUsage]
 
+from services.runtime.config import make_private
 from services.runtime.errors import reason_of
 
 _APPLICATION_VERSION = "1"
@@ -61,7 +62,7 @@ class WorkflowEngine:
     """The process's workflow engine. Register workflows before it starts."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(path.parent)
         DBOS(
             config={
                 "name": "branchline",

@@ -9,7 +9,7 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -311,8 +311,16 @@ class AgentServer:
         raise InvalidArgument("path", detail)
 
 
+def _time(words: str) -> datetime:
+    """Return a file's time. A file may have any: one of a year that is none here counts as the first of all."""
+    try:
+        return datetime.fromisoformat(words)
+    except ValueError:
+        return datetime.fromtimestamp(0, UTC)
+
+
 def _file_entry(name: str, entry: Json) -> FileEntry:
-    modified = datetime.fromisoformat(entry["modified"][:26] + "+00:00")
+    modified = _time(entry["modified"])
     return FileEntry(name, entry["entryType"] == "directory", int(entry["size"]), modified)
 
 

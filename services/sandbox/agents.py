@@ -15,10 +15,11 @@ from branchline.resource.v1.vocabulary_pb2 import (
 
 from services.runtime.database import Database
 from services.runtime.errors import DomainError, FailedPrecondition, InvalidArgument, Unavailable
+from services.runtime.lanes import Lanes
 from services.runtime.retry import Backoff
 from services.sandbox.agent_server import AgentError, AgentServer, AgentUnknownError
-from services.sandbox.lanes import Lanes
 from services.sandbox.machines import WORKSPACE, Machines
+from services.sandbox.members import member, members
 from services.sandbox.providers.base import Condition
 from services.sandbox.sessions import SessionRecord, SessionStore
 
@@ -137,7 +138,7 @@ async def _open(server: AgentServer, record: SessionRecord, directory: str) -> s
     except AgentUnknownError as error:
         known = ", ".join(agent.name for agent in await server.agents())
         raise InvalidArgument("agent", f'there is no agent "{record.agent}"; there are: {known}') from error
-    where = {"cwd": directory, "mcpServers": []}
+    where: dict[str, Any] = {"cwd": directory, "mcpServers": []}
     opened = await server.request(record.connection, "session/new", where, _NEW_SESSION, timeout_seconds=_START_SECONDS)
     session_id = str(opened["sessionId"])
     if record.model:
@@ -161,10 +162,10 @@ async def _choose_model(
 
 
 def _model_choice(opened: dict[str, Any]) -> _ModelChoice:
-    for option in opened.get("configOptions") or []:
+    for option in members(opened, "configOptions"):
         if option.get("category") == "model" or option.get("id") == "model":
-            return _ModelChoice([str(value["value"]) for value in _flat(option.get("options") or [])], option["id"])
-    listed = (opened.get("models") or {}).get("availableModels") or []
+            return _ModelChoice([str(value["value"]) for value in _flat(members(option, "options"))], option["id"])
+    listed = members(member(opened, "models"), "availableModels")
     return _ModelChoice([str(model["modelId"]) for model in listed], "")
 
 

@@ -55,7 +55,8 @@ class Control:
 
     def _wanted(self, tx: Reader) -> tuple[SessionRecord | None, list[Permission]]:
         session_id = self.turn.record.session_id
-        return self.sessions.find(tx, session_id), self.sessions.permissions(tx, session_id)
+        asked = self.sessions.permissions(tx, session_id) if self.turn.open_questions else []
+        return self.sessions.find(tx, session_id), asked
 
     async def _answer(self, answer: Permission) -> None:
         if not answer.option_id or answer.entry_id not in self.turn.open_questions:

@@ -7,6 +7,7 @@ its last event. After a restart the follower goes on behind that number, so that
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import structlog
@@ -14,6 +15,7 @@ import structlog
 from services.runtime.clock import Clock
 from services.runtime.database import Database
 from services.runtime.errors import DomainError, Unavailable, reason_of
+from services.runtime.lanes import Lanes
 from services.runtime.retry import Backoff
 from services.runtime.signal import Signal
 from services.sandbox import faults
@@ -21,7 +23,6 @@ from services.sandbox.agent_server import AgentError, AgentServer
 from services.sandbox.agents import Agents
 from services.sandbox.commands import run
 from services.sandbox.control import Control
-from services.sandbox.lanes import Lanes
 from services.sandbox.limits import Limits
 from services.sandbox.link import AgentLink
 from services.sandbox.machines import WORKSPACE, Machines
@@ -175,7 +176,7 @@ class Follower:
                     return AgentLink(server, record)
             if turn.accepted:
                 raise TurnFailed("the agent was lost when its machine stopped; send a message to go on")
-            record = await self._persist(lambda: self._start_agent(turn, record))
+            record = await self._persist(partial(self._start_agent, turn, record))
             turn.follow(record)
             if record.turn > 1:
                 turn.restarted()
@@ -210,7 +211,9 @@ class Follower:
         return await call()
 
     async def _flush(self, turn: Turn) -> None:
-        """Store what is new. Raise Overtaken."""
+        """Store what is new, if it is worth that. Raise Overtaken."""
+        if not turn.worth_storing:
+            return
         progress, record = turn.take(), turn.record
         sessions = self.ground.sessions
         try:

@@ -17,9 +17,10 @@ from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_SANDBOX_NOT_START
 
 from services.runtime.clock import Clock
 from services.runtime.database import Database
-from services.runtime.errors import FailedPrecondition, InvalidArgument, Unavailable, reason_of
+from services.runtime.errors import FailedPrecondition, InvalidArgument, Unavailable
+from services.runtime.lanes import Lanes
+from services.runtime.loops import for_each
 from services.sandbox.agent_server import AgentServer, Unreachable
-from services.sandbox.lanes import Lanes
 from services.sandbox.providers.base import Condition, Machine, Probe, ProviderError, SandboxProvider
 from services.sandbox.store import GONE, SandboxStore
 
@@ -29,6 +30,7 @@ _PARALLEL = 8
 _AWAIT_SECONDS = 20.0
 _LOOK_SECONDS = 0.25
 _INTERRUPTED_SECONDS = 120.0
+_DESTROY_SECONDS = 120.0
 
 WORKSPACE = "workspace"
 """Directory of the working tree, below the sandbox's home."""
@@ -134,20 +136,13 @@ class Machines:
         held = {sandbox.id: sandbox for sandbox in await self.database.read(self.store.there)}
         destroyed = await self.database.read(self.store.destroyed)
         for provider in self.providers.values():
-            for stray in await provider.known() - held.keys():
-                if stray in destroyed:
-                    await provider.destroy(stray)
-                    continue
+            strays = await provider.known() - held.keys()
+            await for_each(strays & destroyed, "remove what is destroyed", provider.destroy, _PARALLEL)
+            for stray in strays - destroyed:
                 log.warning("sandbox unknown to the database is stopped, its files kept", sandbox=stray)
                 self.orphans[stray] = provider.name
-                await provider.pause(stray)
-        limit = asyncio.Semaphore(_PARALLEL)
-
-        async def look_at(sandbox: Sandbox) -> None:
-            async with limit:
-                await self._note_stopped(sandbox)
-
-        await asyncio.gather(*(look_at(sandbox) for sandbox in held.values()))
+            await for_each(strays - destroyed, "stop what is unknown", provider.pause, _PARALLEL)
+        await for_each(held.values(), "look at a sandbox", self._note_stopped, _PARALLEL)
 
     async def _note_stopped(self, sandbox: Sandbox) -> None:
         if sandbox.status != sandbox_pb2.SANDBOX_STATUS_RUNNING:
@@ -159,36 +154,30 @@ class Machines:
 
     async def sweep(self) -> None:
         """Move on what is in a passing state and nobody is at work on."""
-        for sandbox in await self.database.read(self.store.there):
-            if self._lanes.busy(sandbox.id):
-                continue
-            if sandbox.status == sandbox_pb2.SANDBOX_STATUS_DESTROYING:
-                await self._attempt(sandbox.id, self.destroy(sandbox.id))
-            elif sandbox.status == sandbox_pb2.SANDBOX_STATUS_CREATING:
-                since = self.clock.seconds() - sandbox.status_time.seconds
-                if since > _INTERRUPTED_SECONDS:
-                    reason = "its creation was interrupted; it is tried again when the sandbox is needed"
-                    await self.database.write(self.store.move, sandbox.id, sandbox_pb2.SANDBOX_STATUS_ERROR, reason)
+        await for_each(await self.database.read(self.store.there), "move a sandbox on", self._move_on, _PARALLEL)
 
-    async def _attempt(self, sandbox_id: str, work: Awaitable[None]) -> None:
-        try:
-            await work
-        except Exception as error:  # noqa: BLE001 - the next sweep tries again
-            log.warning("sandbox not moved on", sandbox=sandbox_id, reason=reason_of(error))
+    async def _move_on(self, sandbox: Sandbox) -> None:
+        if self._lanes.busy(sandbox.id):
+            return
+        if sandbox.status == sandbox_pb2.SANDBOX_STATUS_DESTROYING:
+            async with asyncio.timeout(_DESTROY_SECONDS):
+                await self.destroy(sandbox.id)
+        elif sandbox.status == sandbox_pb2.SANDBOX_STATUS_CREATING:
+            since = self.clock.seconds() - sandbox.status_time.seconds
+            if since > _INTERRUPTED_SECONDS:
+                reason = "its creation was interrupted; it is tried again when the sandbox is needed"
+                await self.database.write(self.store.move, sandbox.id, sandbox_pb2.SANDBOX_STATUS_ERROR, reason)
 
     async def stop_all(self) -> None:
         """Stop every running machine and keep the files."""
         held = await self.database.read(self.store.there)
-        limit = asyncio.Semaphore(_PARALLEL)
-
-        async def stop(sandbox: Sandbox) -> None:
-            async with limit:
-                await self.providers[sandbox.provider].pause(sandbox.id)
-            paused = sandbox_pb2.SANDBOX_STATUS_PAUSED
-            await self.database.write(self.store.move, sandbox.id, paused, "the backend stopped")
-
         running = [sandbox for sandbox in held if sandbox.status == sandbox_pb2.SANDBOX_STATUS_RUNNING]
-        await asyncio.gather(*(stop(sandbox) for sandbox in running))
+        await for_each(running, "stop a machine", self._stop, _PARALLEL)
+
+    async def _stop(self, sandbox: Sandbox) -> None:
+        await self.providers[sandbox.provider].pause(sandbox.id)
+        paused = sandbox_pb2.SANDBOX_STATUS_PAUSED
+        await self.database.write(self.store.move, sandbox.id, paused, "the backend stopped")
 
     async def _wake(self, sandbox_id: str) -> AgentServer:
         """Return the server of a machine that runs; start it, or wait until it is known whether it does."""

@@ -4,21 +4,19 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import grpc
 from branchline.gateway.v1 import sandboxes_pb2, sandboxes_pb2_grpc
 from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_FILE_TOO_LARGE, ERROR_REASON_NO_SANDBOX
 
 from services.runtime.database import Database
 from services.runtime.errors import FailedPrecondition, InvalidArgument
 from services.runtime.principal import current_principal
+from services.runtime.serving import Context
 from services.sandbox.agent_server import FILE_BYTES, AgentServer, FileEntry
 from services.sandbox.commands import CommandEnd, Running, follow, result, start
 from services.sandbox.machines import WORKSPACE, Machines
 from services.sandbox.store import SandboxStore
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 _DEFAULT_SECONDS = 60
 

@@ -8,11 +8,11 @@ from branchline.gateway.v1 import sandboxes_pb2
 from branchline.sandbox.v1 import sandbox_pb2
 
 from services.runtime.config import ServiceConfig
+from services.runtime.lanes import Lanes
 from services.runtime.service import Chassis, Service
 from services.sandbox.agent_server import open_http
 from services.sandbox.agents import Agents
 from services.sandbox.follower import Ground
-from services.sandbox.lanes import Lanes
 from services.sandbox.limits import Limits
 from services.sandbox.machines import Machines
 from services.sandbox.providers.base import SandboxProvider

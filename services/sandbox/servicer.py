@@ -6,9 +6,7 @@ What concerns a turn is only recorded here, quickly and however often it is aske
 import stat
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
 
-import grpc
 import structlog
 from branchline.resource.v1.vocabulary_pb2 import (
     ERROR_REASON_FILE_NOT_WRITTEN,
@@ -18,6 +16,7 @@ from branchline.sandbox.v1 import sandbox_pb2, sandbox_pb2_grpc
 
 from services.runtime.errors import FailedPrecondition
 from services.runtime.principal import current_principal
+from services.runtime.serving import Context
 from services.sandbox.agent_server import AgentServer
 from services.sandbox.commands import CommandResult, Running, result, run, start
 from services.sandbox.follower import Ground
@@ -25,8 +24,6 @@ from services.sandbox.status_sync import StatusSync
 from services.sandbox.store import SandboxStore
 
 log = structlog.get_logger()
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 _INSTALL_SECONDS = 10
 

@@ -195,7 +195,7 @@ _POST = Statement(
 )
 _PROGRESS = Statement(
     update(agent_sessions)
-    .where(*_FOLLOWED)
+    .where(*_FOLLOWED, _s.status == bindparam("to_status"))
     .values(
         last_event=bindparam("to_event"),
         entry_count=bindparam("to_count"),
@@ -204,8 +204,14 @@ _PROGRESS = Statement(
 )
 _STAND = _returning(
     update(agent_sessions)
-    .where(_THIS, _s.status != bindparam("to_status"))
-    .values(status=bindparam("to_status"), revision=_s.revision + 1)
+    .where(*_FOLLOWED)
+    .values(
+        last_event=bindparam("to_event"),
+        entry_count=bindparam("to_count"),
+        accepted=bindparam("is_accepted"),
+        status=bindparam("to_status"),
+        revision=_s.revision + 1,
+    )
 )
 _FINISH = _returning(
     update(agent_sessions)
@@ -355,12 +361,11 @@ class SessionStore:
 
     def progress(self, tx: Tx, record: SessionRecord, progress: Progress) -> None:
         """Store how far a turn has come. Raise Overtaken."""
-        if not tx.change(_PROGRESS, {**_followed_by(record), **_read(progress), "is_accepted": progress.accepted}):
-            raise Overtaken
+        given = {**_followed_by(record), **_read(progress)}
+        given |= {"is_accepted": progress.accepted, "to_status": progress.status}
+        if not tx.change(_PROGRESS, given):  # it stands elsewhere now
+            self._tell(tx, _followed(tx.row(_STAND, given)))
         self._keep(tx, record.session_id, progress)
-        row = tx.row(_STAND, {"session": record.session_id, "to_status": progress.status})
-        if row is not None:
-            self._tell(tx, _record(row))
 
     def finish(
         self, tx: Tx, record: SessionRecord, progress: Progress, reason: str, head_commit: str, *, end_agent: bool

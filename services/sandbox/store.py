@@ -15,7 +15,7 @@ from sqlalchemy import bindparam, select, update
 
 from services.runtime.clock import Clock
 from services.runtime.database import Reader, Statement, Tx
-from services.runtime.errors import FailedPrecondition, NotFound
+from services.runtime.errors import FailedPrecondition
 from services.runtime.spine.outbox import Mark, Outbox
 from services.runtime.spine.resources import Resources
 from services.sandbox.tables import sandboxes
@@ -45,7 +45,6 @@ _ACTIVE = Statement(
 _PLACE = Statement(
     update(sandboxes).where(sandboxes.c.id == bindparam("sandbox")).values(organization_id=bindparam("organization"))
 )
-_LOCK = Statement(update(sandboxes).where(sandboxes.c.id == bindparam("sandbox")).values(status=sandboxes.c.status))
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +126,7 @@ class SandboxStore:
             sandbox.status_time.CopyFrom(self.clock.timestamp())
 
     def _change(self, tx: Tx, sandbox_id: str, change: Callable[[Sandbox], None]) -> bool:
-        if not tx.change(_LOCK, {"sandbox": sandbox_id}):
-            raise NotFound(ENTITY_KIND_SANDBOX, sandbox_id)
-        sandbox = SANDBOXES.get(tx, sandbox_id)
+        sandbox = SANDBOXES.take(tx, sandbox_id)
         before = sandbox.SerializeToString(deterministic=True)
         change(sandbox)
         if sandbox.SerializeToString(deterministic=True) == before:

@@ -12,6 +12,8 @@ from branchline.resource.v1 import session_pb2
 from branchline.resource.v1.session_pb2 import PermissionOption, TranscriptEntry
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from services.sandbox.members import member, members
+
 ENTRY_CHARACTERS = 4096
 OUTPUT_BYTES = 16 * 1024
 
@@ -51,7 +53,7 @@ class TranscriptBuilder:
         """Take one `session/update` of the agent. Kinds that say nothing to people are passed over."""
         kind = update.get("sessionUpdate")
         if kind in _CHUNKS:
-            self._chunk(_CHUNKS[kind], content_text(update.get("content") or {}))
+            self._chunk(_CHUNKS[kind], content_text(member(update, "content")))
         elif kind in ("tool_call", "tool_call_update"):
             self._tool_call(update)
         elif kind == "plan":
@@ -60,11 +62,11 @@ class TranscriptBuilder:
     def permission(self, params: dict[str, Any]) -> TranscriptEntry:
         """Take a permission request; return its entry."""
         self.seal_messages()
-        call = params.get("toolCall") or {}
+        call = member(params, "toolCall")
         draft = self._begin(session_pb2.TRANSCRIPT_ENTRY_KIND_PERMISSION)
         draft.entry.text = cut(str(call.get("title") or "The agent asks for permission"))
         draft.entry.state = "pending"
-        for option in (params.get("options") or [])[:_MOST_OPTIONS]:
+        for option in members(params, "options")[:_MOST_OPTIONS]:
             option_id, name = str(option.get("optionId", "")), str(option.get("name", ""))
             if option_id and len(option_id) <= _WORD_CHARACTERS:  # one that is cut could not be answered with
                 draft.entry.options.append(PermissionOption(id=option_id, name=name[:_WORD_CHARACTERS]))
@@ -160,7 +162,7 @@ class TranscriptBuilder:
         draft = next((draft for draft in self.open.values() if draft.entry.kind == kind), None) or self._begin(kind)
         lines = [
             f"{_PLAN_MARKS.get(str(step.get('status')), '[ ]')} {step.get('content', '')}"
-            for step in update.get("entries") or []
+            for step in members(update, "entries")
         ]
         draft.entry.text = cut("\n".join(lines))
         self.changed[draft.entry.id] = draft
@@ -200,7 +202,7 @@ def content_text(content: dict[str, Any]) -> str:
     if kind == "resource_link":
         return str(content.get("uri", ""))
     if kind == "resource":
-        resource = content.get("resource") or {}
+        resource = member(content, "resource")
         return str(resource.get("text") or resource.get("uri") or "")
     return f"[{kind}]" if kind else ""
 
@@ -208,9 +210,9 @@ def content_text(content: dict[str, Any]) -> str:
 def tool_output(update: dict[str, Any]) -> str:
     """Return the result of a tool call in words."""
     parts: list[str] = []
-    for block in update.get("content") or []:
+    for block in members(update, "content"):
         if block.get("type") == "content":
-            parts.append(content_text(block.get("content") or {}))
+            parts.append(content_text(member(block, "content")))
         elif block.get("type") == "diff":
             parts.append(f"{block.get('path', '')}\n{block.get('newText', '')}")
     return "\n".join(part for part in parts if part)

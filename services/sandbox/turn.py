@@ -12,6 +12,7 @@ from typing import Any
 from branchline.resource.v1 import session_pb2
 
 from services.sandbox.agent_server import AgentEvent, rpc_error
+from services.sandbox.members import member
 from services.sandbox.sessions import Asked, Permission, Progress, SessionRecord, Status, rpc_text
 from services.sandbox.transcript import TranscriptBuilder
 
@@ -24,6 +25,9 @@ PROMPT_POSTS = 3
 AGENT_EXITED = "_branchline/agent_exited"
 
 _POSTS_PER_TURN = 1000
+_READ_AGAIN = 64
+"""Most events that are read again after a restart because nothing of them was worth storing."""
+
 _WORK = frozenset({"agent_message_chunk", "agent_thought_chunk", "tool_call", "tool_call_update", "plan"})
 """Updates that only a prompt causes; agents send others, such as their commands, whenever they like."""
 
@@ -76,13 +80,13 @@ class Turn:
     mark: int = field(init=False)
     posts: int = field(init=False)
     accepted: bool = field(init=False)
-    stored_status: Status = field(init=False)
+    _stored: tuple[int, int, bool, Status] = field(init=False)
     _asked: list[Asked] = field(default_factory=list[Asked])
     _settled: list[str] = field(default_factory=list[str])
 
     def __post_init__(self) -> None:
         self.posts, self.accepted = self.record.posts, self.record.accepted
-        self.stored_status = self.record.status
+        self._stored = (self.record.last_event, self.record.entry_count, self.accepted, self.record.status)
         self.follow(self.record)
         self.builder.seal_others("interrupted")
 
@@ -198,6 +202,14 @@ class Turn:
         words = "The agent was started afresh; it does not remember what was said before"
         self.builder.note(session_pb2.TRANSCRIPT_ENTRY_KIND_STATUS, words, "agent_restarted")
 
+    @property
+    def worth_storing(self) -> bool:
+        """Whether there is more to store than how far the events were read; what said nothing may be read again."""
+        last_event, *told = self._stored
+        return told != [self.builder.count, self.accepted, self.status] or (
+            bool(self.builder.changed or self._asked or self._settled) or self.last_event - last_event >= _READ_AGAIN
+        )
+
     def take(self) -> Progress:
         """Return what changed since the last call."""
         progress = Progress(
@@ -211,6 +223,7 @@ class Turn:
         )
         self._asked.clear()
         self._settled.clear()
+        self._stored = (progress.last_event, progress.entry_count, progress.accepted, progress.status)
         return progress
 
     def _caused(self, number: int) -> None:
@@ -239,7 +252,7 @@ class Turn:
         if "error" in message and not self.cancelled:
             self.fail(f"the agent failed: {rpc_error(message['error'])}")
             return
-        result = message.get("result") or {}
+        result = member(message, "result")
         reason = "cancelled" if "error" in message else str(result.get("stopReason", "end_turn"))
         if reason != "end_turn":
             words = f"The turn ended: {reason[:100]}"

@@ -57,11 +57,8 @@ class Downward:
             await self.database.write(self.end_turn, request.session_id, request.turn, reason_of(error))
 
     def _is_wanted(self, tx: Reader, request: sandbox_pb2.StartTurnRequest) -> bool:
-        task_id = self.store.task_of_session(tx, request.session_id)
-        if not task_id:
-            return False
-        session = self.store.read(tx, task_id).session(request.session_id)
-        return session.turn == request.turn and session.status in SESSION_WORKING
+        session = self.store.session(tx, request.session_id)
+        return session is not None and session.turn == request.turn and session.status in SESSION_WORKING
 
     def end_turn(self, tx: Tx, session_id: str, turn: int, reason: str) -> None:
         """End a turn in error that the sandbox service does not take, or has not said to have taken."""

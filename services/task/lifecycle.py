@@ -6,9 +6,10 @@ from branchline.resource.v1 import sandbox_pb2, session_pb2, task_pb2
 from branchline.sandbox.v1.sandbox_pb2 import DestroySandboxRequest
 
 from services.runtime.database import Tx
+from services.runtime.statuses import ENDING
 from services.task.destinations import TO_SANDBOX
 from services.task.open_task import OpenTask
-from services.task.status import ENDED, ENDING, SESSION_WORKING, Status, refused, status_name
+from services.task.status import ENDED, SESSION_WORKING, Status, refused, status_name
 from services.task.store import DELETE, SANDBOXES
 from services.task.turns import Turns
 

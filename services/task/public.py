@@ -1,20 +1,17 @@
 """The public commands that task owns, as the gateway forwards them."""
 
 from dataclasses import dataclass
-from typing import Any
 
-import grpc
 from branchline.gateway.v1 import sessions_pb2, sessions_pb2_grpc, tasks_pb2, tasks_pb2_grpc
 from branchline.resource.v1 import task_pb2
 
 from services.runtime.database import Tx
 from services.runtime.principal import current_principal
+from services.runtime.serving import Context
 from services.runtime.spine.commands import Commands
 from services.task.lifecycle import Lifecycle
 from services.task.sessions import Sessions
 from services.task.store import TaskStore
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)

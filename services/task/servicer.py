@@ -1,16 +1,13 @@
 """The gRPC surface that the repository coordinator uses of the task."""
 
 from dataclasses import dataclass
-from typing import Any
 
-import grpc
 from branchline.task.v1 import task_pb2, task_pb2_grpc
 
 from services.runtime.database import Database, Tx
+from services.runtime.serving import Context
 from services.task.lifecycle import PROVISION, Lifecycle
 from services.task.store import TaskStore
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)

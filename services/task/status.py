@@ -19,8 +19,8 @@ from branchline.resource.v1.task_pb2 import (
 from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_TASK_STATUS
 
 from services.runtime.errors import FailedPrecondition
+from services.runtime.statuses import Status
 
-Status = TaskStatus.ValueType
 SessionStanding = SessionStatus.ValueType
 
 _END = {TASK_STATUS_ARCHIVING, TASK_STATUS_KILLING}
@@ -39,16 +39,12 @@ TRANSITIONS: Mapping[Status, Set[Status]] = {
     TASK_STATUS_KILLED: set(),
 }
 
-ENDING = frozenset({TASK_STATUS_ARCHIVING, TASK_STATUS_ARCHIVED, TASK_STATUS_KILLING, TASK_STATUS_KILLED})
-"""Statuses in which nothing that agents or provisioning report matters any more."""
-
 ENDED: Mapping[Status, Status] = {
     TASK_STATUS_ARCHIVING: TASK_STATUS_ARCHIVED,
     TASK_STATUS_KILLING: TASK_STATUS_KILLED,
 }
 """What becomes of a task once its sandbox is gone."""
 
-WORKING = frozenset({TASK_STATUS_RUNNING, TASK_STATUS_WAITING})
 PROVISIONING = frozenset({TASK_STATUS_PENDING, TASK_STATUS_PROVISIONING})
 SESSION_WORKING = frozenset({SESSION_STATUS_RUNNING, SESSION_STATUS_WAITING})
 

@@ -69,6 +69,7 @@ _WORKING_SINCE = Statement(
     .order_by(_sessions.c.working_since)
     .limit(SWEEP_ROWS)
 )
+_SESSION = Statement(select(_sessions.c.payload).where(_sessions.c.session_id == bindparam("this")))
 _TASK_OF_SESSION = Statement(select(_sessions.c.task_id).where(_sessions.c.session_id == bindparam("this")))
 
 
@@ -171,6 +172,11 @@ class TaskStore:
         task = self.read(tx, task_id)
         check_caller(task, caller)
         return task
+
+    def session(self, tx: Reader, session_id: str) -> Session | None:
+        """Return a session as it is, or None."""
+        payload = tx.value(_SESSION, {"this": session_id})
+        return Session.FromString(payload) if payload is not None else None
 
     def task_of_session(self, tx: Reader, session_id: str) -> str:
         """Return the id of a session's task; empty if there is no such session."""

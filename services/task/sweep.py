@@ -1,11 +1,14 @@
 """Finds what is stuck in a passing state, and moves it on or says why not: at start and every minute."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 from branchline.sandbox.v1.sandbox_pb2 import StartTurnRequest
 
 from services.runtime.database import Database, Tx
+from services.runtime.loops import for_each
 from services.runtime.spine.outbox import Outbox
 from services.runtime.workflows import Outcome, WorkflowEngine
 from services.task.destinations import TO_SANDBOX
@@ -41,25 +44,24 @@ class Sweep:
     deadlines: Deadlines
 
     async def run(self) -> None:
-        """Look once."""
-        await self.revive_workflows(self.store.clock.seconds() - SWEEP_SECONDS)
-        await self.end_refused_turns()
-        await self.end_lost_turns()
+        """Look once. No look, and nothing that it finds, holds up another."""
+        looks = (self.revive_workflows, self.end_refused_turns, self.end_lost_turns)
+        await for_each(looks, "sweep", lambda look: look())
 
     async def forget_old(self) -> None:
         """Forget what ended long ago."""
         await self.engine.forget_old()
         await self.database.write(self.permissions.forget_old)
 
-    async def revive_workflows(self, before: float) -> None:
-        """Find tasks that have waited for a workflow since before a time though it does not run."""
+    async def revive_workflows(self) -> None:
+        """Find tasks that have waited for a workflow since the last look though it does not run."""
+        before = self.store.clock.seconds() - SWEEP_SECONDS
         waiting = await self.database.read(self.store.waiting_for_workflow, before)
-        outcomes = await self.engine.outcomes([workflow_id(task) for task in waiting]) if waiting else {}
-        for task in waiting:
-            try:
-                await self._revive(task, outcomes.get(workflow_id(task)))
-            except Exception:
-                log.exception("a task's workflow could not be looked after", task=task.task.id)
+        ids = [workflow_id(task) for task in waiting]
+        outcomes: Mapping[str, Outcome] = await self.engine.outcomes(ids) if ids else {}
+        await for_each(
+            waiting, "look after a workflow", lambda task: self._revive(task, outcomes.get(workflow_id(task)))
+        )
 
     async def _revive(self, task: OpenTask, outcome: Outcome | None) -> None:
         task_id, attempt = task.task.id, task.row.attempt
@@ -97,20 +99,22 @@ class Sweep:
         after = 0
         while True:
             parked = await self.outbox.listed(parked=True, destination=TO_SANDBOX, after_seq=after, most=SWEEP_ROWS)
-            for row in parked:
-                if row.type_url.endswith(f"/{StartTurnRequest.DESCRIPTOR.full_name}"):
-                    reason = f"the sandbox did not take the message: {row.parked_reason}"
-                    await self.database.write(self.downward.end_turn, row.entity_id, row.revision, reason)
+            await for_each(parked, "end a refused turn", self._end_refused_turn)
             if len(parked) < SWEEP_ROWS:
                 return
             after = parked[-1].seq
+
+    async def _end_refused_turn(self, row: Any) -> None:
+        if row.type_url.endswith(f"/{StartTurnRequest.DESCRIPTOR.full_name}"):
+            reason = f"the sandbox did not take the message: {row.parked_reason}"
+            await self.database.write(self.downward.end_turn, row.entity_id, row.revision, reason)
 
     async def end_lost_turns(self) -> None:
         """End turns in error that have gone on for longer than any turn may: their end was lost."""
         hours = self.deadlines.turn_hours
         before = self.store.clock.seconds() - hours * 3600 - _MARGIN_SECONDS
-        for task_id, session_id in await self.database.read(self.store.working_since, before):
-            await self.database.write(self._end_lost_turn, task_id, session_id, before)
+        working = await self.database.read(self.store.working_since, before)
+        await for_each(working, "end a lost turn", lambda one: self.database.write(self._end_lost_turn, *one, before))
 
     def _end_lost_turn(self, tx: Tx, task_id: str, session_id: str, before: float) -> None:
         with self.store.open(tx, task_id) as task:

@@ -16,6 +16,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.schema import SchemaItem
 
+from services.runtime.database.indexes import partial_index
 from services.runtime.spine.tables import add_spine_tables
 
 metadata = MetaData()
@@ -23,7 +24,7 @@ add_spine_tables(metadata, commands=True)
 
 
 def _partial(name: str, column: str, where: str, sqlite_where: str = "") -> SchemaItem:
-    return Index(name, column, sqlite_where=text(sqlite_where or where), postgresql_where=text(where))
+    return partial_index(name, column, where=text(where), sqlite_where=text(sqlite_where or where))
 
 
 tasks = Table(

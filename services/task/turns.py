@@ -19,9 +19,10 @@ from branchline.sandbox.v1.sandbox_pb2 import AgentSession, CancelTurnRequest, S
 
 from services.runtime.database import Tx
 from services.runtime.errors import FailedPrecondition, InvalidArgument
+from services.runtime.statuses import ENDING, WORKING
 from services.task.destinations import TO_SANDBOX
 from services.task.open_task import OpenTask
-from services.task.status import ENDING, SESSION_WORKING, WORKING, SessionStanding, refused, status_name
+from services.task.status import SESSION_WORKING, SessionStanding, refused, status_name
 from services.task.store import DROPPED, QUEUED, QUEUED_OF_TASK, TaskStore
 
 log = structlog.get_logger()

@@ -1,9 +1,7 @@
 """The public commands of people on their own accounts."""
 
 from dataclasses import dataclass
-from typing import Any
 
-import grpc
 from branchline.gateway.v1 import users_pb2, users_pb2_grpc
 from branchline.resource.v1.user_pb2 import UserTaskState
 from branchline.resource.v1.vocabulary_pb2 import (
@@ -15,12 +13,11 @@ from branchline.resource.v1.vocabulary_pb2 import (
 from services.runtime.database import Database, Tx
 from services.runtime.principal import current_principal
 from services.runtime.secrets import new_token, token_hash
+from services.runtime.serving import Context
 from services.runtime.spine.commands import Commands
 from services.runtime.spine.tokens import consistency_token
 from services.user.accounts import USERS, Accounts, GitCredential
 from services.user.task_states import Change, TaskStates, task_state_id
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +36,7 @@ class PublicUserServicer(users_pb2_grpc.UserServiceServicer):
         return await self.commands.run(request, users_pb2.UpdatePreferencesResponse, self._update, request)
 
     def _update(self, tx: Tx, request: users_pb2.UpdatePreferencesRequest) -> users_pb2.UpdatePreferencesResponse:
-        user = USERS.get(tx, current_principal().user_id)
+        user = USERS.take(tx, current_principal().user_id)
         user.preferences.CopyFrom(request.preferences)
         self.accounts.save(tx, user)
         named = consistency_token([(ENTITY_KIND_USER, user.id, user.revision)])

@@ -1,9 +1,7 @@
 """What the organization coordinator asks of the user service."""
 
 from dataclasses import dataclass
-from typing import Any
 
-import grpc
 from branchline.resource.v1.user_pb2 import User, UserTaskState
 from branchline.resource.v1.vocabulary_pb2 import (
     ENTITY_KIND_API_TOKEN,
@@ -16,11 +14,10 @@ from services.runtime.database import Database, Tx
 from services.runtime.errors import PermissionDenied
 from services.runtime.principal import current_principal
 from services.runtime.secrets import new_token, token_hash
+from services.runtime.serving import Context
 from services.runtime.spine.tokens import consistency_token
 from services.user.accounts import Accounts, NewToken
 from services.user.task_states import TaskStates
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, LargeBinary, MetaData, String, Table
 
+from services.runtime.database.indexes import partial_index
 from services.runtime.spine.tables import add_spine_tables
 
 metadata = MetaData()
@@ -16,13 +17,7 @@ users = Table(
     Column("payload", LargeBinary, nullable=False),
     comment="People and what they prefer",
 )
-Index(
-    "users_email",
-    users.c.email,
-    unique=True,
-    sqlite_where=users.c.email != "",
-    postgresql_where=users.c.email != "",
-)
+partial_index("users_email", users.c.email, unique=True, where=users.c.email != "")
 
 api_tokens = Table(
     "api_tokens",
@@ -61,12 +56,7 @@ task_states = Table(
     Index("user_task_states_organization", "organization_id", "task_id", "user_id"),
     comment="What each user has open, unread and half written. A forgotten one stays for a week, for its revision",
 )
-Index(
-    "user_task_states_forgotten",
-    task_states.c.change_time,
-    sqlite_where=task_states.c.deleted.is_(True),
-    postgresql_where=task_states.c.deleted.is_(True),
-)
+partial_index("user_task_states_forgotten", task_states.c.change_time, where=task_states.c.deleted.is_(True))
 
 applied_events = Table(
     "applied_events",

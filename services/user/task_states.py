@@ -28,11 +28,16 @@ FORGOTTEN_AT_ONCE = 500
 _KEY = ["user_id", "task_id", "session_id"]
 _c = task_states.c
 _OF_TASK = (_c.user_id == bindparam("user"), _c.task_id == bindparam("task"))
-_STATE = Statement(select(_c.revision, _c.deleted, _c.payload).where(*_OF_TASK, _c.session_id == bindparam("session")))
+_STATE = Statement(
+    select(_c.revision, _c.deleted, _c.payload)
+    .where(*_OF_TASK, _c.session_id == bindparam("session"))
+    .with_for_update()
+)
 _STATES = Statement(
-    select(_c.user_id, _c.revision, _c.deleted, _c.payload).where(
-        is_in(_c.user_id, "users"), _c.task_id == bindparam("task"), _c.session_id == bindparam("session")
-    )
+    select(_c.user_id, _c.revision, _c.deleted, _c.payload)
+    .where(is_in(_c.user_id, "users"), _c.task_id == bindparam("task"), _c.session_id == bindparam("session"))
+    .order_by(_c.user_id)
+    .with_for_update()
 )
 _OTHERS = Statement(
     select(func.coalesce(func.sum(_c.draft_bytes), 0).label("drafts"), func.count().label("sessions")).where(

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import structlog
 import uvloop
@@ -76,7 +77,7 @@ def keep(rows: list[Row]) -> None:
     """Write the rows to `build/bench.json`; those of other measures stay."""
     path = Path("build/bench.json")
     path.parent.mkdir(exist_ok=True)
-    known = json.loads(path.read_text()) if path.exists() else []
+    known: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     fresh = [{**asdict(row), "verdict": row.verdict} for row in rows]
     names = {row["name"] for row in fresh}
     path.write_text(json.dumps([row for row in known if row["name"] not in names] + fresh, indent=1) + "\n")

@@ -56,7 +56,8 @@ class Pusher:
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._queue: asyncio.Queue[bytes] = asyncio.Queue()
         self._window = asyncio.Semaphore(4)
-        self._call = channel.stream_stream(PUSH)(self._batches())
+        call: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(PUSH)
+        self._call = call(self._batches())
         self._acknowledged = asyncio.create_task(self._acknowledge())
 
     def push(self, batch: bytes) -> None:
@@ -95,7 +96,7 @@ class Server:
     async def run(self, listen: str) -> None:
         """Serve until the process is told to stop."""
         server = grpc.aio.server(options=OPTIONS)
-        handlers = {
+        handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
             "Push": grpc.stream_stream_rpc_method_handler(self.push),
             "Watch": grpc.unary_stream_rpc_method_handler(self.watch),
             "Stream": grpc.unary_stream_rpc_method_handler(self.stream),
@@ -176,7 +177,8 @@ class Server:
         return b""
 
     async def _follow(self, channel: grpc.aio.Channel) -> None:
-        async for batch in channel.unary_stream(WATCH)(b""):
+        watch: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(WATCH)
+        async for batch in watch(b""):
             if batch:
                 self._publish(batch)
 

@@ -232,8 +232,8 @@ async def _poison_at_the_floor(field: Field) -> AsyncGenerator[None, None]:
     async with AsyncExitStack() as stack:
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(field.low.middle, options=OPTIONS))
         for _ in EDGES:
-            call = channel.stream_stream(PUSH)()
-            await stack.enter_async_context(_pushing(call, _poison().SerializeToString()))
+            push: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(PUSH)
+            await stack.enter_async_context(_pushing(push(), _poison().SerializeToString()))
         yield
 
 
@@ -421,8 +421,8 @@ async def _field(folder: Path, tasks: int) -> AsyncGenerator[tuple[Field, Caller
         task = (await installation.client.tasks.GetTask(tasks_pb2.GetTaskRequest(task_id=task.id))).task
         theirs = await _ready_task(installation, installation.other_repository_id)
         callers = [await _caller(installation, stack, theirs) for _ in range(_OTHERS)]
-        get: Any = plain.unary_unary(GET)
-        put: Any = plain.unary_unary(PUT)
+        get: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = plain.unary_unary(GET)
+        put: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = plain.unary_unary(PUT)
         plain_callers: Callers = [
             (lambda: get(b"500"), lambda number=number: put(b"%36d" % number + bytes(464))) for number in range(_OTHERS)
         ]
@@ -431,7 +431,7 @@ async def _field(folder: Path, tasks: int) -> AsyncGenerator[tuple[Field, Caller
 
 async def _ready_task(installation: Installed, repository_id: str) -> Task:
     request = tasks_pb2.CreateTaskRequest(
-        request_id=request_id(), repository_id=repository_id, text="say hello", hold_prompt=True
+        request_id=request_id(), repository_id=repository_id, text="say hello", agent="mock", hold_prompt=True
     )
     made = (await installation.client.tasks.CreateTask(request)).task
     return await _until_idle(installation, made, 0)

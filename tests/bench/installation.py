@@ -24,7 +24,7 @@ READING = ("organization", "user", "history", "repository", "gateway")
 """What is needed to read and to watch."""
 
 _FEW = 10
-_READY_SECONDS = 30.0
+_READY_SECONDS = 120.0
 
 
 def task_id(number: int) -> str:

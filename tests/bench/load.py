@@ -26,6 +26,8 @@ _CHANNELS = 10
 _OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1),)
 
 Metadata = tuple[tuple[str, str], ...]
+UnaryCall = grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]
+StreamCall = grpc.aio.UnaryStreamMultiCallable[bytes, bytes]
 
 
 class Load:
@@ -39,26 +41,32 @@ class Load:
 
     async def calls(self, per_second: float) -> None:
         """Make unary calls, whatever becomes of those before."""
-        made = itertools.cycle([channel.unary_unary(self._method) for channel in self._channels])
+        made = itertools.cycle(self._unary_calls())
         await _keep_starting(per_second, lambda: self._unary(next(made)))
 
     async def streams(self, per_second: float) -> None:
         """Open streams and read them to their end."""
-        made = itertools.cycle([channel.unary_stream(self._method) for channel in self._channels])
+        made = itertools.cycle(self._stream_calls())
         await _keep_starting(per_second, lambda: self._stream(next(made)))
 
     async def deaf(self, count: float) -> None:
         """Open streams and never read from them."""
-        made = itertools.cycle([channel.unary_stream(self._method) for channel in self._channels])
+        made = itertools.cycle(self._stream_calls())
         calls = [next(made)(self._request, metadata=self._metadata) for _ in range(int(count))]
         await asyncio.gather(*(call.wait_for_connection() for call in calls))
         print("begun", flush=True)
         await asyncio.Event().wait()
 
-    async def _unary(self, call: Any) -> None:
+    def _unary_calls(self) -> list[UnaryCall]:
+        return [channel.unary_unary(self._method) for channel in self._channels]
+
+    def _stream_calls(self) -> list[StreamCall]:
+        return [channel.unary_stream(self._method) for channel in self._channels]
+
+    async def _unary(self, call: UnaryCall) -> None:
         await call(self._request, metadata=self._metadata)
 
-    async def _stream(self, call: Any) -> None:
+    async def _stream(self, call: StreamCall) -> None:
         stream = call(self._request, metadata=self._metadata)
         count = 0
         async for _ in stream:

@@ -16,10 +16,10 @@ from branchline.gateway.v1 import organizations_pb2, organizations_pb2_grpc
 from branchline.resource.v1.task_pb2 import Task
 from branchline.spine.v1.push_pb2 import PushEntry, PushRequest
 
+from services.sandbox.providers.ports import free_port
 from tests.bench.child import Child
 from tests.bench.floor import OPTIONS, WATCH, Pusher, Store
 from tests.bench.installation import Installed, a_task, installed, task_id
-from tests.support.ports import free_port
 
 Seen = Callable[[str, int], None]
 """Called with an entity's id and revision when a client has received it."""
@@ -95,7 +95,8 @@ class Floor:
     async def follow(self) -> None:
         """Watch the gateway and tell of everything that arrives."""
         async with grpc.aio.insecure_channel(self.address, options=OPTIONS) as channel:
-            async for batch in channel.unary_stream(WATCH)(b""):
+            watch: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(WATCH)
+            async for batch in watch(b""):
                 for entry in PushRequest.FromString(batch).entries:
                     self.seen(entry.id, entry.revision)
 

@@ -69,7 +69,7 @@ async def test_the_same_request_at_once_and_later_is_done_once(commands: Command
     assert len({answer.id for answer in answers}) == 1
     assert await outbox.counts() == (1, 0)
     assert work.called_out <= 1
-    assert not commands._running  # pyright: ignore[reportPrivateUsage]
+    assert not commands._lanes._locks  # pyright: ignore[reportPrivateUsage]
 
 
 @pytest.mark.parametrize("way", ["run", "once"])

@@ -6,7 +6,7 @@ import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psycopg
 import pytest
@@ -310,9 +310,12 @@ async def test_announcements_come_after_the_commit_in_its_order_and_before_the_c
 async def test_an_announcement_that_raises_hurts_nobody(database: Database) -> None:
     heard: list[str] = []
 
+    def fail() -> None:
+        raise ValueError("no announcement")
+
     def work(tx: Tx) -> str:
         add(tx, "a")
-        tx.after_commit(lambda: int("no number"))
+        tx.after_commit(fail)
         tx.after_commit(lambda: heard.append("second"))
         return "done"
 
@@ -496,7 +499,9 @@ async def test_closing_ends_what_waits_and_what_rides(databases: Databases) -> N
     await asyncio.sleep(0)
     database.ride(add, "x")
     await database.close()
-    await asyncio.wait_for(asyncio.gather(*writes, *reads), 5)
+    async with asyncio.timeout(5):
+        await asyncio.gather(*writes)
+        await asyncio.gather(*reads)
     await database.close()
 
     with pytest.raises(DatabaseUnavailable):
@@ -541,10 +546,18 @@ async def test_a_file_that_another_process_holds_is_busy_then_works_again(
     await database.close()
 
 
+async def limit_pages(database: Database, most: int) -> None:
+    """Say how large the file may become, on the connection that writes."""
+
+    def limit(driver: Any) -> None:
+        driver.raw.execute(f"PRAGMA max_page_count={most}")
+
+    await cast("Any", database)._writer.run(limit)
+
+
 async def test_a_full_file_refuses_what_needs_room_and_takes_what_does_not(sqlite_database: Database) -> None:
     await sqlite_database.write(add, "a")
-    writer: Any = sqlite_database._writer  # pyright: ignore
-    await writer.run(lambda driver: driver.raw.execute("PRAGMA max_page_count=1"))
+    await limit_pages(sqlite_database, 1)
 
     def grow(tx: Tx) -> None:
         tx.change(ADD, note("b", data=bytes(100_000)))
@@ -558,7 +571,7 @@ async def test_a_full_file_refuses_what_needs_room_and_takes_what_does_not(sqlit
 
     assert isinstance(outcomes[1], DatabaseUnavailable)
     assert (outcomes[0], outcomes[2]) == (1, 2)
-    await writer.run(lambda driver: driver.raw.execute("PRAGMA max_page_count=100000"))
+    await limit_pages(sqlite_database, 100_000)
     await sqlite_database.write(grow)
     assert await sqlite_database.read(names) == ["a", "b"]
 

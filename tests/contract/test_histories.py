@@ -60,6 +60,9 @@ STEPS: st.SearchStrategy[Step] = st.one_of(
     ),
 )
 
+View = dict[str, tuple[int, bool]]
+"""The revision of every entity, and whether it is deleted."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -88,13 +91,13 @@ class Watcher:
     """A client that holds what it was told, and comes back with its token."""
 
     coordinator: Coordinator
-    view: dict[str, tuple[int, bool]] = field(default_factory=dict)
+    view: View = field(default_factory=View)
     token: str = ""
-    remembered: list[tuple[str, dict[str, tuple[int, bool]]]] = field(default_factory=list)
+    remembered: list[tuple[str, View]] = field(default_factory=list[tuple[str, View]])
     reads: asyncio.Event = field(default_factory=asyncio.Event)
     task: "asyncio.Task[None] | None" = None
     synced: bool = False
-    wrong: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list[str])
 
     def join(self) -> None:
         self.reads.set()
@@ -110,7 +113,7 @@ class Watcher:
 
     def go_back(self, which: int) -> None:
         if self.remembered:
-            self.token, view = self.remembered[which % len(self.remembered)]
+            self.token, view = self.remembered[-1 - (3 * which) % len(self.remembered)]
             self.view = dict(view)
 
     async def _watch(self) -> None:
@@ -153,7 +156,7 @@ class World:
     coordinator: Coordinator
     proxy: Proxy
     watcher: Watcher
-    truth: dict[str, tuple[int, bool]] = field(default_factory=dict)
+    truth: View = field(default_factory=View)
     upper: AsyncExitStack = field(default_factory=AsyncExitStack)
     lower: AsyncExitStack = field(default_factory=AsyncExitStack)
 
@@ -219,7 +222,7 @@ class World:
         state = AnyState()
         state.Pack(Task(id=name, revision=revision - 1))
         entry = push_pb2.PushEntry(outbox_seq=1, id=name, revision=revision - 1, state=state)
-        await self.coordinator.ingest.submit([entry])
+        await self.coordinator.ingest.submit(push_pb2.PushRequest(entries=[entry]))
 
     async def _settle(self) -> None:
         """Wait until the coordinator has everything."""

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Generator
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from branchline.github_data.v1.github_data_pb2 import GithubRepository
@@ -26,8 +26,10 @@ from cli.installation import Installation, local_installation
 from cli.settings import Settings
 from services.runtime.client import open_channel
 from services.runtime.principal import Signer
+from tests.support.databases import migrated
 from tests.support.messages import messages
 
+UNCHECKED = cast("list[HealthCheck]", list(HealthCheck))
 EDGES: dict[str, tuple[type[Message], ...]] = {
     "organization": (
         User,
@@ -68,7 +70,7 @@ class Edge:
         key = self._installation.signing_key.get_secret_value()
         channel = open_channel(self._installation.addresses[self.name], Signer(key, "child"))
         self._stack.push_async_callback(channel.close)
-        self._call = push_pb2_grpc.PushServiceStub(channel).Push()
+        self._call = push_pb2_grpc.PushServiceStub(cast("Any", channel)).Push()
 
     def push(self, entries: list[push_pb2.PushEntry]) -> push_pb2.PushResponse:
         return self._runner.run(self._push(entries))
@@ -89,6 +91,7 @@ class Edge:
 @pytest.fixture(scope="module", params=sorted(EDGES))
 def edge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[Edge, None, None]:
     folder: Path = tmp_path_factory.mktemp("edge")
+    migrated(request.param, folder / "data" / request.param)
     opened = Edge(request.param, local_installation(Settings(data_dir=folder / "data")))
     opened.open()
     yield opened
@@ -101,7 +104,7 @@ def entry(state: Message, entity_id: str = "good", revision: int = 1, *, deleted
     return made
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=UNCHECKED)
 @given(data=st.data())
 def test_no_entry_stops_an_edge_or_its_neighbours(edge: Edge, data: st.DataObject) -> None:
     poison = data.draw(st.lists(st.one_of(*(messages(kind) for kind in EDGES[edge.name])), min_size=1, max_size=4))
@@ -124,7 +127,7 @@ def test_no_entry_stops_an_edge_or_its_neighbours(edge: Edge, data: st.DataObjec
 
 
 @given(raw=st.binary(max_size=64))
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, suppress_health_check=UNCHECKED)
 def test_bytes_that_are_no_message_are_refused_alone(edge: Edge, raw: bytes) -> None:
     garbled = push_pb2.PushEntry(id="a", revision=1)
     garbled.state.type_url = f"type.googleapis.com/{EDGES[edge.name][0].DESCRIPTOR.full_name}"

@@ -1,5 +1,7 @@
 """Resources kept as payloads, on both databases."""
 
+import asyncio
+import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -80,3 +82,20 @@ async def test_many_are_put_found_by_their_columns_and_removed(database: Databas
     assert await database.read(look) == (["b", "c"], ["a", "d"], [])
     assert [await database.write(TASKS.delete, "b"), await database.write(TASKS.delete, "b")] == [True, False]
     assert await database.read(TASKS.find, "b") is None
+
+
+async def test_no_change_of_what_was_taken_is_lost(database: Database) -> None:
+    await database.write(TASKS.put, task("a"))
+
+    def add(tx: Tx) -> None:
+        taken = TASKS.take(tx, "a")
+        time.sleep(0.01)  # so that transactions that run side by side would meet
+        taken.title += "x"
+        taken.revision += 1
+        TASKS.put(tx, taken)
+
+    await asyncio.gather(*(database.write(add) for _ in range(8)))
+
+    assert await database.read(TASKS.get, "a") == task("a", 9, title="x" * 8)
+    with pytest.raises(NotFound):
+        await database.write(TASKS.take, "b")

@@ -6,16 +6,15 @@ from branchline.resource.v1.history_pb2 import HistoryEvent
 from branchline.resource.v1.organization_pb2 import Organization
 from branchline.resource.v1.user_pb2 import User
 from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_HISTORY_EVENT
-from sqlalchemy import create_engine
 
 from services.organization.feed import FORGOTTEN_AT_ONCE
 from services.organization.stores import Stores, open_stores
-from services.organization.tables import metadata
 from services.runtime.clock import Clock
 from services.runtime.database import Database, Tx, open_database
 from services.runtime.spine.outbox import Outbox
 from services.runtime.spine.tokens import Position
 from services.runtime.spine.watch import Page
+from tests.support.databases import migrated
 
 DAY_SECONDS = 24 * 3600
 
@@ -37,11 +36,8 @@ def found(tx: Tx, stores: Stores, days: tuple[int, ...]) -> str:
     return organization.id
 
 
-async def opened(path: Path) -> tuple[Database, Stores]:
-    engine = create_engine(f"sqlite:///{path}")
-    metadata.create_all(engine)
-    engine.dispose()
-    database = open_database(f"sqlite:///{path}")
+async def opened(folder: Path) -> tuple[Database, Stores]:
+    database = open_database(migrated("organization", folder))
     await database.start()
     stores = open_stores(database, Outbox(database, Clock()), Clock())
     await stores.index.start()
@@ -51,7 +47,7 @@ async def opened(path: Path) -> tuple[Database, Stores]:
 async def test_events_older_than_the_retention_leave_the_feed_and_their_resume_tokens_with_them(
     tmp_path: Path,
 ) -> None:  # HIS-3
-    database, stores = await opened(tmp_path / "organization.sqlite")
+    database, stores = await opened(tmp_path)
     scope = await database.write(found, stores, (30, 8, 6, 0))
     before = (await caught_up(stores, scope))[-1].position
     assert before is not None
@@ -68,7 +64,7 @@ async def test_events_older_than_the_retention_leave_the_feed_and_their_resume_t
 
 
 async def test_a_long_feed_expires_in_bounded_steps(tmp_path: Path) -> None:
-    database, stores = await opened(tmp_path / "organization.sqlite")
+    database, stores = await opened(tmp_path)
     scope = await database.write(found, stores, tuple(range(400, 400 + FORGOTTEN_AT_ONCE + 20)))
     commits = database.commits
 

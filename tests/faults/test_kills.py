@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -344,7 +345,7 @@ async def disagreements(
         owner = [entry for entry in books.entries() if entry.task_id == task_id]
         if sorted(entries, key=_id) != sorted(owner, key=_id):
             found.append(f"the transcript of {task_id} is not what its owner has")
-        await agree(found, view, lambda view=view, answer=answer, entries=entries: holds_task(view, answer, entries))
+        await agree(found, view, partial(holds_task, view, answer, entries))
     return found
 
 

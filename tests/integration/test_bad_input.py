@@ -13,6 +13,7 @@ from branchline.gateway.v1 import (
     users_pb2,
 )
 from branchline.resource.v1 import organization_pb2, task_pb2
+from google.protobuf.field_mask_pb2 import FieldMask
 
 from tests.support.git_http import serve_git
 from tests.support.stack import Stack, eventually, failure, make_remote, request_id
@@ -112,6 +113,40 @@ async def test_a_name_that_git_refuses_is_invalid(stack: Stack, branch: str) -> 
     refused = await failure(stack.create_task(await stack.add_repository(), branch=branch))
 
     assert (refused.code, refused.fields) == (INVALID, ["branch"])
+
+
+@pytest.mark.parametrize("branch", ["a..b", "-x", "refs heads", "\n"])
+async def test_a_default_branch_that_git_refuses_is_invalid(stack: Stack, branch: str) -> None:  # REP-1
+    request = repositories_pb2.AddRepositoryRequest(
+        request_id=request_id(), organization_id=stack.organization_id, remote_url="https://h/x", default_branch=branch
+    )
+    refused = await failure(stack.client.repositories.AddRepository(request))
+
+    assert (refused.code, refused.fields) == (INVALID, ["default_branch"])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        organization_pb2.OrganizationSettings(default_agent="../../bin/sh"),
+        organization_pb2.OrganizationSettings(default_sandbox_provider="X y"),
+        organization_pb2.OrganizationSettings(idle_timeout_seconds=-5),
+        organization_pb2.OrganizationSettings(default_model="m" * 129),
+    ],
+)
+async def test_settings_that_no_task_could_use_are_invalid(
+    stack: Stack, settings: organization_pb2.OrganizationSettings
+) -> None:  # ORG-2
+    request = organizations_pb2.UpdateOrganizationRequest(
+        request_id=request_id(),
+        organization_id=stack.organization_id,
+        organization=organization_pb2.Organization(settings=settings),
+        update_mask=FieldMask(paths=["settings"]),
+    )
+    refused = await failure(stack.client.organizations.UpdateOrganization(request))
+
+    assert refused.code == INVALID
+    assert refused.fields[0].startswith("organization.settings.")
 
 
 @pytest.mark.parametrize("text", ["", "  \n ", "x" * 1024 * 1024])

@@ -140,13 +140,15 @@ async def test_the_backends_keys_and_data_cannot_be_read_in_a_sandbox(
         data / "encryption.key",
         data / "task" / "task.sqlite",
         data / "sandbox" / "x.sqlite",
+        open_path / "branchline.toml",
     ]
     for secret in secrets:
         secret.parent.mkdir(parents=True, exist_ok=True)
         secret.write_text("secret")
     remotes.mkdir()
     remotes.chmod(0o777)
-    provider = a_provider(data / "sandbox" / "local", http, isolation, hidden_paths=[data], writable_paths=[remotes])
+    hidden = [data, open_path / "branchline.toml"]
+    provider = a_provider(data / "sandbox" / "local", http, isolation, hidden_paths=hidden, writable_paths=[remotes])
     mask = os.umask(0o022)
     try:
         await provider.start()

@@ -270,9 +270,9 @@ async def test_a_command_that_is_repeated_is_done_once(stack: Stack, method: str
 def _with_another_body(request: Message, field: str) -> Message:
     other = type(request)()
     other.CopyFrom(request)
-    if field == "organization":
+    if isinstance(other, organizations_pb2.UpdateOrganizationRequest):
         other.organization.settings.default_model = "another"
-    elif field == "preferences":
+    elif isinstance(other, users_pb2.UpdatePreferencesRequest):
         other.preferences.default_model = "another"
     else:
         setattr(other, field, f"{getattr(request, field)}x")

@@ -174,6 +174,20 @@ async def test_files_are_looked_at_and_moved(stack: Stack) -> None:  # SBX-6
     assert (outside.code, outside.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["new_path"])
 
 
+async def test_files_of_any_time_are_listed_and_a_directory_is_not_read(stack: Stack) -> None:  # SBX-6
+    task, box = await stack.ready_task(), stack.client.sandboxes
+    script = "mkdir d; touch -d '2020-01-01 00:00:00 UTC' d/whole; touch -d @400000000000 d/far"
+    await box.RunCommand(sandboxes_pb2.RunCommandRequest(task_id=task.id, command=["sh", "-c", script]))
+
+    listed = await box.ListFiles(sandboxes_pb2.ListFilesRequest(task_id=task.id, path="d"))
+    known = await box.StatFile(sandboxes_pb2.StatFileRequest(task_id=task.id, path="d/whole"))
+    refused = await failure(box.ReadFile(sandboxes_pb2.ReadFileRequest(task_id=task.id, path="d")))
+
+    assert {"far", "whole"} <= {file.name for file in listed.files}
+    assert known.file.modify_time.seconds == 1_577_836_800
+    assert (refused.code, refused.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["path"])
+
+
 async def test_a_commands_output_comes_while_it_runs(stack: Stack) -> None:  # SBX-6
     task = await stack.ready_task()
     script = "echo first; echo wrong >&2; until [ -e go ]; do sleep 0.05; done; echo last; exit 4"

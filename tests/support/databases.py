@@ -12,6 +12,7 @@ import tempfile
 import uuid
 from collections.abc import AsyncGenerator, Generator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import psycopg
@@ -20,11 +21,13 @@ import pytest_asyncio
 from sqlalchemy import MetaData, create_engine
 
 from services.runtime.database import Database, open_database
+from services.runtime.migrations import migrate
 from services.runtime.spine.tables import add_spine_tables
 
 SPINE = MetaData()
 add_spine_tables(SPINE, coordinator=True, commands=True)
 
+_SERVICES = Path(__file__).parents[2] / "services"
 _USERS = ("postgres", "nobody")
 
 
@@ -80,6 +83,40 @@ def _unprivileged() -> str:
     return next(user for user in _USERS if user in names)
 
 
+def migrated(room: str, folder: Path) -> str:
+    """Put a service's empty database, as its migrations make it, into its data folder; return its URL."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{room}.sqlite"
+    path.write_bytes(_migrated(room))
+    return f"sqlite:///{path}"
+
+
+@cache
+def _migrated(room: str) -> bytes:
+    """Return the file; the migrations run once in a session."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "made.sqlite"
+        migrate(_SERVICES / room / "migrations", f"sqlite:///{path}")
+        return path.read_bytes()
+
+
+def created(metadata: MetaData, path: Path) -> str:
+    """Make a SQLite file with tables that no service has; return its URL."""
+    path.write_bytes(_created(metadata))
+    return f"sqlite:///{path}"
+
+
+@cache
+def _created(metadata: MetaData) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "made.sqlite"
+        engine = create_engine(f"sqlite:///{path}")
+        metadata.create_all(engine)
+        engine.dispose()
+        path.touch()
+        return path.read_bytes()
+
+
 @dataclass
 class Databases:
     """Makes databases of one kind, empty but for their tables, and forgets them."""
@@ -87,18 +124,17 @@ class Databases:
     dialect: str
     folder: Path
     server: Server | None = None
-    _schemas: list[str] = field(default_factory=list)
+    _schemas: list[str] = field(default_factory=list[str])
 
     def make(self, metadata: MetaData) -> str:
         """Return the URL of a new database."""
         name = f"test_{uuid.uuid4().hex[:12]}"
         if self.server is None:
-            url = f"sqlite:///{self.folder / name}.sqlite"
-        else:
-            with psycopg.connect(self.server.url, autocommit=True) as connection:
-                connection.execute(f"CREATE SCHEMA {name}".encode())
-            self._schemas.append(name)
-            url = f"{self.server.url}&options=-csearch_path%3D{name}"
+            return created(metadata, self.folder / f"{name}.sqlite")
+        with psycopg.connect(self.server.url, autocommit=True) as connection:
+            connection.execute(f"CREATE SCHEMA {name}".encode())
+        self._schemas.append(name)
+        url = f"{self.server.url}&options=-csearch_path%3D{name}"
         engine = create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
         metadata.create_all(engine)
         engine.dispose()

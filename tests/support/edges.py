@@ -35,8 +35,12 @@ _HELD = Statement(
     .where(tasks.c.scope == bindparam("scope"), tasks.c.deleted.is_(False))
     .order_by(tasks.c.id)
 )
-_CHANNEL = (("grpc.max_reconnect_backoff_ms", 100), ("grpc.initial_reconnect_backoff_ms", 20))
-_CHANNEL += (("grpc.min_reconnect_backoff_ms", 20), ("grpc.default_authority", "localhost"))
+_CHANNEL = (
+    ("grpc.initial_reconnect_backoff_ms", 20),
+    ("grpc.min_reconnect_backoff_ms", 20),
+    ("grpc.max_reconnect_backoff_ms", 100),
+    ("grpc.default_authority", "localhost"),
+)
 
 
 async def eventually(look: Callable[[], Awaitable[bool]], seconds: float = 20.0) -> None:
@@ -63,7 +67,7 @@ class Coordinator:
     raises: Exception | None = None
     """What it raises; nothing: what the database does when a key is taken."""
 
-    applied: list[tuple[str, int]] = field(default_factory=list)
+    applied: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
 
     @property
     def address(self) -> str:
@@ -146,7 +150,7 @@ class Proxy:
     socket: Path
     target: str
     connections: int = 0
-    _passing: set["asyncio.Task[None]"] = field(default_factory=set)
+    _passing: set["asyncio.Task[None]"] = field(default_factory=set["asyncio.Task[None]"])
 
     @property
     def address(self) -> str:

@@ -1,6 +1,6 @@
 """Any message of the contract, as hypothesis makes it up: boundary numbers, odd words, times out of range."""
 
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
@@ -22,7 +22,7 @@ _WORDS = st.sampled_from(["", "a", "org_1", "task_1", "é\u0000\u202e", "'; DROP
 
 def messages(message: type[M]) -> st.SearchStrategy[M]:
     """Return messages of a type, with any of their fields set."""
-    return _messages(message.DESCRIPTOR, _DEPTH)
+    return _messages(cast("Descriptor", message.DESCRIPTOR), _DEPTH)
 
 
 def _messages(descriptor: Descriptor, depth: int) -> st.SearchStrategy[Any]:
@@ -53,7 +53,7 @@ def _values(field: FieldDescriptor, depth: int) -> st.SearchStrategy[Any] | None
 def _value(field: FieldDescriptor, depth: int) -> st.SearchStrategy[Any] | None:
     if field.type in _INTEGERS:
         return _INTEGERS[field.type]
-    if field.type == FieldDescriptor.TYPE_ENUM:
+    if field.enum_type is not None:
         known = [value.number for value in field.enum_type.values]
         return st.sampled_from([*known, 9999])
     if field.type == FieldDescriptor.TYPE_BOOL:
@@ -64,7 +64,7 @@ def _value(field: FieldDescriptor, depth: int) -> st.SearchStrategy[Any] | None:
         return st.binary(max_size=16)
     if field.type in (FieldDescriptor.TYPE_DOUBLE, FieldDescriptor.TYPE_FLOAT):
         return st.floats(width=32)
-    if field.type == FieldDescriptor.TYPE_MESSAGE and depth:
+    if field.message_type is not None and depth:
         if field.message_type.full_name == "google.protobuf.Any":
             return None
         return _messages(field.message_type, depth - 1)

@@ -26,6 +26,7 @@ from services.runtime.principal import Principal, Signer, bind_principal
 from services.sandbox.limits import Limits
 from services.sandbox.providers.local import LocalProviderConfig
 from services.sandbox.service import SandboxConfig, build
+from tests.support.databases import migrated
 
 KEY = "a key for tests, long enough for HS256"
 SANDBOX, SESSION, TASK = "sbx_1", "ses_1", "task_1"
@@ -52,14 +53,14 @@ async def eventually(look: Callable[[], T | None], what: Callable[[], Any] = lam
 class Coordinator(push_pb2_grpc.PushServiceServicer):
     """Takes what the service pushes, as the task would: the newest state of each, and how the sessions went."""
 
-    entries: dict[str, TranscriptEntry] = field(default_factory=dict)
-    sessions: list[AgentSession] = field(default_factory=list)
-    sandboxes: list[Sandbox] = field(default_factory=list)
-    revisions: dict[str, int] = field(default_factory=dict)
+    entries: dict[str, TranscriptEntry] = field(default_factory=dict[str, TranscriptEntry])
+    sessions: list[AgentSession] = field(default_factory=list[AgentSession])
+    sandboxes: list[Sandbox] = field(default_factory=list[Sandbox])
+    revisions: dict[str, int] = field(default_factory=dict[str, int])
     largest: int = 0
 
-    async def Push(self, requests: Any, context: Any) -> AsyncGenerator[push_pb2.PushResponse, None]:
-        async for request in requests:
+    async def Push(self, request_iterator: Any, context: Any) -> AsyncGenerator[push_pb2.PushResponse, None]:
+        async for request in request_iterator:
             for entry in request.entries:
                 self._take(entry)
             yield push_pb2.PushResponse(batch=request.batch)
@@ -243,7 +244,7 @@ def config(folder: Path, options: dict[str, Any]) -> SandboxConfig:
 @asynccontextmanager
 async def sandbox_room(folder: Path, **options: Any) -> AsyncGenerator[Room, None]:
     """Prepare the service with its coordinator; the test starts it."""
-    (folder / "data").mkdir(parents=True, exist_ok=True)
+    migrated("sandbox", folder / "data")
     coordinator = Coordinator()
     server = grpc.aio.server()
     push_pb2_grpc.add_PushServiceServicer_to_server(coordinator, server)

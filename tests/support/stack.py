@@ -19,12 +19,12 @@ from branchline.resource.v1 import organization_pb2, task_pb2
 from branchline.resource.v1.session_pb2 import TranscriptEntry
 from branchline.resource.v1.task_pb2 import Task
 from google.rpc import error_details_pb2
-from grpc_status import rpc_status
 
 from cli.calls import operating
 from cli.installation import Installation, local_installation, scripted_agents
 from cli.settings import Addresses, Settings
 from cli.up import bootstrap, everything
+from services.runtime.errors import detail_of
 from services.runtime.service import Service
 from services.sandbox.providers.ports import free_port
 
@@ -232,16 +232,9 @@ async def failure(call: Awaitable[Any]) -> Failure:
 
 
 def failure_of(error: grpc.aio.AioRpcError) -> Failure:
-    info, bad, resource = (
-        error_details_pb2.ErrorInfo(),
-        error_details_pb2.BadRequest(),
-        error_details_pb2.ResourceInfo(),
-    )
-    status = rpc_status.from_call(error)
-    for detail in status.details if status else ():
-        for message in (info, bad, resource):
-            if detail.Is(message.DESCRIPTOR):
-                detail.Unpack(message)
+    info = detail_of(error, error_details_pb2.ErrorInfo)
+    bad = detail_of(error, error_details_pb2.BadRequest)
+    resource = detail_of(error, error_details_pb2.ResourceInfo)
     fields = [violation.field for violation in bad.field_violations]
     return Failure(
         error.code(), info.reason, error.details() or "", dict(info.metadata), fields, resource.resource_name

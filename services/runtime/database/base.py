@@ -64,6 +64,7 @@ class Job:
         tx = Tx(driver)
         try:
             self.result = self.context.run(self.fn, tx, *self.args, **self.kwargs)
+            tx.end()
             self.told = tx.told
         except BaseException as error:  # noqa: BLE001 - it is the caller's
             self.error = raisable(error)

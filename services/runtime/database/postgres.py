@@ -32,6 +32,14 @@ _ATTEMPTS_TAKEN = 3
 _PAUSE_SECONDS = 0.01
 _CONNECT_SECONDS = 10
 _PREPARED = 512
+_KEEPALIVE: dict[str, Any] = {
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 25_000,
+}
+"""A server that is gone without a word is given up in 25 seconds, in the middle of a statement too."""
+
 _CONFLICTS = frozenset({"40001", "40P01"})
 """Serialization failure, deadlock."""
 
@@ -65,7 +73,7 @@ class _Driver:
             except psycopg.OperationalError:
                 self._raw.close()
         self._raw = psycopg.connect(
-            self._url, autocommit=True, prepare_threshold=0, connect_timeout=_CONNECT_SECONDS, keepalives_idle=10
+            self._url, autocommit=True, prepare_threshold=0, connect_timeout=_CONNECT_SECONDS, **_KEEPALIVE
         )
         self._raw.prepared_max = _PREPARED
         self._raw.execute("SET lock_timeout = '10s'")

@@ -10,10 +10,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import aiosqlite
 
+from services.runtime.config import make_private
 from services.runtime.database.base import Database, Job, in_context, raisable
 from services.runtime.database.statement import Compiled, Parameters, Statement
 from services.runtime.database.transaction import DatabaseBusy, DatabaseError, DatabaseUnavailable, Reader
@@ -56,7 +57,7 @@ class _Connection(aiosqlite.Connection):
     def run(self, fn: Callable[..., T], *args: Any) -> "asyncio.Future[T]":
         """Run a function in the connection's thread."""
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._tx.put_nowait((future, partial(fn, self.driver, *args)))
+        cast("Any", self)._tx.put_nowait((future, partial(fn, self.driver, *args)))
         return future
 
 
@@ -78,7 +79,7 @@ class SqliteDatabase(Database):
 
     async def start(self) -> None:
         """Open the connections."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(self.path.parent)
         self._writer = await _open(self.path, writes=True)
         self._readers = [await _open(self.path, writes=False) for _ in range(_READERS)]
         self._idle_readers.extend(self._readers)

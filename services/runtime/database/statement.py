@@ -4,7 +4,7 @@ import json
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import (
     ARRAY,
@@ -99,7 +99,8 @@ class _OnConflict(Insert):
 @compiles(_OnConflict)
 def _on_conflict(element: _OnConflict, compiler: SQLCompiler, **options: Any) -> str:
     quote = compiler.preparer.quote
-    text = f"{compiler.visit_insert(element, **options)} ON CONFLICT ({', '.join(map(quote, element.keys))})"
+    inserted = cast("Any", compiler).visit_insert(element, **options)
+    text = f"{inserted} ON CONFLICT ({', '.join(map(quote, element.keys))})"
     if not element.changed:
         return f"{text} DO NOTHING"
     changes = ", ".join(f"{quote(name)} = excluded.{quote(name)}" for name in element.changed)

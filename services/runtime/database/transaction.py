@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_DATABASE_BUSY, ERROR_REASON_DATABASE_UNAVAILABLE
 
 from services.runtime.database.statement import Compiled, Parameters, Statement
 from services.runtime.errors import Unavailable
+
+T = TypeVar("T")
 
 _NONE: Parameters = {}
 
@@ -97,11 +99,12 @@ class Reader:
 class Tx(Reader):
     """An open transaction that may write."""
 
-    __slots__ = ("told",)
+    __slots__ = ("_due", "told")
 
     def __init__(self, driver: Driver) -> None:
         super().__init__(driver)
         self.told: list[Callable[[], None]] = []
+        self._due: list[tuple[Callable[[Tx, Sequence[Any]], None], Sequence[Any]]] = []
 
     def change(self, statement: Statement, parameters: Parameters = _NONE) -> int:
         """Return the number of rows that changed."""
@@ -120,12 +123,13 @@ class Tx(Reader):
     @contextmanager
     def savepoint(self) -> Generator[None, None, None]:
         """Undo what the block did, and only that, if it raises."""
-        told = len(self.told)
+        told, due = len(self.told), len(self._due)
         self._driver.execute("SAVEPOINT part")
         try:
             yield
         except BaseException as error:
             del self.told[told:]
+            del self._due[due:]
             try:
                 self._driver.execute("ROLLBACK TO SAVEPOINT part")
                 self._driver.execute("RELEASE SAVEPOINT part")
@@ -133,6 +137,18 @@ class Tx(Reader):
                 raise error from error.__cause__
             raise
         self._driver.execute("RELEASE SAVEPOINT part")
+
+    def at_end(self, write: Callable[["Tx", Sequence[T]], None], items: Sequence[T]) -> None:
+        """Have items written at the end of the function, all that are given for the same `write` at once."""
+        self._due.append((write, items))
+
+    def end(self) -> None:
+        """Write what is due. The function has returned."""
+        due: dict[Callable[[Tx, Sequence[Any]], None], list[Any]] = {}
+        for write, items in self._due:
+            due.setdefault(write, []).extend(items)
+        for write, items in due.items():
+            write(self, items)
 
     def after_commit(self, tell: Callable[[], None]) -> None:
         """Have something called in the event loop once this is committed."""

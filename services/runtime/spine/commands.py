@@ -4,10 +4,8 @@
 outside are outbox marks made by the function. Only the few commands that must call out first use `once`.
 """
 
-import asyncio
 import hashlib
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_REQUEST_ID_REUSED
@@ -17,6 +15,7 @@ from sqlalchemy import bindparam, delete, select
 from services.runtime.clock import Clock
 from services.runtime.database import Database, Reader, Statement, Tx, insert
 from services.runtime.errors import InvalidArgument
+from services.runtime.lanes import Lanes
 from services.runtime.principal import current_principal
 from services.runtime.spine.tables import requests
 
@@ -53,7 +52,7 @@ class Commands:
     def __init__(self, database: Database, clock: Clock) -> None:
         self._database = database
         self._clock = clock
-        self._running: dict[tuple[str, str, str], tuple[asyncio.Lock, int]] = {}
+        self._lanes = Lanes()
 
     async def run(
         self,
@@ -89,24 +88,12 @@ class Commands:
 
         The same request at the same moment waits for the first.
         """
-        async with self._alone(_key(request)):
+        async with self._lanes.hold("/".join(_key(request))):
             known = await self._database.read(_recall, request, answer)
             if known is not None:
                 return known
             outcome = await outside()
             return await self.run(request, answer, inside, outcome)
-
-    @asynccontextmanager
-    async def _alone(self, key: tuple[str, str, str]) -> AsyncGenerator[None, None]:
-        lock, users = self._running.get(key, (asyncio.Lock(), 0))
-        self._running[key] = (lock, users + 1)
-        try:
-            async with lock:
-                yield
-        finally:
-            lock, users = self._running.pop(key)
-            if users > 1:
-                self._running[key] = (lock, users - 1)
 
     async def forget_old(self) -> None:
         """Forget requests that are older than `KEEP_SECONDS`."""

@@ -26,6 +26,7 @@ _PARALLEL = 64
 _PARALLEL_AGAIN = 16
 """Deliveries that failed before wait among themselves, so what hangs leaves room for what does not."""
 
+_BATCH = 128
 _LANES = 1024
 _LANES_BYTES = 16 * 1024 * 1024
 
@@ -141,7 +142,6 @@ class BatchCourier:
     outbox: Outbox
     destination: str
     deliver: DeliverAll
-    batch: int = 128
     attempts: int = ATTEMPTS
     deadline_seconds: float = DEADLINE_SECONDS
     linger_seconds: float = 0.02
@@ -156,8 +156,8 @@ class BatchCourier:
             try:
                 rows = await line.take(1)
                 await asyncio.sleep(self.linger_seconds)
-                if self.batch > 1 and line.waiting:
-                    rows += await line.take(self.batch - 1)
+                if line.waiting:
+                    rows += await line.take(_BATCH - 1)
                 await self._carry(rows, give_up=failed + 1 >= self.attempts)
                 failed = 0
                 backoff.reset()

@@ -87,6 +87,10 @@ class Hub:
             if not watchers:
                 self._watchers.pop(scope, None)
 
+    def heard(self, scope: str) -> bool:
+        """Whether anybody would hear of a change of a scope."""
+        return scope in self._watchers or len(self._waiting) > 0
+
     def publish(self, scope: str, changes: Iterable[WatchChange]) -> None:
         """Give committed changes of a scope to all who watch it."""
         watchers = self._watchers.get(scope, ())

@@ -9,9 +9,11 @@ import asyncio
 import heapq
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from itertools import compress
+from operator import itemgetter
+from types import MappingProxyType
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import structlog
 from branchline.resource.v1 import vocabulary_pb2 as words
@@ -86,6 +88,9 @@ _RAISE_HORIZON = Statement(
 )
 _EPOCH = Statement(select(incarnations.c.epoch).where(incarnations.c.number == 1))
 _INCARNATE = Statement(insert_new(incarnations, ["number"]))
+_COLUMNS = ("id", "revision", "change_seq", "deleted", "viewer_id", "task_id", "payload")
+_CHANGED = itemgetter(*_COLUMNS)
+"""What of a row becomes a change."""
 
 
 def _whole_scope(table: Table, organization_id: BindParameter[str]) -> ColumnElement[bool]:
@@ -114,7 +119,7 @@ class IndexTable:
         self.snapshot_limit = snapshot_limit
         self.type_url = f"type.googleapis.com/{resource.DESCRIPTOR.full_name}"
         c = table.c
-        changed = [c.id, c.revision, c.change_seq, c.deleted, c.payload, c.viewer_id, c.task_id]
+        changed = [c[name] for name in _COLUMNS]
         viewer: BindParameter[str] = bindparam("viewer", type_=String)
         in_range = (
             c.scope == bindparam("of"),
@@ -124,7 +129,7 @@ class IndexTable:
         )
         ordered = select(*changed).where(*in_range).order_by(c.change_seq).limit(bindparam("most"))
         self.put = Statement(upsert(table, ["scope", "id"], newer="revision"))
-        self.held = Statement(select(c.id, c.scope, c.revision).where(is_in(c.id, "ids")))
+        self.held = Statement(select(c.id, c.scope, c.change_seq).where(is_in(c.id, "ids")))
         self.changes = Statement(ordered)
         self.snapshot = Statement(ordered.where(c.deleted.is_(False), *([shown] if shown is not None else [])))
         self.newest = Statement(
@@ -157,8 +162,7 @@ class UnwatchedIndex:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A new state of one entity, for `Index.put`."""
 
     kind: Kind
@@ -169,7 +173,7 @@ class Entry:
     viewer_id: str = ""
     task_id: str = ""
     deleted: bool = False
-    columns: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    columns: Mapping[str, Any] = MappingProxyType({})
 
 
 class Index:
@@ -195,31 +199,39 @@ class Index:
         return bool(self.put_many(tx, [entry]))
 
     def put_many(self, tx: Tx, entries: Sequence[Entry]) -> list[Entry]:
-        """Store the states of one kind that are newer than what is held; return those, one for each entity.
+        """Store the states that are newer than what is held; return those, one for each entity.
 
         A number of statements that does not grow with the number of entries or of their scopes.
         """
         if not entries:
             return []
-        spec = self._tables[entries[0].kind]
         newest = _newest(entries)
         numbers = _take_numbers(tx, [entry.scope for entry in newest])  # first: from here on the scopes are ours alone
-        held = _held(tx, spec, newest)
-        numbered = [
-            (entry, number)
-            for entry, number in zip(newest, numbers, strict=True)
-            if held.get((entry.id, entry.scope), -1) < entry.revision
-        ]
+        by_kind: dict[Kind, list[tuple[Entry, int]]] = {}
+        for entry, number in zip(newest, numbers, strict=True):
+            by_kind.setdefault(entry.kind, []).append((entry, number))
+        return [entry for kind, found in by_kind.items() for entry in self._put(tx, self._tables[kind], found)]
+
+    def _put(self, tx: Tx, spec: IndexTable, numbered: Sequence[tuple[Entry, int]]) -> list[Entry]:
         fresh = [entry for entry, _ in numbered]
         now = self._clock.seconds()
         rows = [_row(entry, number, now) for entry, number in numbered]
-        tx.change_many(spec.put, rows)
-        changes: dict[str, list[WatchChange]] = {}
-        for entry, row in zip(fresh, rows, strict=True):
-            changes.setdefault(entry.scope, []).append(_change(spec, _Changed(**{k: row[k] for k in _CHANGED})))
-        for scope, told in changes.items():
-            tx.after_commit(partial(self.hub.publish, scope, told))
+        if tx.change_many(spec.put, rows) < len(rows):
+            held = _held(tx, spec, fresh)
+            stored = [held.get((row["id"], row["scope"])) == row["change_seq"] for row in rows]
+            fresh, rows = list(compress(fresh, stored)), list(compress(rows, stored))
+        tx.after_commit(partial(self._publish, spec, rows))
         return fresh
+
+    def _publish(self, spec: IndexTable, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Tell those who listen. What nobody hears is not even put into words."""
+        changes: dict[str, list[WatchChange]] = {}
+        for row in rows:
+            scope = row["scope"]
+            if self.hub.heard(scope):
+                changes.setdefault(scope, []).append(_change(spec, *_CHANGED(row)))
+        for scope, told in changes.items():
+            self.hub.publish(scope, told)
 
     async def catch_up(
         self, scope: str, kinds: Sequence[Kind], position: Position | None, viewer_id: str, *, tail: bool = False
@@ -312,7 +324,7 @@ class Index:
             size += len(row.payload)
             if changes and (len(changes) == PAGE_CHANGES or size > PART_BYTES):
                 return changes, True
-            changes.append(_change(spec, row))
+            changes.append(_change(spec, *row))
         return changes, False
 
     async def await_point(
@@ -383,20 +395,6 @@ class _Admission:
         self._turns.release()
 
 
-_CHANGED = ("id", "revision", "change_seq", "deleted", "payload", "viewer_id", "task_id")
-
-
-@dataclass(frozen=True, slots=True)
-class _Changed:
-    id: str
-    revision: int
-    change_seq: int
-    deleted: bool
-    payload: bytes
-    viewer_id: str
-    task_id: str
-
-
 def _incarnate(tx: Tx, epoch: str) -> str:
     tx.change(_INCARNATE, {"number": 1, "epoch": epoch})
     return tx.value(_EPOCH)
@@ -404,18 +402,19 @@ def _incarnate(tx: Tx, epoch: str) -> str:
 
 def _newest(entries: Sequence[Entry]) -> list[Entry]:
     """Return the newest entry of each entity."""
-    newest: dict[tuple[str, str], Entry] = {}
+    newest: dict[tuple[Kind, str, str], Entry] = {}
     for entry in entries:
-        known = newest.get((entry.id, entry.scope))
+        key = entry.kind, entry.id, entry.scope
+        known = newest.get(key)
         if known is None or known.revision < entry.revision:
-            newest[(entry.id, entry.scope)] = entry
+            newest[key] = entry
     return list(newest.values())
 
 
 def _held(tx: Reader, spec: IndexTable, entries: Sequence[Entry]) -> dict[tuple[str, str], int]:
-    """Return the revisions that are held of entities."""
+    """Return the numbers of the changes that are held of entities."""
     rows: list[Any] = tx.rows(spec.held, {"ids": [entry.id for entry in entries]})
-    return {(row.id, row.scope): row.revision for row in rows}
+    return {(row.id, row.scope): row.change_seq for row in rows}
 
 
 def _take_numbers(tx: Tx, scopes: Sequence[str]) -> list[int]:
@@ -443,11 +442,16 @@ def _take_of_one(tx: Tx, counts: Mapping[str, int]) -> Mapping[str, int]:
 
 
 def _take_of_many(tx: Tx, counts: Mapping[str, int]) -> Mapping[str, int]:
-    """Raise the sequences of many scopes with three statements; return their new values."""
+    """Raise the sequences of many scopes with a few statements; return their new values."""
     scopes = sorted(counts)
-    tx.change_many(_BEGIN, [{"scope": scope, "value": 0, "horizon": 0} for scope in scopes])
-    tx.change_many(_TAKE_MANY, [{"of": scope, "count": counts[scope]} for scope in scopes])
-    return {row.scope: row.value for row in tx.rows(_VALUES, {"scopes": scopes})}
+    there = tx.change_many(_TAKE_MANY, [{"of": scope, "count": counts[scope]} for scope in scopes])
+    values = {row.scope: row.value for row in tx.rows(_VALUES, {"scopes": scopes})}
+    if there == len(scopes):
+        return values
+    new = [scope for scope in scopes if scope not in values]
+    tx.change_many(_BEGIN, [{"scope": scope, "value": 0, "horizon": 0} for scope in new])
+    tx.change_many(_TAKE_MANY, [{"of": scope, "count": counts[scope]} for scope in new])
+    return values | {row.scope: row.value for row in tx.rows(_VALUES, {"scopes": new})}
 
 
 def _row(entry: Entry, seq: int, now: float) -> dict[str, Any]:
@@ -465,17 +469,26 @@ def _row(entry: Entry, seq: int, now: float) -> dict[str, Any]:
     }
 
 
-def _change(spec: IndexTable, row: Any) -> WatchChange:
+def _change(
+    spec: IndexTable,
+    entity_id: str,
+    revision: int,
+    change_seq: int,
+    deleted: bool,
+    viewer_id: str,
+    task_id: str,
+    payload: bytes,
+) -> WatchChange:
     change = WatchChange(
         kind=spec.kind,
-        id=row.id,
-        revision=row.revision,
-        change_seq=row.change_seq,
-        deleted=row.deleted,
-        viewer_id=row.viewer_id,
-        task_id=row.task_id,
+        id=entity_id,
+        revision=revision,
+        change_seq=change_seq,
+        deleted=deleted,
+        viewer_id=viewer_id,
+        task_id=task_id,
     )
-    if not change.deleted:
+    if not deleted:
         change.resource.type_url = spec.type_url
-        change.resource.value = row.payload
+        change.resource.value = payload
     return change

@@ -10,7 +10,7 @@ import contextvars
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import grpc
 import structlog
@@ -22,7 +22,8 @@ from services.runtime.errors import reason_of
 
 log = structlog.get_logger()
 
-_MERGED_ENTRIES = 1024
+_MERGED_ENTRIES = 256
+"""Few enough that the batches of an edge move through the levels side by side, not as one."""
 _MERGED_BYTES = 8 * 1024 * 1024
 _AHEAD_BATCHES = 8
 
@@ -36,8 +37,7 @@ class RejectedEntryError(Exception):
     """The entry is bad data and will be refused however often it comes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pushed(Generic[M]):
+class Pushed(NamedTuple, Generic[M]):
     """One entry as a handler gets it: the newest state of a child's entity."""
 
     id: str
@@ -48,12 +48,12 @@ class Pushed(Generic[M]):
 
 @dataclass(frozen=True, slots=True)
 class Handler:
-    """What a coordinator does with one type of state: with all entries of a batch at once, in their order.
+    """What a coordinator does with some types of state: with all entries of a batch at once, in their order.
 
     `apply` may raise for any entry: they are then tried one by one.
     """
 
-    type: type[Message]
+    types: type[Message] | tuple[type[Message], ...]
     apply: Callable[[Tx, Sequence[Pushed[Any]]], None]
 
 
@@ -70,6 +70,7 @@ def each(apply: Callable[[Tx, Pushed[M]], None]) -> Callable[[Tx, Sequence[Pushe
 @dataclass(slots=True)
 class _Batch:
     entries: Entries
+    size: int
     done: "asyncio.Future[Refused]"
 
 
@@ -77,15 +78,20 @@ class Ingest:
     """Applies what the children push."""
 
     def __init__(self, database: Database, *handlers: Handler) -> None:
-        """Entries of a batch are applied type by type, in the order in which the handlers are given."""
+        """Entries of a batch are applied handler by handler, in the order in which these are given."""
         self._database = database
-        self._handlers: Mapping[str, Handler] = {handler.type.DESCRIPTOR.full_name: handler for handler in handlers}
+        self._handlers = handlers
+        self._places: Mapping[str, tuple[int, type[Message]]] = {
+            one.DESCRIPTOR.full_name: (place, one)
+            for place, handler in enumerate(handlers)
+            for one in (handler.types if isinstance(handler.types, tuple) else (handler.types,))
+        }
         self._waiting: deque[_Batch] = deque()
         self._applying: asyncio.Task[None] | None = None
 
-    def submit(self, entries: Entries) -> "asyncio.Future[Refused]":
+    def submit(self, request: push_pb2.PushRequest) -> "asyncio.Future[Refused]":
         """Apply a batch; the future holds the refused entries' places with reasons, after the commit."""
-        batch = _Batch(entries, asyncio.get_running_loop().create_future())
+        batch = _Batch(request.entries, request.ByteSize(), asyncio.get_running_loop().create_future())
         batch.done.add_done_callback(_looked_at)
         self._waiting.append(batch)
         if self._applying is None or self._applying.done():
@@ -120,7 +126,7 @@ class Ingest:
         while self._waiting:
             batch = self._waiting[0]
             entries += len(batch.entries)
-            size += sum(len(entry.state.value) for entry in batch.entries)
+            size += batch.size
             if merged and (entries > _MERGED_ENTRIES or size > _MERGED_BYTES):
                 break
             merged.append(self._waiting.popleft())
@@ -137,8 +143,7 @@ class Ingest:
             if tx.is_outage(error):
                 raise
         refused: Refused = {}
-        order = list(self._handlers)
-        for place, entry in sorted(enumerate(entries), key=lambda found: _rank(order, found[1])):
+        for place, entry in sorted(enumerate(entries), key=lambda found: self._rank(found[1])):
             try:
                 with tx.savepoint():
                     self._apply_together(tx, [entry])
@@ -157,25 +162,24 @@ class Ingest:
         return reason
 
     def _apply_together(self, tx: Tx, entries: Entries) -> None:
-        by_type: dict[str, list[push_pb2.PushEntry]] = {name: [] for name in self._handlers}
+        pushed: list[list[Pushed[Any]]] = [[] for _ in self._handlers]
         for entry in entries:
             name = _type_of(entry)
-            if name not in by_type:
+            if name not in self._places:
                 raise RejectedEntryError(f"this coordinator takes no {name}")
-            by_type[name].append(entry)
-        for name, found in by_type.items():
+            place, state = self._places[name]
+            pushed[place].append(_pushed(state, entry))
+        for handler, found in zip(self._handlers, pushed, strict=True):
             if found:
-                handler = self._handlers[name]
-                handler.apply(tx, [_pushed(handler.type, entry) for entry in found])
+                handler.apply(tx, found)
+
+    def _rank(self, entry: push_pb2.PushEntry) -> int:
+        known = self._places.get(_type_of(entry))
+        return known[0] if known is not None else len(self._handlers)
 
 
 def _type_of(entry: push_pb2.PushEntry) -> str:
     return entry.state.type_url.rpartition("/")[2]
-
-
-def _rank(order: list[str], entry: push_pb2.PushEntry) -> int:
-    name = _type_of(entry)
-    return order.index(name) if name in order else len(order)
 
 
 def _looked_at(done: "asyncio.Future[Refused]") -> None:
@@ -205,7 +209,7 @@ class PushServicer(push_pb2_grpc.PushServiceServicer):
             try:
                 async for request in request_iterator:
                     await ahead.acquire()
-                    applied.put_nowait((request, self._ingest.submit(request.entries)))
+                    applied.put_nowait((request, self._ingest.submit(request)))
             finally:
                 applied.put_nowait(None)
 

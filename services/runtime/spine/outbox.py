@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any as AnyValue
+from typing import NamedTuple
 
 from google.protobuf.any_pb2 import Any
 from google.protobuf.message import Message
@@ -37,8 +38,7 @@ Key = tuple[str, str]
 """Type and id of an entity."""
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
+class Mark(NamedTuple):
     """The newest state of one entity, on its way to a destination."""
 
     entity_id: str
@@ -48,8 +48,7 @@ class Mark:
     deleted: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class OutboxRow:
+class OutboxRow(NamedTuple):
     """A row of the outbox. `seq` names exactly this version of the entity."""
 
     seq: int
@@ -121,6 +120,7 @@ _LISTED = Statement(
     .order_by(outbox.c.seq)
     .limit(bindparam("most"))
 )
+_NEWEST = Statement(select(func.max(outbox.c.seq)))
 _OF_SEQS = is_in(outbox.c.seq, "seqs")
 _UNPARK = Statement(update(outbox).where(outbox.c.parked_reason != "", _OF_SEQS).values(parked_reason="", attempts=0))
 _UNPARK_ALL = Statement(update(outbox).where(outbox.c.parked_reason != "").values(parked_reason="", attempts=0))
@@ -254,6 +254,11 @@ class Outbox:
         default_factory=dict[tuple[str, str], set[asyncio.Event]]
     )
 
+    async def start(self) -> None:
+        """Begin the numbers of new rows behind all that are held, also where the clock was set back."""
+        newest: int | None = await self.database.read(Reader.value, _NEWEST)
+        self._numbers = itertools.count(max(time.time_ns(), (newest or 0) + 1))
+
     def line(self, destination: str) -> Line:
         """Return the line of a destination; only one carrier may take from it."""
         if destination not in self._lines:
@@ -276,9 +281,12 @@ class Outbox:
         ]
         if not rows:
             return
+        tx.at_end(self._put, rows)
+        tx.after_commit(partial(self._hand_over, rows))
+
+    def _put(self, tx: Tx, rows: Sequence[OutboxRow]) -> None:
         now = self.clock.seconds()
         tx.change_many(_PUT, [_columns(row, now) for row in rows])
-        tx.after_commit(partial(self._hand_over, rows))
 
     def _hand_over(self, rows: Sequence[OutboxRow]) -> None:
         by_destination: dict[str, list[OutboxRow]] = {}
@@ -388,7 +396,7 @@ def _read_pending(tx: Reader, destination: str, after: int) -> tuple[list[Outbox
     """Return a page of what waits behind a number, and whether there is more."""
     rows = tx.each(_PENDING, {"to": destination, "after": after, "most": _PAGE_ROWS + 1})
     pages = parts(map(_outbox_row, rows), lambda row: len(row.payload), _PAGE_ROWS, _PAGE_BYTES)
-    page = next(pages, [])
+    page = next(pages, None) or []
     return page, next(pages, None) is not None
 
 

@@ -67,8 +67,13 @@ class PushClient:
             rows = await line.take(BATCH_ENTRIES)
             number += 1
             in_flight.append(rows)
-            entries = [_entry(row) for row in rows]
-            await call.write(push_pb2.PushRequest(child=self.child, batch=number, entries=entries))
+            request = push_pb2.PushRequest(child=self.child, batch=number)
+            for row in rows:
+                entry = request.entries.add(
+                    outbox_seq=row.seq, id=row.entity_id, revision=row.revision, deleted=row.deleted
+                )
+                entry.state.type_url, entry.state.value = row.type_url, row.payload
+            await call.write(request)
 
     async def _read(self, call: Any, window: asyncio.Semaphore, in_flight: deque[list[OutboxRow]]) -> None:
         while True:
@@ -84,12 +89,6 @@ class PushClient:
                     log.error("entry parked", child=self.child, entity=row.entity_id, reason=refused[row.seq])
                     await self.outbox.park(row, refused[row.seq])
             window.release()
-
-
-def _entry(row: OutboxRow) -> push_pb2.PushEntry:
-    return push_pb2.PushEntry(
-        outbox_seq=row.seq, id=row.entity_id, revision=row.revision, deleted=row.deleted, state=row.state
-    )
 
 
 def _words(error: BaseException) -> str:

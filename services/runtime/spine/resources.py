@@ -92,7 +92,15 @@ class Resources(Held[M]):
         self._revised = "revision" in table.c
         newer = "revision" if self._revised else ""
         self._put = Statement(upsert(table, self._key, newer=newer, leave_out=own))
+        self._take = Statement(select(table.c.payload).where(*self._alive, *self._this).with_for_update())
         self._delete = Statement(delete(table).where(*self._this))
+
+    def take(self, tx: Tx, *key: Any) -> M:
+        """Return a resource that will be changed; raise NotFound. Who changes the same one takes turns."""
+        payload = tx.value(self._take, self._given(key))
+        if payload is None:
+            raise NotFound(self._kind, str(key[-1]))
+        return self._message.FromString(payload)
 
     def put(self, tx: Tx, message: M) -> bool:
         """Store a state, unless what is held is as new; say whether it was stored."""

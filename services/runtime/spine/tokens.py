@@ -16,6 +16,7 @@ from branchline.spine.v1.push_pb2 import ConsistencyPoint, CursorValue, EntityRe
 from google.protobuf.message import DecodeError, Message
 
 from services.runtime.errors import InvalidArgument
+from services.runtime.validation import validate
 
 _NOT_BOUND = frozenset({"page_size", "page_token", "consistency_token"})
 _BINDING_BYTES = 12
@@ -110,5 +111,6 @@ def _encode(message: Message) -> str:
 def _decode(token: str, message: Message, field: str, reason: ErrorReason.ValueType) -> None:
     try:
         message.ParseFromString(base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True))
-    except (binascii.Error, ValueError, DecodeError) as error:
+        validate(message)  # no store takes the character U+0000, either
+    except (binascii.Error, ValueError, DecodeError, InvalidArgument) as error:
         raise InvalidArgument(field, "is not one of ours", reason) from error

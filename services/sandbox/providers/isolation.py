@@ -62,13 +62,18 @@ def bubblewrap(home: Path, mounts: Mounts) -> list[str]:
     """Return the command that a sandbox's server is put behind."""
     command = ["bwrap", "--unshare-all", "--share-net", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
     ordered = [
-        *((path, ["--tmpfs", str(path)]) for path in (Path(_TMP), *mounts.hidden)),
+        *((path, _hide(path)) for path in (Path(_TMP), *mounts.hidden)),
         *((path, ["--ro-bind", str(path), str(path)]) for path in mounts.readable),
         *((path, ["--bind", str(path), str(path)]) for path in (*mounts.writable, home)),
     ]
     for _, mount in sorted(ordered, key=lambda one: len(one[0].parts)):  # what lies deeper decides
         command += mount
     return [*command, "--chdir", str(home)]
+
+
+def _hide(path: Path) -> list[str]:
+    """Return the mount that lies over a folder, or over a file."""
+    return ["--ro-bind", os.devnull, str(path)] if path.is_file() else ["--tmpfs", str(path)]
 
 
 def user_of_sandboxes(isolation: str, user_id: int) -> int | None:
@@ -99,7 +104,9 @@ def close_to_others(root: Path, mounts: Mounts, user_id: int) -> None:
     root.mkdir(parents=True, exist_ok=True)
     shown = (root, *mounts.readable, *mounts.writable)
     for folder in mounts.hidden:
-        if folder == root or folder in root.parents:
+        if folder.is_file():
+            folder.chmod(folder.stat().st_mode & 0o700)
+        elif folder == root or folder in root.parents:
             _close(folder, shown)
     root.chmod(0o711)
     for parent in root.parents:

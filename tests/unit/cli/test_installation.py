@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import SecretStr, ValidationError
@@ -17,7 +18,7 @@ from cli.installation import (
     local_installation,
     socket_folder,
 )
-from cli.settings import Addresses, Settings, SettingsError
+from cli.settings import Addresses, Settings, SettingsError, load_settings
 
 ROOT = Path(__file__).parents[3]
 KEY = "a key for tests, long enough for HS256"
@@ -59,7 +60,7 @@ def test_a_service_alone_imports_its_own_room_and_no_migrations(service: str, tm
     rooms = {name for name in SERVICES if f"services.{name}.service" in modules or f"{name}.service" in modules}
     assert rooms == {service}
     assert not modules & {"alembic", "cli.commands", "cli.demo", "cli.views"}
-    assert service == "task" or "dbos" not in modules
+    assert service == "task" or not modules & {"dbos", "sqlalchemy.dialects.postgresql"}
 
 
 def test_a_setting_that_a_service_does_not_have_is_refused_without_its_value(tmp_path: Path) -> None:  # C7
@@ -113,3 +114,30 @@ def test_an_operator_finds_a_running_installation_and_makes_none(tmp_path: Path)
 def test_services_that_run_apart_are_told_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"addresses\.task.*signing_key"):
         distributed_installation(Settings(data_dir=tmp_path))
+
+
+def test_sandboxes_see_neither_the_file_of_settings_nor_data_behind_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # F14
+    disk, link = tmp_path / "disk", tmp_path / "data"
+    disk.mkdir()
+    link.symlink_to(disk)
+    monkeypatch.setenv("BRANCHLINE_CONFIG", str(tmp_path / "branchline.toml"))
+    settings = Settings(data_dir=link, sandbox={"local": {"sandbox_agent": "/bin/false", "hidden_paths": [link]}})
+
+    hidden = sandbox_configuration(settings)["local"]["hidden_paths"]
+
+    assert {disk, tmp_path / "branchline.toml", Path.home().resolve()} == set(hidden)
+
+
+def test_an_object_in_one_variable_is_read_and_not_dropped(monkeypatch: pytest.MonkeyPatch) -> None:  # F14
+    monkeypatch.setenv("BRANCHLINE_SANDBOX__LOCAL", '{"hidden_paths": ["/srv/keys"]}')
+
+    settings = load_settings(sandbox={"local": {"isolation": "none"}})
+
+    assert Path("/srv/keys") in sandbox_configuration(settings)["local"]["hidden_paths"]
+
+
+def sandbox_configuration(settings: Settings) -> dict[str, Any]:
+    """Return what the sandbox service is built from."""
+    return local_installation(settings)._configuration("sandbox")  # pyright: ignore[reportPrivateUsage]

@@ -24,7 +24,7 @@ from branchline.resource.v1.user_pb2 import User, UserTaskState
 from branchline.resource.v1.watch_pb2 import WATCH_FRAME_KIND_SYNCED, WatchChange, WatchFrame
 from branchline.spine.v1.push_pb2 import WatchSelection
 from pydantic import SecretStr
-from sqlalchemy import MetaData, create_engine
+from sqlalchemy import MetaData
 
 from gateway.service import GatewayConfig, build
 from services.runtime.clock import Clock
@@ -38,6 +38,7 @@ from services.runtime.spine.index import Entry, Index, IndexTable
 from services.runtime.spine.tables import add_spine_tables, index_table
 from services.runtime.spine.tokens import Position, parse_consistency_token, parse_resume_token
 from services.runtime.spine.watch import EVERYBODY, Page, Watch, watch
+from tests.support.databases import created
 
 KEY = "k" * 32
 ORGANIZATION_ID = "org_1"
@@ -48,14 +49,6 @@ metadata = MetaData()
 add_spine_tables(metadata, coordinator=True)
 tasks = index_table("tasks", metadata, comment="Coordinator index of a test")
 states = index_table("states", metadata, comment="Coordinator index of a test")
-
-
-def create_tables(path: Path) -> str:
-    """Make an empty database; return its URL."""
-    engine = create_engine(f"sqlite:///{path}")
-    metadata.create_all(engine)
-    engine.dispose()
-    return f"sqlite:///{path}"
 
 
 def index_of(database: Database) -> Index:
@@ -109,19 +102,19 @@ class Backend(organization_pb2_grpc.OrganizationServiceServicer):
     url: str = ""
     index: Index = field(init=False)
     database: Database = field(init=False)
-    tokens: dict[str, User] = field(default_factory=dict)
-    members: dict[str, set[str]] = field(default_factory=dict)
+    tokens: dict[str, User] = field(default_factory=dict[str, User])
+    members: dict[str, set[str]] = field(default_factory=dict[str, set[str]])
     placed: set[str] = field(default_factory=lambda: {"task_1"})
-    selections: list[WatchSelection] = field(default_factory=list)
+    selections: list[WatchSelection] = field(default_factory=list[WatchSelection])
     """Every upstream watch that was opened."""
     asked: int = 0
     """Calls of Authenticate."""
     answering: asyncio.Event = field(default_factory=asyncio.Event)
     """Upstream watches are accepted and wait for this."""
-    got: list[tuple[str, float | None]] = field(default_factory=list)
+    got: list[tuple[str, float | None]] = field(default_factory=list[tuple[str, float | None]])
 
     def __post_init__(self) -> None:
-        self.url = self.url or create_tables(self.folder / f"{uuid.uuid4().hex}.sqlite")
+        self.url = self.url or created(metadata, self.folder / f"{uuid.uuid4().hex}.sqlite")
         self.add_caller("token", "usr_1")
         self.answering.set()
 
@@ -262,10 +255,10 @@ class _Organizations(organizations_pb2_grpc.OrganizationServiceServicer):
 class View:
     """What one watching client holds, and what it was told."""
 
-    held: dict[str, int] = field(default_factory=dict)
-    frames: list[WatchFrame] = field(default_factory=list)
+    held: dict[str, int] = field(default_factory=dict[str, int])
+    frames: list[WatchFrame] = field(default_factory=list[WatchFrame])
     token: str = ""
-    places: list[tuple[str, dict[str, int]]] = field(default_factory=list)
+    places: list[tuple[str, dict[str, int]]] = field(default_factory=list[tuple[str, dict[str, int]]])
     """Each resume token with what was held when it came."""
 
     def take(self, frame: WatchFrame) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest_asyncio
 from branchline.gateway.v1 import organizations_pb2, tasks_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from gateway import watches
 from gateway.allowance import Allowance
 from services.runtime.errors import ResourceExhausted
 from tests.unit.gateway.backend import (
@@ -25,6 +26,7 @@ from tests.unit.gateway.backend import (
     until_synced,
 )
 
+GET_TASK = "/branchline.gateway.v1.TaskService/GetTask"
 GET = tasks_pb2.GetTaskRequest(task_id="task_1")
 
 
@@ -35,9 +37,15 @@ async def backend(tmp_path: Path) -> AsyncGenerator[Backend, None]:
         yield backend
 
 
-async def refusal(call: object) -> grpc.StatusCode:
+@pytest.fixture
+def checked_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have open watches checked ten times as often as they are."""
+    monkeypatch.setattr(watches, "CHECK_SECONDS", watches.CHECK_SECONDS / 10)
+
+
+async def refusal(call: Awaitable[Any]) -> grpc.StatusCode:
     with pytest.raises(grpc.aio.AioRpcError) as refused:
-        await call  # type: ignore[misc]
+        await call
     return refused.value.code()
 
 
@@ -46,9 +54,9 @@ async def test_a_call_needs_a_token_that_is_known(backend: Backend) -> None:
         answer = await known.tasks.GetTask(GET)
         guessed = await refusal(unknown.tasks.GetTask(GET))
         async with grpc.aio.insecure_channel(backend.addresses["gateway"]) as channel:
-            nobody = await refusal(channel.unary_unary("/branchline.gateway.v1.TaskService/GetTask")(b""))
-            stub: Any = health_pb2_grpc.HealthStub(channel)
-            health = await stub.Check(health_pb2.HealthCheckRequest())
+            get: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(GET_TASK)
+            nobody = await refusal(get(b""))
+            health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
 
     assert answer.task.title == "a title"
     assert guessed == nobody == grpc.StatusCode.UNAUTHENTICATED
@@ -84,7 +92,9 @@ async def test_a_revoked_token_stops_a_busy_watch_within_seconds(backend: Backen
     assert revision > 50
 
 
-async def test_a_removed_member_is_out_of_watches_and_calls_within_seconds(backend: Backend) -> None:
+async def test_a_removed_member_is_out_of_watches_and_calls_within_seconds(
+    backend: Backend, checked_often: None
+) -> None:
     backend.add_caller("other", "usr_2")
     async with backend.gateway(), backend.client() as admin, backend.client("other") as other:
         view = View()
@@ -95,20 +105,20 @@ async def test_a_removed_member_is_out_of_watches_and_calls_within_seconds(backe
             organizations_pb2.RemoveMemberRequest(request_id="r", organization_id=ORGANIZATION_ID, user_id="usr_2")
         )
         at_once = await refusal(other.tasks.GetTask(GET))
-        async with asyncio.timeout(7):
+        async with asyncio.timeout(4):
             code = await refusal(following)
 
     assert at_once == code == grpc.StatusCode.NOT_FOUND
 
 
-async def test_a_watch_of_what_was_deleted_ends_within_seconds(backend: Backend) -> None:
+async def test_a_watch_of_what_was_deleted_ends_within_seconds(backend: Backend, checked_often: None) -> None:
     async with backend.gateway(), backend.client() as client:
         view = View()
         request = tasks_pb2.WatchTaskRequest(task_id="task_1")
         following = asyncio.create_task(follow(client.tasks.WatchTask(request), view))
         await eventually(lambda: view.token)
         backend.placed.clear()
-        async with asyncio.timeout(12):
+        async with asyncio.timeout(4):
             code = await refusal(following)
 
     assert code == grpc.StatusCode.NOT_FOUND
@@ -126,7 +136,9 @@ async def test_one_callers_flood_is_refused_and_anothers_calls_are_not(backend: 
     assert 35 <= len(refused) <= 40
 
 
-async def test_open_watches_outlive_a_restart_of_who_checks_them(backend: Backend, tmp_path: Path) -> None:
+async def test_open_watches_outlive_a_restart_of_who_checks_them(
+    backend: Backend, tmp_path: Path, checked_often: None
+) -> None:
     (tmp_path / "more").mkdir()
     restarted = Backend(tmp_path / "more")
     async with restarted.gateway(), restarted.client() as client:
@@ -134,7 +146,7 @@ async def test_open_watches_outlive_a_restart_of_who_checks_them(backend: Backen
         async with restarted.running():
             following = asyncio.create_task(follow(opened(client), view))
             await eventually(lambda: view.token)
-        await asyncio.sleep(6)  # a check falls into the outage
+        await asyncio.sleep(1.5)  # checks fall into the outage
         async with restarted.running():
             await restarted.put(task_entry("a", 1))
             await eventually(lambda: view.held == {"a": 1})

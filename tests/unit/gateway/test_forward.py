@@ -2,8 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -11,15 +12,16 @@ import pytest_asyncio
 from branchline.gateway.v1 import history_pb2, organizations_pb2, tasks_pb2, users_pb2
 from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2
-from grpc_status import rpc_status
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gateway.service import PUBLIC
+from services.runtime.errors import detail_of
 from services.runtime.spine.tokens import consistency_token
 from tests.support.messages import messages
 from tests.unit.gateway.backend import ORGANIZATION_ID, TASK, Backend, task_entry
 
+GET_TASK = "/branchline.gateway.v1.TaskService/GetTask"
 BEARER = (("authorization", "Bearer token"),)
 
 
@@ -30,22 +32,18 @@ async def backend(tmp_path: Path) -> AsyncGenerator[Backend, None]:
         yield backend
 
 
-async def refusal(call: object) -> tuple[grpc.StatusCode, str, list[str]]:
+async def refusal(call: Awaitable[Any]) -> tuple[grpc.StatusCode, str, list[str]]:
     """Return the code, the reason and the fields that a call is refused with."""
     with pytest.raises(grpc.aio.AioRpcError) as refused:
-        await call  # type: ignore[misc]
-    info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
-    status = rpc_status.from_call(refused.value)  # pyright: ignore[reportArgumentType]
-    for detail in status.details if status else ():
-        for message in (info, bad):
-            if detail.Is(message.DESCRIPTOR):
-                detail.Unpack(message)
+        await call
+    info = detail_of(refused.value, error_details_pb2.ErrorInfo)
+    bad = detail_of(refused.value, error_details_pb2.BadRequest)
     return refused.value.code(), info.reason, [one.field for one in bad.field_violations]
 
 
 async def test_bytes_that_are_no_request_are_refused_by_name(backend: Backend) -> None:  # F16
     async with backend.client() as client:
-        call = client.channel.unary_unary("/branchline.gateway.v1.TaskService/GetTask")
+        call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = client.channel.unary_unary(GET_TASK)
         refused = await refusal(call(b"\xff\xff\xff"))
 
     assert refused == (grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_REQUEST", ["request"])
@@ -99,8 +97,8 @@ async def test_no_bytes_make_any_method_fail_in_a_way_that_nobody_foresaw(
 async def test_a_request_travels_on_as_the_bytes_that_came(backend: Backend) -> None:
     unknown_field = b"\xba\x3e\x03abc"
     async with backend.client() as client:
-        call = client.channel.unary_unary(
-            "/branchline.gateway.v1.TaskService/GetTask",
+        call: grpc.aio.UnaryUnaryMultiCallable[bytes, tasks_pb2.GetTaskResponse] = client.channel.unary_unary(
+            GET_TASK,
             response_deserializer=tasks_pb2.GetTaskResponse.FromString,
         )
         answer = await call(tasks_pb2.GetTaskRequest(task_id="task_1").SerializeToString() + unknown_field)

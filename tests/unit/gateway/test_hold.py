@@ -44,7 +44,7 @@ async def test_a_snapshot_of_20000_rows_passes_through_and_is_never_held(backend
             await client.tasks.GetTask(tasks_pb2.GetTaskRequest(task_id="task_1"))
             before = peak_bytes(process, reset=True)
             started = time.monotonic()
-            call, view, sizes, first_frame = opened(client), View(), [], 0.0
+            call, view, sizes, first_frame = opened(client), View(), list[int](), 0.0
             while not view.token:
                 response = await call.read()
                 first_frame = first_frame or time.monotonic() - started
@@ -61,7 +61,7 @@ async def test_a_snapshot_of_20000_rows_passes_through_and_is_never_held(backend
 async def test_pages_of_large_entities_end_at_a_mebibyte(backend: Backend) -> None:  # F22, F30
     await backend.put(*(task_entry(f"t{n}", 1, text="x" * 400_000) for n in range(10)))
     async with backend.gateway(), backend.client() as client:
-        call, sizes, view = opened(client), [], View()
+        call, sizes, view = opened(client), list[int](), View()
         while not view.token:
             response = await call.read()
             sizes.append(response.frame.ByteSize())

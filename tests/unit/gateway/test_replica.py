@@ -1,7 +1,6 @@
 """Watches through the gateway: real sockets, a real index, upstreams that break. API-4, API-5."""
 
 import asyncio
-import dataclasses
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
@@ -14,14 +13,15 @@ from branchline.resource.v1 import watch_pb2
 from gateway import replica as replicas
 from gateway import ring as rings
 from services.runtime.spine.tokens import Position, consistency_token, parse_resume_token, resume_token
+from tests.support.databases import created
 from tests.unit.gateway.backend import (
     ORGANIZATION_ID,
     TASK,
     Backend,
     View,
-    create_tables,
     eventually,
     follow,
+    metadata,
     opened,
     state_entry,
     task_entry,
@@ -147,7 +147,7 @@ async def test_a_database_in_another_life_resets_every_watcher(backend: Backend,
             await backend.put(*(task_entry(f"old{n}", 1) for n in range(9)))
             following = asyncio.create_task(follow(opened(client), view))
             await eventually(lambda: len(view.held) == 9 and SYNCED in view.kinds)
-        backend.url = create_tables(backend.folder / "another.sqlite")
+        backend.url = created(metadata, backend.folder / "another.sqlite")
         await backend.put_unheard(task_entry("new", 1))
         async with backend.running():
             await eventually(lambda: view.held == {"new": 1})
@@ -237,7 +237,7 @@ async def test_a_resume_token_is_good_for_the_same_watch_of_the_same_person_alon
     async with backend.running(), backend.client() as client, backend.client("other") as other:
         token = (await until_synced(opened(client))).token
         of_task = client.tasks.WatchTask(tasks_pb2.WatchTaskRequest(task_id="task_1", resume_token=token))
-        codes = []
+        codes: list[grpc.StatusCode] = []
         for call in (opened(other, token), of_task):
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await until_synced(call)
@@ -271,9 +271,9 @@ async def test_a_filtered_feed_shows_its_part_and_its_tokens_are_good_for_no_oth
         return history_pb2.WatchHistoryRequest(organization_id=ORGANIZATION_ID, task_id=task_id, resume_token=token)
 
     async with backend.running(), backend.client() as client:
-        await backend.put(dataclasses.replace(task_entry("a", 1), task_id="task_1"), task_entry("b", 1))
+        await backend.put(task_entry("a", 1)._replace(task_id="task_1"), task_entry("b", 1))
         part = await until_synced(client.history.WatchHistory(feed("task_1")))
-        await backend.put(task_entry("b", 2), dataclasses.replace(task_entry("a", 2), task_id="task_1"))
+        await backend.put(task_entry("b", 2), task_entry("a", 2)._replace(task_id="task_1"))
         again = await until_synced(client.history.WatchHistory(feed("task_1", part.token)))
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await until_synced(client.history.WatchHistory(feed("", part.token)))

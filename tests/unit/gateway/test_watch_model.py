@@ -26,7 +26,8 @@ from services.runtime.spine import hub
 from services.runtime.spine.index import Entry, Index
 from services.runtime.spine.tokens import Position, parse_resume_token
 from services.runtime.spine.watch import Watch, watch
-from tests.unit.gateway.backend import Scope, create_tables, index_of, state_entry, task_entry
+from tests.support.databases import created
+from tests.unit.gateway.backend import Scope, index_of, metadata, state_entry, task_entry
 
 TOPIC = "topic"
 NAMES = [f"e{n}" for n in range(6)]
@@ -68,8 +69,8 @@ class Client:
     """A watching client: what it holds, every place that it was given, and whether each place was true."""
 
     viewer: str
-    held: dict[str, int] = field(default_factory=dict)
-    places: list[tuple[str, dict[str, int]]] = field(default_factory=list)
+    held: dict[str, int] = field(default_factory=dict[str, int])
+    places: list[tuple[str, dict[str, int]]] = field(default_factory=list[tuple[str, dict[str, int]]])
     reading: asyncio.Event = field(default_factory=asyncio.Event)
     task: "asyncio.Task[None] | None" = None
 
@@ -176,7 +177,7 @@ class Time:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def index(tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[tuple[Index, Database, Time], None]:
-    database = open_database(create_tables(tmp_path_factory.mktemp("model") / "index.sqlite"))
+    database = open_database(created(metadata, tmp_path_factory.mktemp("model") / "index.sqlite"))
     await database.start()
     time = Time()
     made = index_of(database)

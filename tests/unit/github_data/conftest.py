@@ -22,11 +22,9 @@ from services.github_data.store import GithubStore
 from services.github_data.sync import GithubSync
 from services.runtime.clock import Clock
 from services.runtime.database import Database, Reader, Statement, open_database
-from services.runtime.migrations import migrate
 from services.runtime.spine.outbox import Outbox
 from services.runtime.spine.tables import outbox as outbox_table
-
-MIGRATIONS = Path(__file__).parents[3] / "services" / "github_data" / "migrations"
+from tests.support.databases import migrated
 
 _MARKED = Statement(select(outbox_table).order_by(outbox_table.c.seq))
 
@@ -116,9 +114,7 @@ class Room:
 
 @pytest_asyncio.fixture
 async def room(tmp_path: Path, github: FakeGithub) -> AsyncGenerator[Room, None]:
-    url = f"sqlite:///{tmp_path / 'github_data.sqlite'}"
-    migrate(MIGRATIONS, url)
-    database, clock = open_database(url), Clock()
+    database, clock = open_database(migrated("github_data", tmp_path)), Clock()
     await database.start()
     store = GithubStore(Outbox(database, clock))
     kit = GitHub(base_url=github.url, timeout=30.0, auto_retry=False)

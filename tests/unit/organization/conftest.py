@@ -13,9 +13,9 @@ from branchline.resource.v1.organization_pb2 import ROLE_OWNER, Organization, Ro
 from branchline.resource.v1.repository_pb2 import Repository
 from branchline.resource.v1.task_pb2 import TaskSummary
 from branchline.resource.v1.user_pb2 import User
-from branchline.spine.v1.push_pb2 import PushEntry
+from branchline.spine.v1.push_pb2 import PushEntry, PushRequest
 from google.protobuf.message import Message
-from sqlalchemy import bindparam, create_engine, select
+from sqlalchemy import bindparam, select
 
 from services.organization.ingest import OrganizationIngest
 from services.organization.members import MEMBERS_OF
@@ -23,7 +23,6 @@ from services.organization.public_organizations import PublicOrganizationService
 from services.organization.public_reads import PublicHistoryReader, PublicTaskReader, PublicUserReader
 from services.organization.public_repositories import PublicRepositoryServicer
 from services.organization.stores import Stores, open_stores
-from services.organization.tables import metadata
 from services.runtime.clock import Clock
 from services.runtime.database import Database, Statement, open_database
 from services.runtime.principal import Principal, bind_principal
@@ -31,6 +30,7 @@ from services.runtime.spine.commands import Commands
 from services.runtime.spine.ingest import Ingest
 from services.runtime.spine.outbox import Outbox, OutboxRow
 from services.runtime.spine.tables import outbox as outbox_table
+from tests.support.databases import migrated
 
 NOBODY: Any = None
 _PENDING = Statement(
@@ -74,7 +74,7 @@ class Room:
 
     async def push(self, *entries: tuple[Message, bool]) -> dict[int, str]:
         """Apply states as a child pushes them; return the reasons of those that were refused."""
-        return await self.ingest.submit([_entry(state, deleted) for state, deleted in entries])
+        return await self.ingest.submit(PushRequest(entries=[_entry(state, deleted) for state, deleted in entries]))
 
     async def found(self, slug: str = "acme", *, owner: str = "usr_owner") -> Organization:
         """Found an organization; its owner is the caller from now on."""
@@ -167,11 +167,8 @@ async def open_room(path: Path) -> Room:
 
 @pytest.fixture
 async def room(tmp_path: Path) -> AsyncGenerator[Room, None]:
-    path = tmp_path / "organization.sqlite"
-    engine = create_engine(f"sqlite:///{path}")
-    metadata.create_all(engine)
-    engine.dispose()
-    opened = await open_room(path)
+    migrated("organization", tmp_path)
+    opened = await open_room(tmp_path / "organization.sqlite")
     yield opened
     await opened.database.close()
     bind_principal(None)

@@ -24,6 +24,7 @@ from services.runtime.principal import OPERATOR, Principal, Signer, bind_princip
 from services.runtime.secrets import token_hash
 from services.user.service import UserConfig
 from services.user.service import build as build_user
+from tests.support.databases import migrated
 
 NAMES = ("organization", "user", "repository", "history", "github_data")
 
@@ -72,6 +73,8 @@ class Pair:
 async def pair(tmp_path: Path) -> AsyncGenerator[Pair, None]:
     addresses = {name: f"unix:{tmp_path / name[:4]}" for name in NAMES}
     shared = {"addresses": addresses, "signing_key": SecretStr("k" * 32), "drain_seconds": 0.1}
+    migrated("user", tmp_path / "u")
+    migrated("organization", tmp_path / "o")
     user = build_user(UserConfig(data_dir=tmp_path / "u", **shared))  # type: ignore[arg-type]
     organization = build_organization(OrganizationConfig(data_dir=tmp_path / "o", **shared))  # type: ignore[arg-type]
     signer = Signer("k" * 32, OPERATOR)

@@ -13,7 +13,7 @@ from branchline.resource.v1.vocabulary_pb2 import (
     EVENT_KIND_TASK_CREATED,
 )
 from branchline.spine.v1.push_pb2 import WatchSelection
-from branchline.user.v1.user_pb2 import ApiTokenState, MarkUnreadRequest
+from branchline.user.v1.user_pb2 import ApiTokenState, ForgetTaskStatesRequest, MarkUnreadRequest
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.organization.destinations import TO_HISTORY, TO_USER
@@ -124,3 +124,25 @@ async def test_a_history_watch_shows_events_alone_and_the_other_all_else(room: R
         seen.append({change.id for frame in frames for change in frame.changes})
 
     assert seen == [{"evt_1"}, {organization.id, f"{organization.id}/usr_owner"}]
+
+
+async def test_a_state_without_its_task_or_its_member_is_forgotten_again(room: Room) -> None:  # ORG-9
+    organization = await room.found()
+    await room.join(organization.id, "usr_2", ROLE_MEMBER)
+    await room.push((summary(organization.id, "repo_1", 1), False), (summary(organization.id, "repo_1", 2), False))
+    await room.push((summary(organization.id, "repo_1", 2, revision=2), True))
+    states = [
+        UserTaskState(user_id=user, organization_id=organization.id, task_id=task, revision=1)
+        for user in ("usr_2", "usr_left")
+        for task in ("task_000001", "task_000002")
+    ]
+
+    await room.push(*((state, False) for state in states))
+
+    forgotten = [one for one in await room.marks(TO_USER, ForgetTaskStatesRequest) if one.user_id]
+    assert {(one.user_id, one.task_id) for one in forgotten} == {
+        ("usr_2", "task_000002"),
+        ("usr_left", "task_000001"),
+        ("usr_left", "task_000002"),
+    }
+    assert {one.organization_id for one in forgotten} == {organization.id}

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 from branchline.gateway.v1 import organizations_pb2 as api
+from branchline.gateway.v1 import users_pb2
 from branchline.resource.v1.history_pb2 import HistoryEvent
 from branchline.resource.v1.organization_pb2 import ROLE_ADMIN, ROLE_MEMBER, ROLE_OWNER, ROLE_VIEWER, Role
+from branchline.resource.v1.user_pb2 import User
 from branchline.resource.v1.vocabulary_pb2 import (
     ENTITY_KIND_MEMBER,
     EVENT_KIND_MEMBER_REMOVED,
@@ -16,8 +18,11 @@ from branchline.resource.v1.vocabulary_pb2 import (
 from branchline.user.v1.user_pb2 import ForgetTaskStatesRequest
 
 from services.organization.destinations import TO_HISTORY, TO_USER
-from services.organization.members import member_id
-from services.runtime.errors import FailedPrecondition, NotFound, PermissionDenied
+from services.organization.members import MOST_MEMBERS, MOST_MEMBERSHIPS, member_id
+from services.organization.organizations import ORGANIZATION_BYTES
+from services.runtime.client import MESSAGE_LIMIT_BYTES
+from services.runtime.database import Tx
+from services.runtime.errors import FailedPrecondition, NotFound, PermissionDenied, ResourceExhausted
 from tests.unit.organization.conftest import Room, call_as
 
 CONTEXT: Any = None
@@ -140,3 +145,39 @@ async def test_other_organizations_do_not_exist(room: Room) -> None:
 
     with pytest.raises(NotFound):
         await remove(room, organization.id, "usr_owner")
+
+
+async def test_a_person_is_drawn_into_no_more_organizations_than_a_call_can_carry(room: Room) -> None:
+    victim = User(id="usr_v", display_name="n" * 128, email="v@example.com", revision=1)
+    await room.push((victim, False))
+
+    def fill(tx: Tx) -> None:
+        for number in range(MOST_MEMBERSHIPS):
+            room.stores.members.join(tx, f"org_{number}", victim, ROLE_VIEWER)
+
+    await room.database.write(fill)
+    organization = await room.found()
+    with pytest.raises(ResourceExhausted, match="at most"):
+        await room.database.write(room.stores.members.join, organization.id, victim, ROLE_VIEWER)
+
+    call_as("usr_v", "")
+    listed = await room.users.WhoAmI(users_pb2.WhoAmIRequest(), CONTEXT)
+    assert len(listed.memberships) == MOST_MEMBERSHIPS
+    assert listed.ByteSize() < 1024 * 1024
+    assert MOST_MEMBERSHIPS * ORGANIZATION_BYTES < MESSAGE_LIMIT_BYTES
+
+
+async def test_an_organization_has_so_many_members(room: Room) -> None:
+    organization = await room.found()
+
+    def fill(tx: Tx) -> None:
+        for number in range(MOST_MEMBERS - 1):
+            user = User(id=f"usr_{number}", display_name="n" * 128, email=f"{'e' * 240}{number}@x.org", revision=1)
+            room.stores.members.join(tx, organization.id, user, ROLE_VIEWER)
+
+    await room.database.write(fill)
+    with pytest.raises(ResourceExhausted, match="at most"):
+        await room.join(organization.id, "usr_more", ROLE_VIEWER)
+
+    listed = await room.organizations.ListMembers(api.ListMembersRequest(organization_id=organization.id), CONTEXT)
+    assert listed.ByteSize() < MESSAGE_LIMIT_BYTES

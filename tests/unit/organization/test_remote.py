@@ -3,6 +3,7 @@
 import pytest
 
 from services.organization.remote import check_remote_url, name_from_url
+from services.runtime.errors import InvalidArgument
 from services.runtime.remote import host_of
 
 
@@ -20,3 +21,31 @@ def test_a_url_gives_name_and_host(url: str, name: str, host: str) -> None:
     check_remote_url(url)
 
     assert (name_from_url(url), host_of(url)) == (name, host)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "-oProxyCommand=id@h:x",
+        "-x@h:x",
+        "git@-x:y",
+        "git@h:--upload-pack=id",
+        "ssh://-oProxyCommand=id/x",
+        "ssh://git@-oProxyCommand=id/x",
+        "ext::sh",
+        "https://:@h/x",
+        "https://@h/x",
+        "https://h/x?token=secret",
+        "https://h/x#secret",
+        "https://h:99999/x",
+        "https://h/../x",
+        "https://h\u202ex/y",
+        "file://host/x",
+    ],
+)
+def test_what_git_would_misread_or_what_may_hold_a_secret_is_no_url(url: str) -> None:  # bad input
+    with pytest.raises(InvalidArgument) as refused:
+        check_remote_url(url)
+
+    assert [field for field, _ in refused.value.violations] == ["remote_url"]
+    assert "secret" not in refused.value.message

@@ -1,6 +1,8 @@
 """Deletion of repositories and organizations: driven by rows, so that a stop at any point is gone on from."""
 
+import sqlite3
 import uuid
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -119,12 +121,27 @@ async def test_a_repository_with_many_tasks_is_buried_in_steps(room: Room, monke
     await room.push(*((summary(organization.id, repository.id, number), False) for number in range(35)))
 
     await gone(room, repository)
-    after_one_step = room.count("task_lookup")
+    after_one_step = room.count("task_summaries WHERE NOT deleted")
     await room.stores.teardown.sweep(room.database)
 
     assert after_one_step == 25
-    assert room.count("task_lookup") == 0
+    assert room.count("task_summaries WHERE NOT deleted") == 0
     assert await room.database.read(REPOSITORIES.find, repository.id) is None
+
+
+async def test_an_organization_that_cannot_end_holds_up_no_other(room: Room) -> None:
+    doomed = [await room.found(slug) for slug in ("first", "second")]
+    for organization in doomed:
+        call_as("usr_owner", organization.id)
+        await delete_organization(room, organization.id)
+    bind_principal(None)
+    with closing(sqlite3.connect(room.path)) as connection, connection:
+        connection.execute("UPDATE teardowns SET done = true")  # as if every child had forgotten them
+        connection.execute("UPDATE organizations SET payload = x'ff' WHERE id = ?", (doomed[0].id,))
+
+    await room.stores.teardown.sweep(room.database)
+
+    assert await room.database.read(ORGANIZATIONS.find, doomed[1].id) is None
 
 
 async def test_what_is_being_deleted_takes_no_commands(room: Room) -> None:  # ORG-9

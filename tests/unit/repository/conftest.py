@@ -1,7 +1,6 @@
 """The repository's parts over a real database, without its neighbours; and the whole service with a task service."""
 
 import asyncio
-import shutil
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from branchline.repository.v1.repository_pb2 import EnsureRepositoryRequest
 from branchline.repository.v1.repository_pb2_grpc import RepositoryServiceStub
 from branchline.resource.v1.repository_pb2 import Repository
 from branchline.resource.v1.task_pb2 import Task
+from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_TASK
 from branchline.spine.v1.push_pb2 import PushEntry, PushRequest
 from branchline.spine.v1.push_pb2_grpc import PushServiceStub
 from branchline.task.v1 import task_pb2
@@ -35,15 +35,15 @@ from services.repository.workbench import Workbench
 from services.runtime.clock import Clock, new_id
 from services.runtime.config import ServiceConfig
 from services.runtime.database import Database, Reader, Statement, open_database
-from services.runtime.migrations import migrate
+from services.runtime.errors import NotFound
 from services.runtime.principal import Principal, bind_principal
 from services.runtime.service import Chassis, Service
 from services.runtime.spine.index import Index
 from services.runtime.spine.ingest import Ingest, Refused
 from services.runtime.spine.outbox import COORDINATOR, Outbox
 from services.runtime.spine.tables import outbox as outbox_table
+from tests.support.databases import migrated
 
-MIGRATIONS = Path(__file__).parents[3] / "services" / "repository" / "migrations"
 PRINCIPAL = Principal(user_id="usr_1", organization_id="org_1", role=10, default_agent="mock")
 KEY = SecretStr("k" * 32)
 
@@ -80,7 +80,7 @@ class Room:
 
     async def push(self, *states: Any, deleted: bool = False) -> Refused:
         """Have a task's states applied as one batch; return what was refused."""
-        return await self.ingest.submit([entry(state, deleted=deleted) for state in states])
+        return await self.ingest.submit(PushRequest(entries=[entry(state, deleted=deleted) for state in states]))
 
     async def marked(self, message: type[Message], destination: str = COORDINATOR) -> list[Any]:
         """Return what waits to leave, oldest first, as (state, deleted)."""
@@ -117,18 +117,10 @@ def newer(task: Task, **changes: Any) -> Task:
     return following
 
 
-@pytest.fixture(scope="session")
-def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a database that the migrations made."""
-    path = tmp_path_factory.mktemp("empty") / "repository.sqlite"
-    migrate(MIGRATIONS, f"sqlite:///{path}")
-    return path
-
-
 @pytest.fixture
-def folder(tmp_path: Path, empty: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
     """Return a data folder with an empty database."""
-    shutil.copy(empty, tmp_path)
+    migrated("repository", tmp_path)
     return tmp_path
 
 
@@ -159,6 +151,8 @@ class Owner:
     deleted: list[str] = field(default_factory=list[str])
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once it may answer."""
+    knows: bool = True
+    """Whether it has the tasks that it is told to delete."""
 
     async def CreateTask(self, request: task_pb2.CreateTaskRequest, _context: Any) -> task_pb2.CreateTaskResponse:
         await self.ready.wait()
@@ -166,6 +160,8 @@ class Owner:
         return task_pb2.CreateTaskResponse()
 
     async def DeleteTask(self, request: task_pb2.DeleteTaskRequest, _context: Any) -> task_pb2.DeleteTaskResponse:
+        if not self.knows:
+            raise NotFound(ENTITY_KIND_TASK, request.task_id)
         self.deleted.append(request.task_id)
         return task_pb2.DeleteTaskResponse()
 

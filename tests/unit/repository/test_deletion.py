@@ -1,5 +1,6 @@
 """Deletion of a repository: to its end, in bounded steps, whatever happens on the way."""
 
+import asyncio
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -229,6 +230,19 @@ async def test_a_running_service_deletes_to_the_end(running: Running) -> None:
         refused.append(await refusal(running))
 
     assert set(refused) <= {grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.NOT_FOUND}
+
+
+async def test_a_repository_goes_although_the_owner_of_its_tasks_does_not_know_them(running: Running) -> None:
+    await running.add_repository()
+    await running.create()
+    running.owner.knows = False
+
+    await running.stub(
+        RepositoryServiceStub, Principal(service="organization", organization_id="org_1")
+    ).DeleteRepository(DeleteRepositoryRequest(repository_id="repo_1"))
+    async with asyncio.timeout(20):
+        while await refusal(running) != grpc.StatusCode.NOT_FOUND:  # noqa: ASYNC110 - nothing tells when it has gone
+            await asyncio.sleep(0.05)
 
 
 async def refusal(running: Running) -> grpc.StatusCode:

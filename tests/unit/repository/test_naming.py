@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from services.repository.naming import (
     BRANCH_LENGTH,
     TITLE_LENGTH,
-    check_branch,
     derive_branch,
     derive_title,
     unique_branch,
 )
+from services.runtime.branches import check_branch
 from services.runtime.errors import InvalidArgument
 
 

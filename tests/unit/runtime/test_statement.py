@@ -1,4 +1,5 @@
 import sqlite3
+from pathlib import Path
 
 import pytest
 from sqlalchemy import Column, Index, MetaData, String, Table, create_engine, select
@@ -9,7 +10,7 @@ notes = Table("notes", MetaData(), Column("id", String, primary_key=True), Colum
 
 
 @pytest.mark.parametrize("column", [notes.c.id, notes.c.title])
-def test_a_list_of_values_is_looked_up_in_the_index(tmp_path, column):
+def test_a_list_of_values_is_looked_up_in_the_index(tmp_path: Path, column: Column[str]) -> None:
     engine = create_engine(f"sqlite:///{tmp_path / 'notes.sqlite'}")
     notes.metadata.create_all(engine)
     statement = Statement(select(notes).where(is_in(column, "wanted"))).sqlite

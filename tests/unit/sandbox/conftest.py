@@ -4,23 +4,18 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import pytest_asyncio
-from sqlalchemy import create_engine
 
 from services.runtime.clock import Clock
 from services.runtime.database import Database, open_database
 from services.runtime.spine.outbox import Outbox
 from services.sandbox.sessions import SessionStore
 from services.sandbox.store import SandboxStore
-from services.sandbox.tables import metadata
+from tests.support.databases import migrated
 
 
 @pytest_asyncio.fixture
 async def database(tmp_path: Path) -> AsyncGenerator[Database, None]:
-    url = f"sqlite:///{tmp_path / 'sandbox.sqlite'}"
-    engine = create_engine(url)
-    metadata.create_all(engine)
-    engine.dispose()
-    opened = open_database(url)
+    opened = open_database(migrated("sandbox", tmp_path))
     await opened.start()
     yield opened
     await opened.close()

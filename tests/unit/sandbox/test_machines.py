@@ -15,7 +15,7 @@ from services.runtime.errors import DomainError, FailedPrecondition, Unavailable
 from services.sandbox import machines as module
 from services.sandbox.agent_server import AgentServer, Unreachable, open_http
 from services.sandbox.machines import Machines
-from services.sandbox.providers.base import Condition, Machine, Probe
+from services.sandbox.providers.base import Condition, Machine, Probe, ProviderError
 from services.sandbox.store import SandboxStore
 
 MACHINE = Machine("http://127.0.0.1:1", "token", "/home/one", "none")
@@ -30,9 +30,11 @@ class Scripted:
 
     name: str = "local"
     condition: Condition = Condition.GONE
-    asked: list[str] = field(default_factory=list)
-    there: set[str] = field(default_factory=set)
+    asked: list[str] = field(default_factory=list[str])
+    there: set[str] = field(default_factory=set[str])
     gate: asyncio.Event | None = None
+    broken: str = ""
+    """The sandbox that it can do nothing with."""
 
     async def start(self) -> None:
         self.asked.append("start")
@@ -51,13 +53,19 @@ class Scripted:
 
     async def pause(self, sandbox_id: str) -> None:
         self.asked.append(f"pause {sandbox_id}")
+        self._refuse(sandbox_id)
 
     async def destroy(self, sandbox_id: str) -> None:
         self.asked.append(f"destroy {sandbox_id}")
+        self._refuse(sandbox_id)
 
     async def probe(self, sandbox_id: str) -> Probe:
         self.asked.append("probe")
         return Probe(self.condition, MACHINE if self.condition is Condition.ALIVE else None)
+
+    def _refuse(self, sandbox_id: str) -> None:
+        if sandbox_id == self.broken:
+            raise ProviderError("the disk is read only")
 
     async def known(self) -> set[str]:
         return self.there
@@ -185,6 +193,20 @@ async def test_what_the_database_does_not_know_is_stopped_and_kept(
     await machines.reconcile()
     assert sorted(provider.asked) == ["destroy sbx_1", "pause sbx_people"]
     assert machines.orphans == {"sbx_people": "local"}
+
+
+async def test_a_machine_that_cannot_be_stopped_does_not_keep_the_service_from_starting_or_ending(
+    machines: Machines, provider: Scripted
+) -> None:
+    for number in (1, 2):
+        await machines.create(f"sbx_{number}", "task_1", "org_1", "local")
+    provider.broken = "sbx_1"
+    await machines.stop_all()
+    assert (await machines.database.read(machines.store.get, "sbx_2")).status == sandbox_pb2.SANDBOX_STATUS_PAUSED
+
+    provider.there, provider.broken = {"sbx_people", "sbx_others"}, "sbx_people"
+    await machines.reconcile()
+    assert {"pause sbx_people", "pause sbx_others"} <= set(provider.asked)
 
 
 async def test_the_sweep_moves_on_what_nobody_is_at_work_on(machines: Machines, provider: Scripted) -> None:

@@ -213,12 +213,13 @@ def test_a_request_that_nobody_here_answers_is_remembered_to_be_refused() -> Non
     assert made.not_understood == ['"w-1"']
 
 
+END_OF_PROMPT: dict[str, Any] = {"id": 1, "result": {}}
 _MESSAGES = st.lists(
     st.one_of(
         st.text(min_size=1, max_size=20).map(says),
         st.integers(1, 5).map(asks),
         st.just(update("usage_update")),
-        st.just({"id": 1, "result": {}}),
+        st.just(END_OF_PROMPT),
     ),
     max_size=30,
 )

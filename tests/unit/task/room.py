@@ -16,11 +16,11 @@ from branchline.resource.v1.session_pb2 import Session, TranscriptEntry
 from branchline.resource.v1.task_pb2 import Task
 from branchline.resource.v1.vocabulary_pb2 import EventKind
 from branchline.sandbox.v1.sandbox_pb2 import AgentSession
-from branchline.spine.v1.push_pb2 import PushEntry
+from branchline.spine.v1.push_pb2 import PushEntry, PushRequest
 from branchline.task.v1.task_pb2 import CreateTaskRequest
 from google.protobuf.any_pb2 import Any as Packed
 from google.protobuf.message import Message
-from sqlalchemy import create_engine, select
+from sqlalchemy import select
 
 from services.runtime.clock import Clock
 from services.runtime.database import Database, Statement, open_database
@@ -37,8 +37,8 @@ from services.task.public import PublicTaskServicer
 from services.task.sessions import Sessions
 from services.task.status import Status
 from services.task.store import ENTRIES, TaskStore
-from services.task.tables import metadata
 from services.task.turns import Turns
+from tests.support.databases import migrated
 
 M = TypeVar("M", bound=Message)
 
@@ -154,7 +154,7 @@ class Room:
         """Apply one batch as if sandboxes had pushed it; return what was refused."""
         entries = [entry_of(state, _id(state), _revision(state)) for state in states]
         async with asyncio.timeout(10):
-            return await self.ingest.submit(entries)
+            return await self.ingest.submit(PushRequest(entries=entries))
 
 
 def _another_session(task_id: str) -> Session:
@@ -189,7 +189,4 @@ def sandbox_of(task: OpenTask, status: Any, reason: str = "", revision: int = 1)
 
 
 def new_database(folder: Path) -> Database:
-    engine = create_engine(f"sqlite:///{folder / 'task.sqlite'}")
-    metadata.create_all(engine)
-    engine.dispose()
-    return open_database(f"sqlite:///{folder / 'task.sqlite'}")
+    return open_database(migrated("task", folder))

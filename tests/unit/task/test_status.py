@@ -4,7 +4,8 @@ import pytest
 from branchline.resource.v1.task_pb2 import TaskStatus
 
 from services.runtime.errors import FailedPrecondition
-from services.task.status import ENDING, TRANSITIONS, Status, check_transition, status_name
+from services.runtime.statuses import ENDING
+from services.task.status import TRANSITIONS, Status, check_transition, status_name
 
 STATUSES = [status for status in TaskStatus.values() if status]
 

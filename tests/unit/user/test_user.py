@@ -13,7 +13,7 @@ from branchline.resource.v1.user_pb2 import Draft, User, UserTaskState
 from branchline.user.v1 import user_pb2
 from cryptography.fernet import Fernet
 from google.protobuf.message import Message
-from sqlalchemy import bindparam, create_engine, select
+from sqlalchemy import bindparam, select
 
 from services.runtime.clock import Clock
 from services.runtime.database import Database, Statement, open_database
@@ -25,8 +25,9 @@ from services.runtime.spine.tables import outbox
 from services.user.accounts import Accounts
 from services.user.public import PublicUserServicer
 from services.user.servicer import UserServicer
-from services.user.tables import applied_events, metadata
+from services.user.tables import applied_events
 from services.user.task_states import DRAFT_BYTES, KEEP_SECONDS, SESSIONS_PER_TASK, TaskStates
+from tests.support.databases import migrated
 
 CONTEXT: Any = None
 _MARKS = Statement(select(outbox).where(outbox.c.destination == bindparam("to")).order_by(outbox.c.seq))
@@ -73,11 +74,7 @@ class Room:
 
 @pytest.fixture
 async def room(tmp_path: Path) -> AsyncGenerator[Room, None]:
-    path = tmp_path / "user.sqlite"
-    engine = create_engine(f"sqlite:///{path}")
-    metadata.create_all(engine)
-    engine.dispose()
-    database, clock = open_database(f"sqlite:///{path}"), Clock()
+    database, clock = open_database(migrated("user", tmp_path)), Clock()
     await database.start()
     box = Outbox(database, clock)
     accounts, states = Accounts(box, clock, Fernet(Fernet.generate_key())), TaskStates(box, clock)

@@ -26,27 +26,35 @@ from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)branchline/resource/v1/organization.proto\x12\x16\x62ranchline.resource.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc8\x02\n\x14OrganizationSettings\x12\x38\n\x18\x61uto_import_repositories\x18\x01 \x01(\x08R\x16\x61utoImportRepositories\x12\x38\n\x18\x64\x65\x66\x61ult_sandbox_provider\x18\x02 \x01(\tR\x16\x64\x65\x66\x61ultSandboxProvider\x12#\n\rdefault_agent\x18\x03 \x01(\tR\x0c\x64\x65\x66\x61ultAgent\x12#\n\rdefault_model\x18\x04 \x01(\tR\x0c\x64\x65\x66\x61ultModel\x12\x30\n\x14idle_timeout_seconds\x18\x05 \x01(\x05R\x12idleTimeoutSeconds\x12@\n\x16history_retention_days\x18\x06 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xc2\x1c(\x00R\x14historyRetentionDays\"\xc2\x03\n\x0cOrganization\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n\x04slug\x18\x02 \x01(\tR\x04slug\x12!\n\x0c\x64isplay_name\x18\x03 \x01(\tR\x0b\x64isplayName\x12<\n\x04kind\x18\x04 \x01(\x0e\x32(.branchline.resource.v1.OrganizationKindR\x04kind\x12!\n\x0cgithub_login\x18\x05 \x01(\tR\x0bgithubLogin\x12*\n\x11github_account_id\x18\x06 \x01(\x03R\x0fgithubAccountId\x12H\n\x08settings\x18\x07 \x01(\x0b\x32,.branchline.resource.v1.OrganizationSettingsR\x08settings\x12;\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12\x1a\n\x08revision\x18\t \x01(\x03R\x08revision\x12;\n\x0b\x64\x65lete_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ndeleteTime\"\x8a\x02\n\x06Member\x12\'\n\x0forganization_id\x18\x01 \x01(\tR\x0eorganizationId\x12\x17\n\x07user_id\x18\x02 \x01(\tR\x06userId\x12\x30\n\x04role\x18\x03 \x01(\x0e\x32\x1c.branchline.resource.v1.RoleR\x04role\x12!\n\x0c\x64isplay_name\x18\x04 \x01(\tR\x0b\x64isplayName\x12\x14\n\x05\x65mail\x18\x05 \x01(\tR\x05\x65mail\x12\x37\n\tjoin_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x08joinTime\x12\x1a\n\x08revision\x18\x07 \x01(\x03R\x08revision\"\x99\x02\n\x0cGithubStatus\x12\'\n\x0forganization_id\x18\x01 \x01(\tR\x0eorganizationId\x12H\n\nconnection\x18\x02 \x01(\x0e\x32(.branchline.resource.v1.GithubConnectionR\nconnection\x12\x16\n\x06\x64\x65tail\x18\x03 \x01(\tR\x06\x64\x65tail\x12\x37\n\tsync_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x08syncTime\x12)\n\x10repository_count\x18\x05 \x01(\x05R\x0frepositoryCount\x12\x1a\n\x08revision\x18\x06 \x01(\x03R\x08revision*q\n\x10OrganizationKind\x12!\n\x1dORGANIZATION_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16ORGANIZATION_KIND_TEAM\x10\x01\x12\x1e\n\x1aORGANIZATION_KIND_PERSONAL\x10\x02*^\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_VIEWER\x10\x01\x12\x0f\n\x0bROLE_MEMBER\x10\x02\x12\x0e\n\nROLE_ADMIN\x10\x03\x12\x0e\n\nROLE_OWNER\x10\x04*\xc4\x01\n\x10GithubConnection\x12!\n\x1dGITHUB_CONNECTION_UNSPECIFIED\x10\x00\x12#\n\x1fGITHUB_CONNECTION_NOT_CONNECTED\x10\x01\x12\x1f\n\x1bGITHUB_CONNECTION_CONNECTED\x10\x02\x12(\n$GITHUB_CONNECTION_RECONNECT_REQUIRED\x10\x03\x12\x1d\n\x19GITHUB_CONNECTION_FAILING\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)branchline/resource/v1/organization.proto\x12\x16\x62ranchline.resource.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x93\x03\n\x14OrganizationSettings\x12\x38\n\x18\x61uto_import_repositories\x18\x01 \x01(\x08R\x16\x61utoImportRepositories\x12R\n\x18\x64\x65\x66\x61ult_sandbox_provider\x18\x02 \x01(\tB\x18\xbaH\x15r\x13\x32\x11^[a-z0-9-]{0,64}$R\x16\x64\x65\x66\x61ultSandboxProvider\x12=\n\rdefault_agent\x18\x03 \x01(\tB\x18\xbaH\x15r\x13\x32\x11^[a-z0-9-]{0,64}$R\x0c\x64\x65\x66\x61ultAgent\x12-\n\rdefault_model\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\x0c\x64\x65\x66\x61ultModel\x12=\n\x14idle_timeout_seconds\x18\x05 \x01(\x05\x42\x0b\xbaH\x08\x1a\x06\x18\x80\xf5$(\x00R\x12idleTimeoutSeconds\x12@\n\x16history_retention_days\x18\x06 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xc2\x1c(\x00R\x14historyRetentionDays\"\xc2\x03\n\x0cOrganization\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n\x04slug\x18\x02 \x01(\tR\x04slug\x12!\n\x0c\x64isplay_name\x18\x03 \x01(\tR\x0b\x64isplayName\x12<\n\x04kind\x18\x04 \x01(\x0e\x32(.branchline.resource.v1.OrganizationKindR\x04kind\x12!\n\x0cgithub_login\x18\x05 \x01(\tR\x0bgithubLogin\x12*\n\x11github_account_id\x18\x06 \x01(\x03R\x0fgithubAccountId\x12H\n\x08settings\x18\x07 \x01(\x0b\x32,.branchline.resource.v1.OrganizationSettingsR\x08settings\x12;\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12\x1a\n\x08revision\x18\t \x01(\x03R\x08revision\x12;\n\x0b\x64\x65lete_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ndeleteTime\"\x8a\x02\n\x06Member\x12\'\n\x0forganization_id\x18\x01 \x01(\tR\x0eorganizationId\x12\x17\n\x07user_id\x18\x02 \x01(\tR\x06userId\x12\x30\n\x04role\x18\x03 \x01(\x0e\x32\x1c.branchline.resource.v1.RoleR\x04role\x12!\n\x0c\x64isplay_name\x18\x04 \x01(\tR\x0b\x64isplayName\x12\x14\n\x05\x65mail\x18\x05 \x01(\tR\x05\x65mail\x12\x37\n\tjoin_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x08joinTime\x12\x1a\n\x08revision\x18\x07 \x01(\x03R\x08revision\"\x99\x02\n\x0cGithubStatus\x12\'\n\x0forganization_id\x18\x01 \x01(\tR\x0eorganizationId\x12H\n\nconnection\x18\x02 \x01(\x0e\x32(.branchline.resource.v1.GithubConnectionR\nconnection\x12\x16\n\x06\x64\x65tail\x18\x03 \x01(\tR\x06\x64\x65tail\x12\x37\n\tsync_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x08syncTime\x12)\n\x10repository_count\x18\x05 \x01(\x05R\x0frepositoryCount\x12\x1a\n\x08revision\x18\x06 \x01(\x03R\x08revision*q\n\x10OrganizationKind\x12!\n\x1dORGANIZATION_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16ORGANIZATION_KIND_TEAM\x10\x01\x12\x1e\n\x1aORGANIZATION_KIND_PERSONAL\x10\x02*^\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_VIEWER\x10\x01\x12\x0f\n\x0bROLE_MEMBER\x10\x02\x12\x0e\n\nROLE_ADMIN\x10\x03\x12\x0e\n\nROLE_OWNER\x10\x04*\xc4\x01\n\x10GithubConnection\x12!\n\x1dGITHUB_CONNECTION_UNSPECIFIED\x10\x00\x12#\n\x1fGITHUB_CONNECTION_NOT_CONNECTED\x10\x01\x12\x1f\n\x1bGITHUB_CONNECTION_CONNECTED\x10\x02\x12(\n$GITHUB_CONNECTION_RECONNECT_REQUIRED\x10\x03\x12\x1d\n\x19GITHUB_CONNECTION_FAILING\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'branchline.resource.v1.organization_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_ORGANIZATIONSETTINGS'].fields_by_name['default_sandbox_provider']._loaded_options = None
+  _globals['_ORGANIZATIONSETTINGS'].fields_by_name['default_sandbox_provider']._serialized_options = b'\272H\025r\0232\021^[a-z0-9-]{0,64}$'
+  _globals['_ORGANIZATIONSETTINGS'].fields_by_name['default_agent']._loaded_options = None
+  _globals['_ORGANIZATIONSETTINGS'].fields_by_name['default_agent']._serialized_options = b'\272H\025r\0232\021^[a-z0-9-]{0,64}$'
+  _globals['_ORGANIZATIONSETTINGS'].fields_by_name['default_model']._loaded_options = None
+  _globals['_ORGANIZATIONSETTINGS'].fields_by_name['default_model']._serialized_options = b'\272H\005r\003\030\200\001'
+  _globals['_ORGANIZATIONSETTINGS'].fields_by_name['idle_timeout_seconds']._loaded_options = None
+  _globals['_ORGANIZATIONSETTINGS'].fields_by_name['idle_timeout_seconds']._serialized_options = b'\272H\010\032\006\030\200\365$(\000'
   _globals['_ORGANIZATIONSETTINGS'].fields_by_name['history_retention_days']._loaded_options = None
   _globals['_ORGANIZATIONSETTINGS'].fields_by_name['history_retention_days']._serialized_options = b'\272H\007\032\005\030\302\034(\000'
-  _globals['_ORGANIZATIONKIND']._serialized_start=1468
-  _globals['_ORGANIZATIONKIND']._serialized_end=1581
-  _globals['_ROLE']._serialized_start=1583
-  _globals['_ROLE']._serialized_end=1677
-  _globals['_GITHUBCONNECTION']._serialized_start=1680
-  _globals['_GITHUBCONNECTION']._serialized_end=1876
+  _globals['_ORGANIZATIONKIND']._serialized_start=1543
+  _globals['_ORGANIZATIONKIND']._serialized_end=1656
+  _globals['_ROLE']._serialized_start=1658
+  _globals['_ROLE']._serialized_end=1752
+  _globals['_GITHUBCONNECTION']._serialized_start=1755
+  _globals['_GITHUBCONNECTION']._serialized_end=1951
   _globals['_ORGANIZATIONSETTINGS']._serialized_start=132
-  _globals['_ORGANIZATIONSETTINGS']._serialized_end=460
-  _globals['_ORGANIZATION']._serialized_start=463
-  _globals['_ORGANIZATION']._serialized_end=913
-  _globals['_MEMBER']._serialized_start=916
-  _globals['_MEMBER']._serialized_end=1182
-  _globals['_GITHUBSTATUS']._serialized_start=1185
-  _globals['_GITHUBSTATUS']._serialized_end=1466
+  _globals['_ORGANIZATIONSETTINGS']._serialized_end=535
+  _globals['_ORGANIZATION']._serialized_start=538
+  _globals['_ORGANIZATION']._serialized_end=988
+  _globals['_MEMBER']._serialized_start=991
+  _globals['_MEMBER']._serialized_end=1257
+  _globals['_GITHUBSTATUS']._serialized_start=1260
+  _globals['_GITHUBSTATUS']._serialized_end=1541
 # @@protoc_insertion_point(module_scope)

@@ -28,7 +28,7 @@ from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!branchline/resource/v1/user.proto\x12\x16\x62ranchline.resource.v1\x1a)branchline/resource/v1/organization.proto\x1a$branchline/resource/v1/session.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"n\n\x0fUserPreferences\x12,\n\rdefault_agent\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x0c\x64\x65\x66\x61ultAgent\x12-\n\rdefault_model\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\x0c\x64\x65\x66\x61ultModel\"\xf3\x01\n\x04User\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12!\n\x0c\x64isplay_name\x18\x02 \x01(\tR\x0b\x64isplayName\x12\x14\n\x05\x65mail\x18\x03 \x01(\tR\x05\x65mail\x12I\n\x0bpreferences\x18\x04 \x01(\x0b\x32\'.branchline.resource.v1.UserPreferencesR\x0bpreferences\x12;\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12\x1a\n\x08revision\x18\x06 \x01(\x03R\x08revision\"\x9a\x02\n\x08\x41piToken\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\x17\n\x07user_id\x18\x02 \x01(\tR\x06userId\x12\x12\n\x04name\x18\x03 \x01(\tR\x04name\x12;\n\x0b\x65xpire_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nexpireTime\x12;\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12\x1a\n\x08revision\x18\x06 \x01(\x03R\x08revision\x12;\n\nrole_limit\x18\x07 \x01(\x0e\x32\x1c.branchline.resource.v1.RoleR\troleLimit\"v\n\x05\x44raft\x12\x1d\n\x04text\x18\x01 \x01(\tB\t\xbaH\x06r\x04(\x80\x80\x04R\x04text\x12N\n\x0b\x61ttachments\x18\x02 \x03(\x0b\x32\".branchline.resource.v1.AttachmentB\x08\xbaH\x05\x92\x01\x02\x10 R\x0b\x61ttachments\"\x9a\x02\n\rUserTaskState\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12\'\n\x0forganization_id\x18\x02 \x01(\tR\x0eorganizationId\x12\x17\n\x07task_id\x18\x03 \x01(\tR\x06taskId\x12\x1d\n\nsession_id\x18\x04 \x01(\tR\tsessionId\x12&\n\x0fopen_session_id\x18\x05 \x01(\tR\ropenSessionId\x12\x16\n\x06unread\x18\x06 \x01(\x08R\x06unread\x12\x33\n\x05\x64raft\x18\x07 \x01(\x0b\x32\x1d.branchline.resource.v1.DraftR\x05\x64raft\x12\x1a\n\x08revision\x18\x08 \x01(\x03R\x08revisionb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!branchline/resource/v1/user.proto\x12\x16\x62ranchline.resource.v1\x1a)branchline/resource/v1/organization.proto\x1a$branchline/resource/v1/session.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x7f\n\x0fUserPreferences\x12=\n\rdefault_agent\x18\x01 \x01(\tB\x18\xbaH\x15r\x13\x32\x11^[a-z0-9-]{0,64}$R\x0c\x64\x65\x66\x61ultAgent\x12-\n\rdefault_model\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\x0c\x64\x65\x66\x61ultModel\"\xf3\x01\n\x04User\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12!\n\x0c\x64isplay_name\x18\x02 \x01(\tR\x0b\x64isplayName\x12\x14\n\x05\x65mail\x18\x03 \x01(\tR\x05\x65mail\x12I\n\x0bpreferences\x18\x04 \x01(\x0b\x32\'.branchline.resource.v1.UserPreferencesR\x0bpreferences\x12;\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12\x1a\n\x08revision\x18\x06 \x01(\x03R\x08revision\"\x9a\x02\n\x08\x41piToken\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\x17\n\x07user_id\x18\x02 \x01(\tR\x06userId\x12\x12\n\x04name\x18\x03 \x01(\tR\x04name\x12;\n\x0b\x65xpire_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nexpireTime\x12;\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12\x1a\n\x08revision\x18\x06 \x01(\x03R\x08revision\x12;\n\nrole_limit\x18\x07 \x01(\x0e\x32\x1c.branchline.resource.v1.RoleR\troleLimit\"v\n\x05\x44raft\x12\x1d\n\x04text\x18\x01 \x01(\tB\t\xbaH\x06r\x04(\x80\x80\x04R\x04text\x12N\n\x0b\x61ttachments\x18\x02 \x03(\x0b\x32\".branchline.resource.v1.AttachmentB\x08\xbaH\x05\x92\x01\x02\x10 R\x0b\x61ttachments\"\x9a\x02\n\rUserTaskState\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12\'\n\x0forganization_id\x18\x02 \x01(\tR\x0eorganizationId\x12\x17\n\x07task_id\x18\x03 \x01(\tR\x06taskId\x12\x1d\n\nsession_id\x18\x04 \x01(\tR\tsessionId\x12&\n\x0fopen_session_id\x18\x05 \x01(\tR\ropenSessionId\x12\x16\n\x06unread\x18\x06 \x01(\x08R\x06unread\x12\x33\n\x05\x64raft\x18\x07 \x01(\x0b\x32\x1d.branchline.resource.v1.DraftR\x05\x64raft\x12\x1a\n\x08revision\x18\x08 \x01(\x03R\x08revisionb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,7 +36,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'branchline.resource.v1.user
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_USERPREFERENCES'].fields_by_name['default_agent']._loaded_options = None
-  _globals['_USERPREFERENCES'].fields_by_name['default_agent']._serialized_options = b'\272H\004r\002\030@'
+  _globals['_USERPREFERENCES'].fields_by_name['default_agent']._serialized_options = b'\272H\025r\0232\021^[a-z0-9-]{0,64}$'
   _globals['_USERPREFERENCES'].fields_by_name['default_model']._loaded_options = None
   _globals['_USERPREFERENCES'].fields_by_name['default_model']._serialized_options = b'\272H\005r\003\030\200\001'
   _globals['_DRAFT'].fields_by_name['text']._loaded_options = None
@@ -44,13 +44,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DRAFT'].fields_by_name['attachments']._loaded_options = None
   _globals['_DRAFT'].fields_by_name['attachments']._serialized_options = b'\272H\005\222\001\002\020 '
   _globals['_USERPREFERENCES']._serialized_start=204
-  _globals['_USERPREFERENCES']._serialized_end=314
-  _globals['_USER']._serialized_start=317
-  _globals['_USER']._serialized_end=560
-  _globals['_APITOKEN']._serialized_start=563
-  _globals['_APITOKEN']._serialized_end=845
-  _globals['_DRAFT']._serialized_start=847
-  _globals['_DRAFT']._serialized_end=965
-  _globals['_USERTASKSTATE']._serialized_start=968
-  _globals['_USERTASKSTATE']._serialized_end=1250
+  _globals['_USERPREFERENCES']._serialized_end=331
+  _globals['_USER']._serialized_start=334
+  _globals['_USER']._serialized_end=577
+  _globals['_APITOKEN']._serialized_start=580
+  _globals['_APITOKEN']._serialized_end=862
+  _globals['_DRAFT']._serialized_start=864
+  _globals['_DRAFT']._serialized_end=982
+  _globals['_USERTASKSTATE']._serialized_start=985
+  _globals['_USERTASKSTATE']._serialized_end=1267
 # @@protoc_insertion_point(module_scope)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from google.protobuf.message import Message
-from sqlalchemy import ColumnElement
 
 from services.runtime.spine.chunks import PART_BYTES
 from services.runtime.spine.tokens import Value, page_token
@@ -40,15 +39,3 @@ def page_of(message: type[M], rows: Iterable[Any], keys: Sequence[str], most: in
 
 def _parsed(message: type[M], rows: Sequence[Any]) -> list[M]:
     return [message.FromString(row.payload) for row in rows]
-
-
-def pattern(text: str) -> str:
-    """Return the LIKE pattern, with the escape character "/", of what holds a text in any case."""
-    for special in "/%_":
-        text = text.replace(special, f"/{special}")
-    return f"%{text.lower()}%"
-
-
-def all_of(*conditions: tuple[bool, ColumnElement[bool]]) -> list[ColumnElement[bool]]:
-    """Return the conditions that are wanted."""
-    return [condition for wanted, condition in conditions if wanted]

@@ -1,0 +1,3 @@
+from typing import Final
+
+SERVICE_NAME: Final[str]
