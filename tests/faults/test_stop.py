@@ -118,4 +118,5 @@ async def test_each_service_stops_though_the_others_do_not_answer(tmp_path: Path
             code, seconds = await stop(processes, name)
             stopped[name] = (code, seconds < STOP_SECONDS, complaints(tmp_path, name))
 
-        assert stopped == dict.fromkeys(SERVICES, (0, True, []))
+        clean: tuple[int, bool, list[str]] = (0, True, [])
+        assert stopped == dict.fromkeys(SERVICES, clean)

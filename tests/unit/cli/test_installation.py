@@ -130,10 +130,12 @@ def test_sandboxes_see_neither_the_file_of_settings_nor_data_behind_a_link(
     assert {disk, tmp_path / "branchline.toml", Path.home().resolve()} == set(hidden)
 
 
-def test_an_object_in_one_variable_is_read_and_not_dropped(monkeypatch: pytest.MonkeyPatch) -> None:  # F14
+def test_an_object_in_one_variable_is_read_and_not_dropped(  # F14
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("BRANCHLINE_SANDBOX__LOCAL", '{"hidden_paths": ["/srv/keys"]}')
 
-    settings = load_settings(sandbox={"local": {"isolation": "none"}})
+    settings = load_settings(data_dir=tmp_path, sandbox={"local": {"sandbox_agent": "/bin/true"}})
 
     assert Path("/srv/keys") in sandbox_configuration(settings)["local"]["hidden_paths"]
 
