@@ -13,7 +13,7 @@ from typing import Any
 
 import uvloop
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1] != "task":  # its workflow engine needs click
     for command_line in ("click", "rich"):  # structlog and httpx would load them if they could
         sys.modules[command_line] = None  # type: ignore[assignment]
 

@@ -1,0 +1,63 @@
+"""A deletion that was acknowledged is done to its end, whoever is killed in it."""
+
+import uuid
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+from branchline.gateway.v1 import repositories_pb2, tasks_pb2
+from branchline.resource.v1 import task_pb2
+from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_REPOSITORY, ENTITY_KIND_TASK
+
+from tests.faults.test_kills import Books, settled
+from tests.faults.test_restart import COUNT, create_task, send, some_words, until
+from tests.support.people import insist
+from tests.support.process import SERVICES, own_processes
+from tests.support.stack import eventually
+from tests.support.views import View
+
+
+@pytest.mark.timeout(300)
+async def test_a_repository_is_deleted_with_its_tasks_though_all_are_killed_in_it(
+    tmp_path: Path,
+) -> None:  # ORG-9
+    processes, books = own_processes(tmp_path), Books(tmp_path)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(processes.stop)
+        for name in SERVICES:
+            await processes.start(name, "serve", name)
+        await processes.start("bootstrap", "bootstrap", "--agent", "mock")
+        client, organization_id = await processes.client(stack)
+        task = await create_task(client, organization_id, tmp_path, "go")
+        task = await until(client, task.id, task_pb2.TASK_STATUS_IDLE)
+        await create_task(client, organization_id, tmp_path, "go", hold=False)
+        view = View("organization", client.watch_organization(organization_id)).open()
+        stack.push_async_callback(view.close)
+        await send(client, task, COUNT)
+        await eventually(lambda: some_words(client, task))
+        doomed = repositories_pb2.DeleteRepositoryRequest(request_id=uuid.uuid4().hex, repository_id=task.repository_id)
+
+        assert await insist(lambda: client.repositories.DeleteRepository(doomed, timeout=10)) is not None
+        for names in (("repository", "task"), ("sandbox", "organization"), SERVICES):
+            for name in names:
+                await processes.kill(name)
+            for name in names:
+                await processes.start(name, "serve", name)
+
+        async def gone() -> bool:
+            request = tasks_pb2.ListTasksRequest(organization_id=organization_id, page_size=1000)
+            listed = await insist(lambda: client.tasks.ListTasks(request, timeout=5))
+            return listed is not None and task.id not in {one.id for one in listed.tasks}
+
+        await eventually(gone, 120)
+        await settled(books)
+        assert task.id not in {one.id for one in books.tasks()}
+
+        async def told() -> bool:
+            repositories, tasks = view.of(ENTITY_KIND_REPOSITORY), view.of(ENTITY_KIND_TASK)
+            return len(repositories) == 1 and task.repository_id not in repositories and task.id not in tasks
+
+        await eventually(told, 20)
+        destroyed = books.rows("sandbox", "SELECT status FROM sandboxes ORDER BY status")
+        assert len(destroyed) == 2
+        assert not list((tmp_path / "data" / "sandbox" / "local").glob(f"{task.active_sandbox_id}*"))
