@@ -218,13 +218,8 @@ async def test_large_states_travel_in_small_batches(
     sizes: list[int] = []
     submit = Ingest.submit
 
-<<<<<<< HEAD
     def measured(self: Ingest, request: push_pb2.PushRequest) -> Any:
         sizes.append(sum(entry.ByteSize() for entry in request.entries))
-=======
-    def measured(self: Ingest, request: Any) -> Any:
-        sizes.append(request.ByteSize())
->>>>>>> de1866022ebb7efe1db30488c97afcd3359da746
         return submit(self, request)
 
     monkeypatch.setattr(Ingest, "submit", measured)

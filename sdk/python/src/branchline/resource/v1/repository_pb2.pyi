@@ -77,7 +77,7 @@ class Repository(_message.Message):
     """Number of its state; grows with every change."""
     @_builtins.property
     def activity_time(self) -> _timestamp_pb2.Timestamp:
-        """When anything last changed in it or in one of its tasks."""
+        """When anything last changed in it or in one of its tasks, to the minute."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
