@@ -13,10 +13,6 @@ from typing import Any
 
 import uvloop
 
-if __name__ == "__main__" and sys.argv[1] != "task":  # its workflow engine needs click
-    for command_line in ("click", "rich"):  # structlog and httpx would load them if they could
-        sys.modules[command_line] = None  # type: ignore[assignment]
-
 from cli.installation import SERVICES, Installation, distributed_installation, known_installation
 from cli.isolation import require_isolation
 from cli.settings import Settings, SettingsError, load_settings
