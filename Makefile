@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test test-needs check generate generate-check bench format lock clean
+.PHONY: setup demo test test-faults test-needs check generate generate-check bench format lock clean
 
 setup: $(VENV)/.installed node_modules/.installed
 
@@ -26,7 +26,10 @@ demo: setup
 	$(BIN)/branchline demo
 
 test: test-needs setup
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q tests/unit tests/contract tests/integration tests/faults/test_kills.py
+
+test-faults: test-needs setup
+	$(BIN)/pytest -q tests/faults
 
 test-needs:
 	@command -v bwrap >/dev/null || { echo "the tests need bubblewrap (Debian: apt-get install bubblewrap)" >&2; exit 1; }

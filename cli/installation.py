@@ -73,7 +73,7 @@ class Installation:
             "hidden_paths": [
                 path.resolve() for path in (*self._secret_paths(), *map(Path, given.get("hidden_paths", ())))
             ],
-            "readable_paths": [*_python_paths(), *map(Path, given.get("readable_paths", ()))],
+            "readable_paths": [*python_paths(), *map(Path, given.get("readable_paths", ()))],
             "writable_paths": [Path(path).resolve() for path in given.get("writable_paths", ())],
         }
 
@@ -153,6 +153,6 @@ def scripted_agents() -> dict[str, list[str]]:
     return {"mock": [str(program)]} if program.exists() else {}
 
 
-def _python_paths() -> list[Path]:
+def python_paths() -> list[Path]:
     """Return what agents written in Python need: the interpreter and this project, wherever they are."""
     return sorted({Path(sys.prefix), Path(sys.base_prefix), ROOT})

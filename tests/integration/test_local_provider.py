@@ -14,6 +14,7 @@ import psutil
 import pytest
 import pytest_asyncio
 
+from cli.installation import python_paths
 from services.sandbox.agent_server import AgentServer, open_http
 from services.sandbox.commands import CommandResult, run
 from services.sandbox.providers import ports
@@ -54,7 +55,7 @@ async def http() -> AsyncGenerator[httpx.AsyncClient, None]:
 
 
 def a_provider(root: Path, http: httpx.AsyncClient, isolation: str = "bubblewrap", **given: object) -> LocalProvider:
-    config = {"sandbox_agent": AGENT_SERVER, "isolation": isolation, **given}
+    config = {"sandbox_agent": AGENT_SERVER, "isolation": isolation, "readable_paths": python_paths(), **given}
     return LocalProvider(root, LocalProviderConfig.model_validate(config), http)
 
 

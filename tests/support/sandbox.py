@@ -21,6 +21,7 @@ from branchline.sandbox.v1 import sandbox_pb2, sandbox_pb2_grpc
 from branchline.sandbox.v1.sandbox_pb2 import AgentSession
 from branchline.spine.v1 import push_pb2, push_pb2_grpc
 
+from cli.installation import python_paths
 from services.runtime.client import open_channel
 from services.runtime.principal import Principal, Signer, bind_principal
 from services.sandbox.limits import Limits
@@ -228,7 +229,12 @@ class Room:
 def config(folder: Path, options: dict[str, Any]) -> SandboxConfig:
     """Return the service's configuration."""
     program = Path(sys.executable).with_name("branchline-scripted-agent")
-    local = {"sandbox_agent": AGENT_SERVER, "agents": {"mock": [str(program)]}, **options.get("local", {})}
+    local = {
+        "sandbox_agent": AGENT_SERVER,
+        "agents": {"mock": [str(program)]},
+        "readable_paths": python_paths(),
+        **options.get("local", {}),
+    }
     return SandboxConfig(
         addresses={"sandbox": f"unix:{folder}/sandbox.sock", "task": f"unix:{folder}/task.sock"},
         data_dir=folder / "data",
