@@ -183,18 +183,36 @@ def kind_name(kind: EntityKind.ValueType) -> str:
 
 def is_permanent(error: BaseException) -> bool:
     """Say whether repeating the call that failed in this way is useless."""
-    if isinstance(error, DomainError):
-        return error.code in _PERMANENT
-    return isinstance(error, grpc.aio.AioRpcError) and error.code() in _PERMANENT
+    return status_code(error) in _PERMANENT
 
 
 def detail_of(error: grpc.aio.AioRpcError, kind: type[D]) -> D:
     """Return the detail of one kind that a failed call carries, empty if it carries none."""
     found = kind()
-    status = rpc_status.from_call(error)
+    try:
+        status = rpc_status.from_call(error)
+    except ValueError:  # details of something else than the call's own status
+        return found
     for detail in status.details if status else ():
         detail.Unpack(found)
     return found
+
+
+def status_code(error: BaseException) -> grpc.StatusCode | None:
+    """Return the status that an error of ours or of a call stands for, or None."""
+    if isinstance(error, DomainError):
+        return error.code
+    return error.code() if isinstance(error, grpc.aio.AioRpcError) else None
+
+
+def error_reason(error: BaseException) -> ErrorReason.ValueType:
+    """Return why one of our services refused, or UNSPECIFIED if it did not: a connection broke, somebody else did."""
+    name = error.reason if isinstance(error, DomainError) else ""
+    if isinstance(error, grpc.aio.AioRpcError):
+        info = detail_of(error, error_details_pb2.ErrorInfo)
+        name = info.reason if info.domain == DOMAIN else ""
+    known = dict(ErrorReason.items())
+    return known.get(f"ERROR_REASON_{name}", words.ERROR_REASON_UNSPECIFIED)
 
 
 def reason_of(error: BaseException) -> str:

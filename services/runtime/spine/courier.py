@@ -2,7 +2,8 @@
 
 What concerns one entity is delivered in order, the newest state of it; what concerns others does not wait for it. A row
 that the receiver will never take is parked; one that failed is tried again, later each time, and parked after many
-attempts. While the receiver (or the database) cannot be reached at all, nothing is counted and everything waits.
+attempts. An entity that waits for its next attempt is left in the table and holds no room in memory. While the receiver
+(or the database) cannot be reached at all, nothing is counted and everything waits.
 """
 
 import asyncio
@@ -12,11 +13,13 @@ from dataclasses import dataclass, field
 
 import grpc
 import structlog
+from branchline.resource.v1 import vocabulary_pb2 as words
 
-from services.runtime.errors import is_permanent, reason_of
+from services.runtime.errors import error_reason, is_permanent, reason_of, status_code
 from services.runtime.loops import being_cancelled
-from services.runtime.retry import Backoff
+from services.runtime.retry import Backoff, pause_seconds
 from services.runtime.spine.outbox import Key, Outbox, OutboxRow
+from services.runtime.spine.waits import Waits
 
 log = structlog.get_logger()
 
@@ -29,6 +32,25 @@ _PARALLEL_AGAIN = 16
 _BATCH = 128
 _LANES = 1024
 _LANES_BYTES = 16 * 1024 * 1024
+
+_PAUSES = (0.05, 30.0)
+"""First and longest time until the next attempt, in seconds."""
+
+_PAUSES_UNAVAILABLE = (0.5, 300.0)
+"""The same for an entity of which the receiver says that it cannot be reached: all attempts take about ten minutes."""
+
+_OF_THE_RECEIVER = frozenset(
+    {
+        words.ERROR_REASON_UNSPECIFIED,
+        words.ERROR_REASON_NOT_READY,
+        words.ERROR_REASON_DRAINING,
+        words.ERROR_REASON_OVERLOADED,
+        words.ERROR_REASON_INDEX_UNREACHABLE,
+        words.ERROR_REASON_DATABASE_BUSY,
+        words.ERROR_REASON_DATABASE_UNAVAILABLE,
+    }
+)
+"""Reasons to be unavailable that say nothing of what was delivered; no reason at all is a broken connection."""
 
 Deliver = Callable[[OutboxRow], Awaitable[None]]
 DeliverAll = Callable[[Sequence[OutboxRow]], Awaitable[None]]
@@ -47,29 +69,61 @@ class Courier:
     attempts: int = ATTEMPTS
     _lanes: dict[str, Lane] = field(default_factory=dict[str, Lane])
     _bytes: int = 0
+    _waits: Waits = field(default_factory=Waits)
     _first: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_PARALLEL))
     _again: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_PARALLEL_AGAIN))
     _room: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self) -> None:
         """Deliver for ever."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._try_again(group))
+            await self._take(group)
+
+    async def _take(self, group: asyncio.TaskGroup) -> None:
+        """Open a lane for each entity that there is something about, unless it waits."""
         line = self.outbox.line(self.destination)
         backoff = Backoff()
-        async with asyncio.TaskGroup() as group:
-            while True:
-                try:
-                    await self._room_for_more()
-                    rows = await line.take(1)
-                    backoff.reset()
-                except Exception as error:  # noqa: BLE001 - the database; the row stays in the table
-                    log.warning("outbox not read", destination=self.destination, reason=reason_of(error))
-                    await asyncio.sleep(backoff.next_seconds())
+        while True:
+            try:
+                await self._room_for_more()
+                rows = await line.take(1)
+                backoff.reset()
+            except Exception as error:  # noqa: BLE001 - the database; the row stays in the table
+                log.warning("outbox not read", destination=self.destination, reason=reason_of(error))
+                await asyncio.sleep(backoff.next_seconds())
+                continue
+            for row in rows:
+                if self._waits.hold(row):
                     continue
-                for row in rows:
-                    if row.entity_id not in self._lanes:
-                        self._lanes[row.entity_id] = {}
-                        group.create_task(self._run_lane(row.entity_id), context=contextvars.Context())
-                    self._enter(self._lanes[row.entity_id], row)
+                if row.entity_id not in self._lanes:
+                    self._lanes[row.entity_id] = {}
+                    group.create_task(self._run_lane(row.entity_id, self._first), context=contextvars.Context())
+                self._enter(self._lanes[row.entity_id], row)
+
+    async def _try_again(self, group: asyncio.TaskGroup) -> None:
+        """Open the lane of each entity whose wait is over, about as many as may be tried again at once."""
+        while True:
+            await self._room_for_more()
+            async with self._again:
+                pass  # there is a turn for one more
+            wait = await self._waits.next_due()
+            entity_id = wait.failed.entity_id
+            lane = self._lanes[entity_id] = {}
+            try:
+                rows = await self.outbox.about(self.destination, entity_id, wait.after)
+            except Exception as error:  # noqa: BLE001 - the database; the rows stay in the table
+                log.warning("outbox not read", destination=self.destination, reason=reason_of(error))
+                self._wait(wait.failed, wait.failed.attempts, _PAUSES, wait.after)
+                self._close(entity_id)
+                continue
+            came_meanwhile = list(lane.values())
+            for row in came_meanwhile:
+                self._leave(lane, row)
+            for row in (*rows, *came_meanwhile):
+                tried = wait.failed.attempts if row.seq == wait.failed.seq else row.attempts
+                self._enter(lane, row._replace(attempts=tried))
+            group.create_task(self._run_lane(entity_id, self._again), context=contextvars.Context())
 
     async def _room_for_more(self) -> None:
         while len(self._lanes) >= _LANES or self._bytes >= _LANES_BYTES:
@@ -90,40 +144,59 @@ class Courier:
             self._bytes -= len(row.payload)
             self._room.set()
 
-    async def _run_lane(self, entity_id: str) -> None:
+    def _wait(self, row: OutboxRow, attempts: int, pauses: tuple[float, float], after: int) -> None:
+        """Leave an entity to the table until its next attempt."""
+        self._waits.put(row, attempts, pause_seconds(attempts, *pauses), after)
+
+    def _close(self, entity_id: str) -> None:
+        for row in self._lanes.pop(entity_id).values():
+            self._bytes -= len(row.payload)
+        self._room.set()
+
+    async def _run_lane(self, entity_id: str, turns: asyncio.Semaphore) -> None:
         lane = self._lanes[entity_id]
         try:
             while lane:
                 row = next(iter(lane.values()))
-                await self._carry(lane, row)
+                if not await self._carry(lane, row, turns):
+                    return
                 self._leave(lane, row)
         finally:
-            del self._lanes[entity_id]
-            self._room.set()
+            self._close(entity_id)
 
-    async def _carry(self, lane: Lane, row: OutboxRow) -> None:
-        """Deliver one row, or park it, unless a newer one takes its place."""
-        backoff = Backoff(first_seconds=0.05, most_seconds=30.0)
-        tried, turns = row.attempts, self._first
+    async def _carry(self, lane: Lane, row: OutboxRow, turns: asyncio.Semaphore) -> bool:
+        """Deliver one row, or park it, unless a newer one takes its place. Say whether the lane may go on."""
+        backoff = Backoff(*_PAUSES)
         while lane.get(row.key) is row:
             try:
                 async with turns, asyncio.timeout(self.deadline_seconds):
                     await self.deliver(row)
                 self.outbox.arrived([row])
-                return
+                return True
             except (Exception, asyncio.CancelledError) as error:
                 if being_cancelled():
                     raise
-                turns, reason = self._again, reason_of(error)
-                log.info("delivery failed", destination=self.destination, entity=row.entity_id, reason=reason)
-                if not _is_unreachable(error):
-                    tried += 1
-                    if is_permanent(error) or tried >= self.attempts:
-                        if await self._park(row, reason, tried):
-                            return
-                    else:
-                        self.outbox.count_attempt(row, tried)
+                log.info("delivery failed", destination=self.destination, entity=row.entity_id, reason=reason_of(error))
+                if not _is_receiver_away(error):
+                    return await self._failed(lane, row, error)
+                turns = self._again
             await asyncio.sleep(backoff.next_seconds())
+        return True
+
+    async def _failed(self, lane: Lane, row: OutboxRow, error: BaseException) -> bool:
+        """Count an attempt; park the row after the last, else have its entity wait. Say whether the lane may go on."""
+        tried = row.attempts + 1
+        if is_permanent(error) or tried >= self.attempts:
+            if await self._park(row, reason_of(error), tried):
+                return True
+        elif lane.get(row.key) is not row:
+            return True
+        else:
+            self.outbox.count_attempt(row, tried)
+        pauses = _PAUSES_UNAVAILABLE if status_code(error) == grpc.StatusCode.UNAVAILABLE else _PAUSES
+        after = min(held.seq for held in lane.values()) - 1
+        self._wait(row, tried, pauses, after)
+        return False
 
     async def _park(self, row: OutboxRow, reason: str, attempts: int) -> bool:
         try:
@@ -164,7 +237,7 @@ class BatchCourier:
             except (Exception, asyncio.CancelledError) as error:
                 if being_cancelled():
                     raise
-                failed += 0 if _is_unreachable(error) else 1
+                failed += 0 if _is_receiver_away(error) else 1
                 log.info("delivery failed", destination=self.destination, reason=reason_of(error))
                 line.fall_behind()
                 await asyncio.sleep(backoff.next_seconds())
@@ -175,7 +248,7 @@ class BatchCourier:
             async with asyncio.timeout(self.deadline_seconds):
                 await self.deliver(rows)
         except Exception as error:
-            if _is_unreachable(error) or not (give_up or is_permanent(error)):
+            if _is_receiver_away(error) or not (give_up or is_permanent(error)):
                 raise
             if len(rows) > 1:
                 for row in rows:
@@ -187,7 +260,6 @@ class BatchCourier:
             self.outbox.arrived(rows)
 
 
-def _is_unreachable(error: BaseException) -> bool:
-    """Say whether the delivery failed because somebody was not there, whatever was delivered."""
-    code = error.code() if isinstance(error, grpc.aio.AioRpcError) else getattr(error, "code", None)
-    return code == grpc.StatusCode.UNAVAILABLE
+def _is_receiver_away(error: BaseException) -> bool:
+    """Say whether the delivery failed because the receiver was not there, whatever was delivered."""
+    return status_code(error) == grpc.StatusCode.UNAVAILABLE and error_reason(error) in _OF_THE_RECEIVER

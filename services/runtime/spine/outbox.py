@@ -75,7 +75,7 @@ class OutboxRow(NamedTuple):
         return self.type_url.rpartition("/")[2] == message.DESCRIPTOR.full_name
 
 
-_KEYS = ("destination", "type_url", "entity_id")
+_KEYS = ("destination", "entity_id", "type_url")
 _PUT = Statement(upsert(outbox, _KEYS))
 _THIS = (
     outbox.c.destination == bindparam("to"),
@@ -93,6 +93,16 @@ _PENDING = Statement(
     .where(outbox.c.destination == bindparam("to"), outbox.c.parked_reason == "", outbox.c.seq > bindparam("after"))
     .order_by(outbox.c.seq)
     .limit(bindparam("most"))
+)
+_ABOUT = Statement(
+    select(outbox)
+    .where(
+        outbox.c.destination == bindparam("to"),
+        outbox.c.entity_id == bindparam("entity"),
+        outbox.c.parked_reason == "",
+        outbox.c.seq > bindparam("after"),
+    )
+    .order_by(outbox.c.seq)
 )
 _COUNTS = Statement(
     select(
@@ -295,6 +305,11 @@ class Outbox:
         for destination, found in by_destination.items():
             if destination in self._lines:
                 self._lines[destination].put(found)
+
+    async def about(self, destination: str, entity_id: str, after_seq: int) -> list[OutboxRow]:
+        """Return what waits about one entity, in the order in which it leaves."""
+        given = {"to": destination, "entity": entity_id, "after": after_seq}
+        return await self.database.read(lambda tx: [_outbox_row(row) for row in tx.each(_ABOUT, given)])
 
     def arrived(self, rows: Sequence[OutboxRow]) -> None:
         """Forget rows that were delivered; those that were marked again meanwhile stay."""

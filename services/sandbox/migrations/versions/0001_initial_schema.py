@@ -62,8 +62,8 @@ def upgrade() -> None:
     op.create_table(
         "outbox",
         sa.Column("destination", sa.String(), nullable=False),
-        sa.Column("type_url", sa.String(), nullable=False),
         sa.Column("entity_id", sa.String(), nullable=False),
+        sa.Column("type_url", sa.String(), nullable=False),
         sa.Column("seq", sa.BigInteger(), nullable=False),
         sa.Column("revision", sa.BigInteger(), nullable=False),
         sa.Column("deleted", sa.Boolean(), nullable=False),
@@ -71,7 +71,7 @@ def upgrade() -> None:
         sa.Column("mark_time", sa.Float(), nullable=False),
         sa.Column("attempts", sa.Integer(), nullable=False),
         sa.Column("parked_reason", sa.String(), nullable=False),
-        sa.PrimaryKeyConstraint("destination", "type_url", "entity_id"),
+        sa.PrimaryKeyConstraint("destination", "entity_id", "type_url"),
         comment="What must leave the service: the newest state of each changed entity, once per destination",
     )
     with op.batch_alter_table("outbox", schema=None) as batch_op:
