@@ -80,7 +80,7 @@ class GithubStore:
         if reported == held:
             return False
         reported.revision += 1
-        _REPOSITORIES.put(tx, reported)
+        _REPOSITORIES.save(tx, [reported])
         entity_id = f"{reported.organization_id}/{reported.github_id}"
         self.outbox.mark(tx, [Mark(entity_id, reported.revision, reported)])
         return True

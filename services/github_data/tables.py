@@ -24,6 +24,7 @@ github_repositories = Table(
     metadata,
     Column("organization_id", String, primary_key=True),
     Column("github_id", BigInteger, primary_key=True),
+    Column("revision", BigInteger, nullable=False),
     Column("payload", LargeBinary, nullable=False),
     comment="Repositories with branches and open pull requests, as GitHub last reported them",
 )

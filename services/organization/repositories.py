@@ -136,7 +136,8 @@ class Repositories:
         now = self.clock.timestamp()
         repository.delete_time.CopyFrom(now)
         repository.revision += 1
-        self.index.put(tx, _entry(repository))
+        if not self.index.put(tx, _entry(repository)):
+            return  # another has begun it
         given = {"repository_id": repository.id, "organization_id": repository.organization_id, "gone": False}
         tx.change(_BEGIN_DELETION, {**given, "request_time": now.ToNanoseconds() / 1e9})
         forget = DeleteRepositoryRequest(repository_id=repository.id)
@@ -171,9 +172,9 @@ class Repositories:
         repository = REPOSITORIES.find(tx, repository_id)
         if repository is not None:
             repository.revision += 1
-            self.index.put(tx, _entry(repository, deleted=True))
-            words = f"{repository.full_name} deleted"
-            self.feed.record(tx, organization_id, EVENT_KIND_REPOSITORY_DELETED, words, repository_id)
+            if self.index.put(tx, _entry(repository, deleted=True)):
+                words = f"{repository.full_name} deleted"
+                self.feed.record(tx, organization_id, EVENT_KIND_REPOSITORY_DELETED, words, repository_id)
         return organization_id
 
     def unburied(self, tx: Reader) -> list[str]:

@@ -76,9 +76,9 @@ repositories = index_table(
     metadata,
     Column("full_name", String, nullable=False),
     Column("remote_url", String, nullable=False),
-    Index("repositories_url", "scope", "remote_url"),
     comment="Coordinator index of repository: the repository catalogue",
 )
+_partial(repositories, "url", "scope", "remote_url", where=repositories.c.deleted.is_(False), unique=True)
 _partial(repositories, "name", "scope", "full_name", "id", where=repositories.c.deleted.is_(False))
 
 repository_deletions = Table(

@@ -65,7 +65,8 @@ class RepositoryIngest:
         self.outbox.mark(tx, [*marks, *(Mark(event.id, 1, event) for event in events)])
         moved = [task for task in changed if task.status != places[task.id].status]
         left = [task for task in moved if places[task.id].live and task.status not in HOLDS_BRANCH]
-        counted, active = ([places[task.id].repository_id for task in (*some, *gone)] for some in (left, moved))
+        counted = [places[task.id].repository_id for task in (*left, *gone)]
+        active = {places[task.id].repository_id: places[task.id].active_time for task in (*moved, *gone)}
         self.store.touch(tx, counted, active)
 
     def history_events(self, tx: Tx, pushed: Sequence[Pushed[HistoryEvent]]) -> None:

@@ -1,7 +1,7 @@
 """Queries of the repositories themselves and of the caches of GitHub. What changed is marked for the organization."""
 
-from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
 
 from branchline.repository.v1.repository_pb2 import EnsureRepositoryRequest
 from branchline.resource.v1.repository_pb2 import Branch, PullRequest, Repository
@@ -11,7 +11,7 @@ from sqlalchemy import bindparam, delete, func, select, update
 
 from services.repository.downward import TO_TASK
 from services.repository.tables import branches, deleted_repositories, pull_requests, repositories, task_index
-from services.runtime.clock import Clock
+from services.runtime.clock import Clock, column_seconds
 from services.runtime.database import Reader, Statement, Tx, insert, insert_new, is_in
 from services.runtime.errors import NotFound
 from services.runtime.principal import Principal
@@ -29,6 +29,7 @@ REPOSITORIES = Resources(
         "id": one.id,
         "organization_id": one.organization_id,
         "deleting": one.HasField("delete_time"),
+        "activity_time": column_seconds(one.activity_time),
     },
     own=["github_revision"],
 )
@@ -71,8 +72,6 @@ class RepositoryStore:
 
     outbox: Outbox
     clock: Clock
-    told: dict[str, float] = field(default_factory=dict[str, float])
-    """When the activity of each repository was told last."""
 
     def visible(self, tx: Reader, repository_id: str, principal: Principal) -> Repository:
         """Return a repository; raise NotFound if it is not the caller's to see."""
@@ -93,7 +92,7 @@ class RepositoryStore:
         if held is None:
             if tx.value(_DELETED, {"of": given.id}) is not None:
                 return
-            REPOSITORIES.put(tx, given)
+            REPOSITORIES.save(tx, [given])
         elif held.HasField("delete_time"):
             return
         elif (held.full_name, held.default_branch) != (given.full_name, given.default_branch):
@@ -139,7 +138,7 @@ class RepositoryStore:
         """Store new states of repositories and push them up."""
         for repository in changed:
             repository.revision += 1
-        REPOSITORIES.put_many(tx, changed)
+        REPOSITORIES.save(tx, changed)
         self.outbox.mark(tx, [Mark(one.id, one.revision, one) for one in changed])
 
     def remove(self, tx: Tx, repository: Repository) -> None:
@@ -150,14 +149,16 @@ class RepositoryStore:
         tx.change(_BURY, {"id": repository.id, "delete_time": self.clock.seconds()})
         self.outbox.mark(tx, [Mark(repository.id, repository.revision, repository, deleted=True)])
 
-    def touch(self, tx: Tx, counted: Iterable[str], active: Iterable[str] = ()) -> None:
-        """Count live tasks again, and note that something happened: that is told once in a while alone."""
+    def touch(self, tx: Tx, counted: Iterable[str], active: Mapping[str, float] | None = None) -> None:
+        """Count live tasks again, and note that something happened: that is told once in a while alone.
+
+        With those where something happened comes when that was noted last.
+        """
         now = self.clock.seconds()
-        quiet = {one for one in active if now - self.told.get(one, 0.0) >= ACTIVITY_SECONDS}
+        quiet = {one for one, noted in (active or {}).items() if now - noted >= ACTIVITY_SECONDS}
         ids = sorted({*counted, *quiet})
         if not ids:
             return
-        tx.after_commit(lambda: self.told.update(dict.fromkeys(ids, now)))
         live = {row.repository_id: row.tasks for row in tx.rows(_LIVE_TASKS, {"ids": ids})}
         touched = sorted(REPOSITORIES.find_many(tx, ids), key=lambda one: one.id)
         for repository in touched:

@@ -42,6 +42,8 @@ repositories = Table(
     Column("id", String, primary_key=True),
     Column("organization_id", String, nullable=False),
     Column("deleting", Boolean, nullable=False),
+    Column("activity_time", Float, nullable=False),
+    Column("revision", BigInteger, nullable=False),
     Column("github_revision", BigInteger, nullable=False, server_default="0"),
     Column("payload", LargeBinary, nullable=False),
     partial_index("repositories_deleting", "id", where=text("deleting")),

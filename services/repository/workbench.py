@@ -15,6 +15,7 @@ from services.repository.tables import (
     SESSIONS,
     TASKS,
     TRANSCRIPT,
+    repositories,
     sandbox_index,
     session_index,
     task_details,
@@ -54,7 +55,11 @@ _TRANSCRIPT = Statement(
     .order_by(transcript_entries.c.position)
     .limit(bindparam("most"))
 )
-_PLACES = Statement(select(task_index).where(is_in(task_index.c.task_id, "ids")))
+_PLACES = Statement(
+    select(task_index, repositories.c.activity_time)
+    .outerjoin(repositories, repositories.c.id == task_index.c.repository_id)
+    .where(is_in(task_index.c.task_id, "ids"))
+)
 _HOLDERS = Statement(
     select(task_index.c.repository_id, task_index.c.branch, task_index.c.task_id).where(
         is_in(task_index.c.repository_id, "repositories"),
@@ -97,6 +102,8 @@ class Place:
     status: int
     live: bool
     gone: bool
+    active_time: float
+    """When it was noted last that something happened in the repository."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +148,12 @@ class Workbench:
     def places(self, tx: Reader, task_ids: Iterable[str]) -> dict[str, Place]:
         """Return what the index knows of tasks, by their ids."""
         rows = tx.rows(_PLACES, {"ids": sorted(set(task_ids))})
-        return {row.task_id: Place(row.repository_id, row.branch, row.status, row.live, row.gone) for row in rows}
+        return {
+            row.task_id: Place(
+                row.repository_id, row.branch, row.status, row.live, row.gone, active_time=row.activity_time or 0.0
+            )
+            for row in rows
+        }
 
     def buried(self, tx: Reader, task_ids: Sequence[str]) -> set[str]:
         """Return those of the tasks that were here and are gone."""

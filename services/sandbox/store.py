@@ -136,5 +136,5 @@ class SandboxStore:
 
     def _put(self, tx: Tx, sandbox: Sandbox) -> None:
         sandbox.revision += 1
-        SANDBOXES.put(tx, sandbox)
+        SANDBOXES.save(tx, [sandbox])
         self.outbox.mark(tx, [Mark(sandbox.id, sandbox.revision, sandbox)])

@@ -72,7 +72,7 @@ class Accounts:
     def save(self, tx: Tx, user: User) -> None:
         """Store a new state of a person."""
         user.revision += 1
-        USERS.put(tx, user)
+        USERS.save(tx, [user])
         self.outbox.mark(tx, [Mark(user.id, user.revision, user)])
 
     def new_token(

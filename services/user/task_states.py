@@ -44,7 +44,7 @@ _OTHERS = Statement(
         *_OF_TASK, _c.session_id != bindparam("session"), _c.deleted.is_(False)
     )
 )
-_PUT = Statement(upsert(task_states, _KEY))
+_PUT = Statement(upsert(task_states, _KEY, newer="revision"))
 
 
 def _any_or(column: ColumnElement[str], name: str) -> ColumnElement[bool]:
@@ -143,7 +143,7 @@ class TaskStates:
     def _save(self, tx: Tx, states: Sequence[UserTaskState], *, deleted: bool = False) -> None:
         for state in states:
             state.revision += 1
-        tx.change_many(_PUT, [_row(state, self.clock.seconds(), deleted=deleted) for state in states])
+        tx.change_each(_PUT, [_row(state, self.clock.seconds(), deleted=deleted) for state in states])
         self.outbox.mark(tx, [Mark(task_state_id(state), state.revision, state, deleted=deleted) for state in states])
 
     def prune(self, tx: Tx) -> None:
@@ -165,9 +165,11 @@ def draft_bytes(state: UserTaskState) -> int:
 
 def _present(key: UserTaskState, row: Any) -> UserTaskState:
     """Return a state as it is held; a fresh one where there is none, whose revisions go on where it was forgotten."""
+    state = UserTaskState()
+    state.CopyFrom(key)
     if row is None:
-        return key
-    return _with_revision(key if row.deleted else UserTaskState.FromString(row.payload), row)
+        return state
+    return _with_revision(state if row.deleted else UserTaskState.FromString(row.payload), row)
 
 
 def _with_revision(state: UserTaskState, row: Any) -> UserTaskState:

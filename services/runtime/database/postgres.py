@@ -20,7 +20,7 @@ from psycopg.pq import TransactionStatus
 
 from services.runtime.database.base import Database, Job, in_context, raisable
 from services.runtime.database.statement import Compiled, Parameters, Statement
-from services.runtime.database.transaction import DatabaseBusy, DatabaseError, DatabaseUnavailable, Reader
+from services.runtime.database.transaction import DatabaseBusy, DatabaseError, DatabaseUnavailable, Raced, Reader
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -95,7 +95,7 @@ class _Driver:
     def is_outage(self, error: BaseException) -> bool:
         if self.status not in {TransactionStatus.INTRANS, TransactionStatus.INERROR}:
             return True
-        if getattr(error, "sqlstate", None) == _TAKEN:
+        if _is_race(error):
             return self.attempt < _ATTEMPTS_TAKEN
         return isinstance(_refusal(error), DatabaseError)
 
@@ -286,8 +286,14 @@ def _read(fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any], d
 
 def _attempts(error: BaseException) -> int:
     """Return how often a function that fails so is run."""
-    state = getattr(error, "sqlstate", None)
-    return _ATTEMPTS if state in _CONFLICTS else _ATTEMPTS_TAKEN if state == _TAKEN else 1
+    if getattr(error, "sqlstate", None) in _CONFLICTS:
+        return _ATTEMPTS
+    return _ATTEMPTS_TAKEN if _is_race(error) else 1
+
+
+def _is_race(error: BaseException) -> bool:
+    """Say whether somebody else may have been faster, which a second look shows."""
+    return isinstance(error, Raced) or getattr(error, "sqlstate", None) == _TAKEN
 
 
 def _refusal(error: BaseException) -> BaseException:

@@ -35,6 +35,13 @@ class DatabaseUnavailable(DatabaseError):
         super().__init__(ERROR_REASON_DATABASE_UNAVAILABLE, f"the database is not available: {message}")
 
 
+class Raced(Unavailable):
+    """What the function read is no more so: another was faster. The function is run again, a few times."""
+
+    def __init__(self) -> None:
+        super().__init__(ERROR_REASON_DATABASE_BUSY, "others change the same at this moment; try again")
+
+
 class Driver(Protocol):
     """A driver's connection, as both databases have it."""
 
@@ -119,6 +126,15 @@ class Tx(Reader):
         compiled = self._driver.compiled(statement)
         self._driver.statements += 1
         return self._driver.execute_many(compiled.text, [compiled.values(given) for given in parameters])
+
+    def change_each(self, statement: Statement, parameters: Sequence[Parameters]) -> None:
+        """Change a row for each of the parameters; raise Raced if one is not as it was read.
+
+        For a state that follows from one that was read, or from none: `upsert(table, keys, newer="revision")`. No lock
+        can hold what is not there yet, so two may both find nothing; here the slower one finds out.
+        """
+        if self.change_many(statement, parameters) < len(parameters):
+            raise Raced
 
     @contextmanager
     def savepoint(self) -> Generator[None, None, None]:

@@ -445,13 +445,10 @@ def _take_of_many(tx: Tx, counts: Mapping[str, int]) -> Mapping[str, int]:
     """Raise the sequences of many scopes with a few statements; return their new values."""
     scopes = sorted(counts)
     there = tx.change_many(_TAKE_MANY, [{"of": scope, "count": counts[scope]} for scope in scopes])
-    values = {row.scope: row.value for row in tx.rows(_VALUES, {"scopes": scopes})}
-    if there == len(scopes):
-        return values
-    new = [scope for scope in scopes if scope not in values]
-    tx.change_many(_BEGIN, [{"scope": scope, "value": 0, "horizon": 0} for scope in new])
-    tx.change_many(_TAKE_MANY, [{"of": scope, "count": counts[scope]} for scope in new])
-    return values | {row.scope: row.value for row in tx.rows(_VALUES, {"scopes": new})}
+    if there < len(scopes):  # which were new is not known, and others may have begun them by now: take again, of all
+        tx.change_many(_BEGIN, [{"scope": scope, "value": 0, "horizon": 0} for scope in scopes])
+        tx.change_many(_TAKE_MANY, [{"of": scope, "count": counts[scope]} for scope in scopes])
+    return {row.scope: row.value for row in tx.rows(_VALUES, {"scopes": scopes})}
 
 
 def _row(entry: Entry, seq: int, now: float) -> dict[str, Any]:

@@ -73,8 +73,8 @@ class Held(Generic[M]):
 class Resources(Held[M]):
     """One table of resources.
 
-    `columns` returns the values of all columns but `payload` (and `revision`, where there is one) for a message; those
-    in `own` are set by their own statements alone.
+    `columns` returns the values of all columns but `payload` and `revision` for a message; those in `own` are set by
+    their own statements alone.
     """
 
     def __init__(
@@ -89,9 +89,7 @@ class Resources(Held[M]):
     ) -> None:
         super().__init__(table, message, kind, key=key)
         self._columns = columns
-        self._revised = "revision" in table.c
-        newer = "revision" if self._revised else ""
-        self._put = Statement(upsert(table, self._key, newer=newer, leave_out=own))
+        self._put = Statement(upsert(table, self._key, newer="revision", leave_out=own))
         self._take = Statement(select(table.c.payload).where(*self._alive, *self._this).with_for_update())
         self._delete = Statement(delete(table).where(*self._this))
 
@@ -110,12 +108,14 @@ class Resources(Held[M]):
         """Store states, each unless what is held is as new."""
         tx.change_many(self._put, [self._row(message) for message in messages])
 
+    def save(self, tx: Tx, messages: Sequence[M]) -> None:
+        """Store new resources, or the next states of what was read; raise Raced if another was faster."""
+        tx.change_each(self._put, [self._row(message) for message in messages])
+
     def delete(self, tx: Tx, *key: Any) -> bool:
         """Remove a resource; say whether there was one."""
         return tx.change(self._delete, self._given(key)) > 0
 
     def _row(self, message: M) -> dict[str, Any]:
-        row = {**self._columns(message), "payload": message.SerializeToString()}
-        if self._revised:
-            row["revision"] = getattr(message, "revision")  # noqa: B009 - every resource has one
-        return row
+        revision = getattr(message, "revision")  # noqa: B009 - every resource has one
+        return {**self._columns(message), "revision": revision, "payload": message.SerializeToString()}

@@ -1,5 +1,7 @@
 """What tasks push: it is followed whatever it is, with a number of statements that does not grow with the batch."""
 
+from datetime import timedelta
+
 import pytest
 from branchline.resource.v1 import task_pb2
 from branchline.resource.v1 import vocabulary_pb2 as words
@@ -9,6 +11,8 @@ from branchline.resource.v1.sandbox_pb2 import Sandbox
 from branchline.resource.v1.session_pb2 import Session, TranscriptEntry
 from branchline.resource.v1.task_pb2 import Task, TaskSummary
 
+from services.repository.ingest import RepositoryIngest
+from services.repository.store import RepositoryStore
 from services.runtime.errors import AlreadyExists
 from tests.unit.repository.conftest import PRINCIPAL, Room, newer
 
@@ -159,3 +163,24 @@ async def test_older_states_change_nothing(room: Room) -> None:
 
     assert (await room.place(task.id)).live is False
     assert len(await room.marked(TaskSummary)) == marked
+
+
+async def test_activity_is_noted_once_a_minute_whoever_asks(room: Room) -> None:
+    """Also by a service that has just started: what was noted is in the database alone."""
+    await room.add_repository()
+    task = await room.create()
+    revisions: list[int] = []
+    for ahead in (0, 30, 58, 61):
+        room.ahead.append(timedelta(seconds=ahead))
+        works = task.status == task_pb2.TASK_STATUS_RUNNING
+        task = newer(task, status=task_pb2.TASK_STATUS_IDLE if works else task_pb2.TASK_STATUS_RUNNING)
+        fresh = RepositoryIngest(
+            room.outbox, room.clock, RepositoryStore(room.outbox, room.clock), room.workbench, room.deletion
+        )
+        room.ingest = fresh.ingest(room.database)
+        await room.push(task)
+        ((told, _),) = await room.marked(Repository)
+        revisions.append(told.revision)
+
+    first = revisions[0]
+    assert revisions == [first, first, first, first + 1]

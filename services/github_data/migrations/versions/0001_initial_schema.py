@@ -30,6 +30,7 @@ def upgrade() -> None:
         "github_repositories",
         sa.Column("organization_id", sa.String(), nullable=False),
         sa.Column("github_id", sa.BigInteger(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
         sa.Column("payload", sa.LargeBinary(), nullable=False),
         sa.PrimaryKeyConstraint("organization_id", "github_id"),
         comment="Repositories with branches and open pull requests, as GitHub last reported them",

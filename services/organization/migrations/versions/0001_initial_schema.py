@@ -226,7 +226,13 @@ def upgrade() -> None:
             sqlite_where=sa.text("deleted IS 0"),
             postgresql_where=sa.text("deleted IS false"),
         )
-        batch_op.create_index("repositories_url", ["scope", "remote_url"], unique=False)
+        batch_op.create_index(
+            "repositories_url",
+            ["scope", "remote_url"],
+            unique=True,
+            sqlite_where=sa.text("deleted IS 0"),
+            postgresql_where=sa.text("deleted IS false"),
+        )
 
     op.create_table(
         "repository_deletions",
@@ -407,7 +413,9 @@ def downgrade() -> None:
 
     op.drop_table("repository_deletions")
     with op.batch_alter_table("repositories", schema=None) as batch_op:
-        batch_op.drop_index("repositories_url")
+        batch_op.drop_index(
+            "repositories_url", sqlite_where=sa.text("deleted IS 0"), postgresql_where=sa.text("deleted IS false")
+        )
         batch_op.drop_index(
             "repositories_name", sqlite_where=sa.text("deleted IS 0"), postgresql_where=sa.text("deleted IS false")
         )

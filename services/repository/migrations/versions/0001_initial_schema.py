@@ -80,6 +80,8 @@ def upgrade() -> None:
         sa.Column("id", sa.String(), nullable=False),
         sa.Column("organization_id", sa.String(), nullable=False),
         sa.Column("deleting", sa.Boolean(), nullable=False),
+        sa.Column("activity_time", sa.Float(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
         sa.Column("github_revision", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column("payload", sa.LargeBinary(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
