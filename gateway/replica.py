@@ -7,8 +7,9 @@ there, and the two join at the position where its own upstream was synced.
 """
 
 import asyncio
+import random
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -46,6 +47,13 @@ CATCH_UP_SILENCE_SECONDS = 45.0
 
 _REJOIN_SECONDS = 0.1
 
+_TURNS = 16
+"""How many watchers of a replica read from the coordinator at the same moment."""
+
+_SPREAD_SECONDS = 5.0
+_SPREAD_SECONDS_EACH = 0.005
+"""Over how long watchers are spread that must all catch up: so much for each, at most `_SPREAD_SECONDS`."""
+
 
 class Upstream(Protocol):
     """Opens a coordinator's watch of one scope."""
@@ -70,6 +78,10 @@ class Replica:
     live: bool = False
     """Whether it would hear of a change now."""
 
+    turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_TURNS))
+    """To be taken for each read from the coordinator."""
+
+    _spread_until: float = 0.0
     _refusal: grpc.aio.AioRpcError | None = None
     _settled: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -104,11 +116,17 @@ class Replica:
         assert self.ring is not None
         return self.ring
 
+    async def spread(self) -> None:
+        """Wait a part of the time over which those are spread who must all catch up, if that is now."""
+        left = self._spread_until - asyncio.get_running_loop().time()
+        if left > 0:
+            await asyncio.sleep(random.uniform(0, left))
+
     async def _follow_once(self, backoff: Backoff) -> None:
         token = resume_token(self.topic, self.ring.position) if self.ring is not None else ""
         selection = WatchSelection(resume_token=token, tail=True, viewer_id=EVERYBODY)
         beginning = self.ring is None
-        async with aclosing(_frames(self.upstream(selection), FOLLOW_SILENCE_SECONDS)) as frames:
+        async with aclosing(_frames(self.upstream, selection, FOLLOW_SILENCE_SECONDS)) as frames:
             async for frame in frames:
                 if frame.kind == WATCH_FRAME_KIND_RESET:
                     beginning = True
@@ -128,6 +146,8 @@ class Replica:
     def _begin(self, position: Position) -> None:
         """Begin anew: what was held does not lead here. Who watches must catch up from the coordinator."""
         if self.ring is not None:
+            seconds = min(self.watchers * _SPREAD_SECONDS_EACH, _SPREAD_SECONDS)
+            self._spread_until = asyncio.get_running_loop().time() + seconds
             self.hub.lag(self.topic)
         self.ring = self.new_ring(position)
 
@@ -194,6 +214,7 @@ class View:
                     return
                 position = page.position
                 continue
+            await self.replica.spread()
             async with aclosing(self._from_coordinator(position)) as pages:
                 async for page in pages:
                     position = page.position or position
@@ -226,8 +247,9 @@ class View:
             consistency_token=self.consistency_token,
             viewer_id=self.viewer_id,
         )
+        turns = nullcontext() if self.consistency_token else self.replica.turns  # who waits for a point holds none up
         try:
-            async with aclosing(_frames(self.upstream(selection), CATCH_UP_SILENCE_SECONDS)) as frames:
+            async with aclosing(_frames(self.upstream, selection, CATCH_UP_SILENCE_SECONDS, turns)) as frames:
                 async for frame in frames:
                     yield Page(
                         parse_resume_token(frame.resume_token, topic),
@@ -260,14 +282,23 @@ def _alone(change: WatchChange) -> WatchChange:
     return copy
 
 
-async def _frames(call: Any, silence_seconds: float) -> AsyncGenerator[WatchFrame, None]:
-    """Yield the frames of an upstream call; raise TimeoutError after a silence."""
+async def _frames(
+    upstream: Upstream,
+    selection: WatchSelection,
+    silence_seconds: float,
+    turns: AbstractAsyncContextManager[object] | None = None,
+) -> AsyncGenerator[WatchFrame, None]:
+    """Yield the frames of an upstream call, each read in a turn; raise TimeoutError after a silence."""
+    call: Any = None
+    turns = turns or nullcontext()
     try:
         while True:
-            async with asyncio.timeout(silence_seconds):
+            async with asyncio.timeout(silence_seconds), turns:
+                call = call or upstream(selection)
                 response = await call.read()
             if response is grpc.aio.EOF:
                 return
             yield response.frame
     finally:
-        call.cancel()
+        if call is not None:
+            call.cancel()
