@@ -36,6 +36,12 @@ MOST_MEMBERS = 2_000
 MOST_MEMBERSHIPS = 500
 """Most organizations of one person: each call that says who calls carries them."""
 
+MOST_ADDED = 400
+"""Most of these that others may add a person to: the rest is kept for those that the person founds."""
+
+MOST_ADDED_BY_ONE = 50
+"""Most organizations of one administrator to which that one adds the same person."""
+
 MEMBERS = Held(members, Member, ENTITY_KIND_MEMBER)
 MEMBERS_OF = MEMBERS.by("scope")
 MEMBERSHIPS_OF = MEMBERS.by("user_id")
@@ -50,6 +56,18 @@ _OWNERS = Statement(
 _COUNT = Statement(select(func.count()).where(members.c.scope == bindparam("of"), members.c.deleted.is_(False)))
 _COUNT_OF_USER = Statement(
     select(func.count()).where(members.c.user_id == bindparam("user"), members.c.deleted.is_(False))
+)
+_theirs = members.alias()
+_COUNT_SHARED = Statement(
+    select(func.count())
+    .select_from(members.join(_theirs, members.c.scope == _theirs.c.scope))
+    .where(
+        members.c.user_id == bindparam("user"),
+        members.c.deleted.is_(False),
+        _theirs.c.user_id == bindparam("caller"),
+        _theirs.c.role >= ROLE_ADMIN,
+        _theirs.c.deleted.is_(False),
+    )
 )
 _USER_IDS = Statement(
     select(members.c.scope, members.c.user_id).where(is_in(members.c.scope, "scopes"), members.c.deleted.is_(False))
@@ -81,8 +99,10 @@ class Members:
             found.setdefault(row.scope, []).append(row.user_id)
         return found
 
-    def join(self, tx: Tx, organization_id: str, user: User, role: Role.ValueType) -> Member:
-        """Make a person a member.
+    def join(
+        self, tx: Tx, organization_id: str, user: User, role: Role.ValueType, most: int = MOST_MEMBERSHIPS
+    ) -> Member:
+        """Make a person a member, of at most so many organizations.
 
         Raise AlreadyExists if the person is one, ResourceExhausted if there would be too many.
         """
@@ -91,8 +111,8 @@ class Members:
             raise AlreadyExists(ENTITY_KIND_MEMBER, user.id, sentence, ERROR_REASON_ALREADY_MEMBER)
         if tx.value(_COUNT, {"of": organization_id}) >= MOST_MEMBERS:
             raise ResourceExhausted(ERROR_REASON_QUOTA_EXCEEDED, f"an organization has at most {MOST_MEMBERS} members")
-        if tx.value(_COUNT_OF_USER, {"user": user.id}) >= MOST_MEMBERSHIPS:
-            sentence = f"a person is a member of at most {MOST_MEMBERSHIPS} organizations"
+        if tx.value(_COUNT_OF_USER, {"user": user.id}) >= most:
+            sentence = f"a person is a member of at most {most} organizations"
             raise ResourceExhausted(ERROR_REASON_QUOTA_EXCEEDED, sentence)
         left = tx.value(_LAST_REVISION, {"member": member_id(organization_id, user.id)})
         member = Member(
@@ -108,10 +128,17 @@ class Members:
         return member
 
     def add(self, tx: Tx, organization_id: str, user: User, role: Role.ValueType) -> Member:
-        """Make a person a member on the caller's word; only owners make owners."""
+        """Make a person a member on the caller's word; only owners make owners.
+
+        Nobody can use up what another may be a member of: see `MOST_ADDED` and `MOST_ADDED_BY_ONE`.
+        """
+        caller = current_principal()
         if role == ROLE_OWNER:
-            current_principal().require(ROLE_OWNER)
-        member = self.join(tx, organization_id, user, role)
+            caller.require(ROLE_OWNER)
+        if tx.value(_COUNT_SHARED, {"user": user.id, "caller": caller.user_id}) >= MOST_ADDED_BY_ONE:
+            sentence = f"you may add a person to at most {MOST_ADDED_BY_ONE} of your organizations"
+            raise ResourceExhausted(ERROR_REASON_QUOTA_EXCEEDED, sentence)
+        member = self.join(tx, organization_id, user, role, MOST_ADDED)
         self.feed.record(tx, organization_id, EVENT_KIND_MEMBER_ADDED, f"{user.display_name} joined")
         return member
 

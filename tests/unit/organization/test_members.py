@@ -18,7 +18,7 @@ from branchline.resource.v1.vocabulary_pb2 import (
 from branchline.user.v1.user_pb2 import ForgetTaskStatesRequest
 
 from services.organization.destinations import TO_HISTORY, TO_USER
-from services.organization.members import MOST_MEMBERS, MOST_MEMBERSHIPS, member_id
+from services.organization.members import MOST_ADDED, MOST_ADDED_BY_ONE, MOST_MEMBERS, MOST_MEMBERSHIPS, member_id
 from services.organization.organizations import ORGANIZATION_BYTES
 from services.runtime.client import MESSAGE_LIMIT_BYTES
 from services.runtime.database import Tx
@@ -165,6 +165,37 @@ async def test_a_person_is_drawn_into_no_more_organizations_than_a_call_can_carr
     assert len(listed.memberships) == MOST_MEMBERSHIPS
     assert listed.ByteSize() < 1024 * 1024
     assert MOST_MEMBERSHIPS * ORGANIZATION_BYTES < MESSAGE_LIMIT_BYTES
+
+
+async def test_one_administrator_cannot_fill_what_another_may_be_a_member_of(room: Room) -> None:
+    victim = User(id="usr_v", display_name="v", email="v@x.org", revision=1)
+    last = None
+    for number in range(MOST_ADDED_BY_ONE + 1):
+        last = await room.found(f"trap-{number}", owner="usr_hostile")
+        if number < MOST_ADDED_BY_ONE:
+            await room.database.write(room.stores.members.add, last.id, victim, ROLE_VIEWER)
+    assert last is not None
+    with pytest.raises(ResourceExhausted, match="of your organizations"):
+        await room.database.write(room.stores.members.add, last.id, victim, ROLE_VIEWER)
+
+    other = await room.found("other", owner="usr_other")
+    await room.database.write(room.stores.members.add, other.id, victim, ROLE_VIEWER)
+
+
+async def test_who_was_added_everywhere_founds_organizations_still(room: Room) -> None:
+    victim = User(id="usr_v", display_name="v", email="v@x.org", revision=1)
+
+    def fill(tx: Tx) -> None:
+        for number in range(MOST_ADDED):
+            room.stores.members.join(tx, f"org_{number}", victim, ROLE_VIEWER)
+
+    await room.database.write(fill)
+    organization = await room.found()
+    with pytest.raises(ResourceExhausted, match="at most"):
+        await room.database.write(room.stores.members.add, organization.id, victim, ROLE_VIEWER)
+
+    own = await room.found("own", owner="usr_v")
+    assert await room.member_ids(own.id) == {"usr_v"}
 
 
 async def test_an_organization_has_so_many_members(room: Room) -> None:
