@@ -67,7 +67,7 @@ class RepositoryIngest:
         left = [task for task in moved if places[task.id].live and task.status not in HOLDS_BRANCH]
         counted = [places[task.id].repository_id for task in (*left, *gone)]
         active = {places[task.id].repository_id: places[task.id].active_time for task in (*moved, *gone)}
-        self.store.touch(tx, counted, active)
+        self.store.touch(tx, [*counted, *self.store.quiet(active)])
 
     def history_events(self, tx: Tx, pushed: Sequence[Pushed[HistoryEvent]]) -> None:
         """Pass events on."""

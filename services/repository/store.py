@@ -149,14 +149,17 @@ class RepositoryStore:
         tx.change(_BURY, {"id": repository.id, "delete_time": self.clock.seconds()})
         self.outbox.mark(tx, [Mark(repository.id, repository.revision, repository, deleted=True)])
 
-    def touch(self, tx: Tx, counted: Iterable[str], active: Mapping[str, float] | None = None) -> None:
-        """Count live tasks again, and note that something happened: that is told once in a while alone.
+    def quiet(self, noted: Mapping[str, float]) -> set[str]:
+        """Return those of which it was not told for a while that something happened in them.
 
-        With those where something happened comes when that was noted last.
+        With each comes when that was noted last.
         """
         now = self.clock.seconds()
-        quiet = {one for one, noted in (active or {}).items() if now - noted >= ACTIVITY_SECONDS}
-        ids = sorted({*counted, *quiet})
+        return {one for one, time in noted.items() if now - time >= ACTIVITY_SECONDS}
+
+    def touch(self, tx: Tx, repository_ids: Iterable[str]) -> None:
+        """Count live tasks again, and note that something happened."""
+        ids = sorted(set(repository_ids))
         if not ids:
             return
         live = {row.repository_id: row.tasks for row in tx.rows(_LIVE_TASKS, {"ids": ids})}
