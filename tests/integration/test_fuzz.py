@@ -27,18 +27,16 @@ from branchline.spine.v1.push_pb2 import ConsistencyPoint, CursorValue, EntityRe
 from branchline.task.v1 import task_pb2 as internal_task_pb2
 from branchline.user.v1 import user_pb2 as internal_user_pb2
 from google.protobuf.descriptor import FieldDescriptor, MethodDescriptor
-from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
-from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from cli.calls import operating
 from services.runtime.client import MESSAGE_LIMIT_BYTES
 from services.runtime.principal import METADATA_KEY, Principal, Signer
+from tests.support.requests import good, put, reflected
 from tests.support.stack import Failure, Stack, failure_of, request_id
 
-PACKAGE = "branchline.gateway.v1."
 SEED = 20_240_901
 AT_ONCE = 16
 SECONDS = 60.0
@@ -140,28 +138,6 @@ def unclear(problem: Failure) -> str:
     return ""
 
 
-def good(method: MethodDescriptor, given: Mapping[str, Any]) -> Any:
-    """Return a request with a good value in every field that has one."""
-    request: Any = GetMessageClass(method.input_type)()
-    for one in method.input_type.fields:
-        value = given.get(f"{method.name}.{one.name}", given.get(one.name))
-        if value is not None:
-            put(request, one, value() if callable(value) else value)
-    return request
-
-
-def put(message: Any, one: FieldDescriptor, value: Any) -> None:
-    if one.is_repeated and one.message_type is not None and one.message_type.GetOptions().map_entry:
-        return
-    if one.is_repeated:
-        message.ClearField(one.name)
-        getattr(message, one.name).extend(value if isinstance(value, list) else [value])
-    elif one.message_type is not None:
-        getattr(message, one.name).ParseFromString(value.SerializeToString())
-    else:
-        setattr(message, one.name, value)
-
-
 def bent(message: Any, foreign: Mapping[str, str], path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (what, message), each with one field at or beyond its bounds, however deep."""
     for one in cast("list[FieldDescriptor]", message.DESCRIPTOR.fields):
@@ -226,15 +202,6 @@ def garbled(data: bytes, chance: random.Random) -> Iterator[tuple[str, bytes]]:
         for _ in range(min(len(torn), 3)):
             torn[chance.randrange(len(torn))] = chance.randrange(256)
         yield "flipped bytes", bytes(torn[: chance.randrange(len(torn) + 1)] if chance.random() < 0.5 else torn)
-
-
-def reflected(address: str) -> list[MethodDescriptor]:
-    """Ask the gateway what it serves."""
-    with grpc.insecure_channel(address) as channel:
-        database = ProtoReflectionDescriptorDatabase(channel)
-        pool = DescriptorPool(database)
-        names = [name for name in database.get_services() if name.startswith(PACKAGE)]
-        return [method for name in names for method in pool.FindServiceByName(name).methods]
 
 
 @pytest_asyncio.fixture(loop_scope="session")
