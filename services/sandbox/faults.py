@@ -26,3 +26,4 @@ def reached(moment: str) -> None:
     task = asyncio.current_task()
     assert task is not None
     task.cancel()
+    raise asyncio.CancelledError
