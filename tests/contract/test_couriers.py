@@ -30,6 +30,9 @@ from services.runtime.spine.outbox import Mark
 from tests.support.stack import eventually
 
 HANGS = "hangs"
+HANGING = 100
+"""Entities of each kind that hang: more than a courier has deliveries under way at once."""
+
 SECONDS = 15.0
 """Longer than any delivery takes, shorter than the deadline of one that hangs."""
 
@@ -153,14 +156,15 @@ async def test_every_courier_is_tested_here(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "destination"), LANES)
-async def test_an_entity_that_hangs_delays_no_other_on_its_courier(
+async def test_entities_that_hang_delay_no_other_on_their_courier(
     tmp_path: Path, name: str, destination: str
 ) -> None:  # F10
     kinds = CARRIED[name, destination]
     async with alone(tmp_path, name) as (service, children):
         outbox = couriers(service)[destination].outbox
-        stuck = [about(f"{HANGS}_{n}_{kind.__name__}", kind, destination) for n in range(12) for kind in kinds]
+        stuck = [about(f"{HANGS}_{n}_{kind.__name__}", kind, destination) for n in range(HANGING) for kind in kinds]
         await outbox.database.write(outbox.mark, stuck)
+        await asyncio.sleep(0.1)  # they are under way
         others = [about(f"other_{n}_{kind.__name__}", kind, destination) for n in range(12) for kind in kinds]
         await outbox.database.write(outbox.mark, others)
 
