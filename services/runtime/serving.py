@@ -23,7 +23,7 @@ from google.protobuf.message_factory import GetMessageClass
 from google.rpc import status_pb2
 from grpc_status import rpc_status
 
-from services.runtime.errors import DomainError, InvalidArgument, Unavailable
+from services.runtime.errors import DomainError, InvalidArgument, Unavailable, without_reason
 from services.runtime.validation import validate
 
 log = structlog.get_logger()
@@ -191,7 +191,10 @@ def status_of(error: BaseException, method: str) -> status_pb2.Status:
         return error.to_status()
     if isinstance(error, grpc.aio.AioRpcError):
         passed_on = rpc_status.from_call(error)
-        return passed_on or status_pb2.Status(code=error.code().value[0], message=error.details() or "")
+        if passed_on is not None:
+            return passed_on
+        log.warning("call inside failed", method=method, code=error.code().name, words=error.details())
+        return without_reason(error).to_status()
     log.error("call failed", method=method, exc_info=error)
     unknown = DomainError(ERROR_REASON_INTERNAL, "something went wrong inside; the server's log has it")
     return unknown.to_status()

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -76,7 +76,7 @@ class Child(grpc.GenericRpcHandler):  # pyright: ignore[reportMissingTypeArgumen
     got: list[bytes] = field(default_factory=list[bytes])
 
     def service(self, handler_call_details: Any) -> Any:
-        return grpc.unary_unary_rpc_method_handler(self._answer)
+        return cast("Any", grpc).unary_unary_rpc_method_handler(self._answer)
 
     async def _answer(self, data: bytes, _context: Any) -> bytes:
         if self.hangs or HANGS.encode() in data:

@@ -169,7 +169,8 @@ async def opening(client: Client, method: MethodDescriptor, given: dict[str, Any
     """Yield what a list answers, page by page; what a watch says until it is complete; what a stream has."""
     path = f"/{method.containing_service.full_name}/{method.name}"
     request: Any = good(method, given)
-    coders = (type(request).SerializeToString, cast("Any", GetMessageClass(method.output_type)).FromString)
+    request_type: Any = GetMessageClass(method.input_type)
+    coders: Any = (request_type.SerializeToString, GetMessageClass(method.output_type).FromString)
     if method.server_streaming:
         call = cast("Any", client.channel).unary_stream(path, *coders)(request, timeout=60)
         async for answer in call:
