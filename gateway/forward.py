@@ -33,6 +33,7 @@ _PATIENCE_SECONDS = 10.0
 """How long a call is repeated while its owner cannot be reached, or has not been born yet."""
 
 _MARGIN_SECONDS = 0.5
+"""What is left of a call's deadline, or a tenth of it, for the answer to arrive: who hears nothing learns no reason."""
 
 
 class Forwarder:
@@ -91,7 +92,7 @@ class Forwarder:
         token = str(getattr(request, "consistency_token", ""))
         wanted = _wanted(request, route)
         if token:
-            principal = await self._placement.place_new(caller, route.target, wanted, token, seconds - _MARGIN_SECONDS)
+            principal = await self._placement.place_new(caller, route.target, wanted, token, seconds)
         else:
             known = FOR_EVER if route.owner != USER else CACHE_SECONDS  # the user service knows no tasks
             principal = await self._placement.place(
@@ -130,7 +131,7 @@ class Forwarder:
         request = AwaitConsistencyRequest(
             consistency_token=str(getattr(answer, "consistency_token", "")), organization_id=principal.organization_id
         )
-        left = deadline - asyncio.get_running_loop().time() - _MARGIN_SECONDS
+        left = deadline - asyncio.get_running_loop().time()
         if left <= 0 or not request.consistency_token:
             return
         metadata = self._signer.metadata(principal)
@@ -152,5 +153,8 @@ def _is_missing(error: grpc.aio.AioRpcError, wanted: str) -> bool:
 
 
 def _seconds(context: Context, route: Route) -> float:
+    """Return how long a call may take inside."""
     left = cast("float | None", context.time_remaining())  # None without a deadline
-    return route.timeout_seconds if left is None else min(left, route.timeout_seconds)
+    if left is None:
+        return route.timeout_seconds
+    return min(left - min(_MARGIN_SECONDS, left / 10), route.timeout_seconds)

@@ -170,6 +170,21 @@ class Unavailable(DomainError):
         return [error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=1))]
 
 
+def without_reason(error: grpc.aio.AioRpcError) -> DomainError:
+    """Return what clients are told of a call to another service that failed and bears no status of ours.
+
+    gRPC's own words name the addresses inside, so they are not passed on.
+    """
+    if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+        sentence = "it was not answered in time and may be done all the same; a command can be asked for again"
+        return DeadlineExceeded(words.ERROR_REASON_NOT_ANSWERED, sentence)
+    if error.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}:
+        return Unavailable(words.ERROR_REASON_SERVICE_UNREACHABLE, "a service inside cannot be reached; try again")
+    unknown = DomainError(words.ERROR_REASON_INTERNAL, "something went wrong inside; the server's log has it")
+    unknown.code = error.code()
+    return unknown
+
+
 def _cut(words: str, most_bytes: int = _WORDS_BYTES) -> str:
     """Return the beginning of words that are too long."""
     data = words.encode(errors="replace")

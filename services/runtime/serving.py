@@ -23,7 +23,7 @@ from google.protobuf.message_factory import GetMessageClass
 from google.rpc import status_pb2
 from grpc_status import rpc_status
 
-from services.runtime.errors import DomainError, InvalidArgument, Unavailable
+from services.runtime.errors import DomainError, InvalidArgument, Unavailable, without_reason
 from services.runtime.validation import validate
 
 log = structlog.get_logger()
@@ -63,8 +63,8 @@ Admit = Callable[[Call], Awaitable[None]]
 """Lets a call in, binding who makes it to the running task; raises to refuse it."""
 
 
-def _no_observers() -> list[Callable[[str], None]]:
-    return []
+Meter = Callable[[MethodDescriptor, bytes, bool], None]
+"""Told of every message that travels: its method, its bytes, and whether it is an answer."""
 
 
 @dataclass(slots=True)
@@ -73,9 +73,10 @@ class Serving:
 
     service: str
     admit: Admit
-    observers: list[Callable[[str], None]] = field(default_factory=_no_observers)
+    observers: list[Callable[[str], None]] = field(default_factory=list[Callable[[str], None]])
     """Told the full name of every method that is called."""
 
+    meters: list[Meter] = field(default_factory=list[Meter])
     _streams: set["asyncio.Task[Any]"] = field(default_factory=set["asyncio.Task[Any]"])
     _draining: bool = False
 
@@ -87,13 +88,14 @@ class Serving:
         One that `forwards` takes a `Given`, which holds the request's bytes as well, and may return bytes.
         """
         full_name = f"/{method.containing_service.full_name}/{method.name}"
-        decode = _decoder(method, validated=validated, forwards=forwards)
+        decode = self._decoder(method, validated=validated, forwards=forwards)
+        encode = self._encoder(method)
         if method.server_streaming:
             wrapped = self._streaming(full_name, serve, decode, many=method.client_streaming)
             if method.client_streaming:
-                return grpc.stream_stream_rpc_method_handler(wrapped, None, _bytes)
-            return grpc.unary_stream_rpc_method_handler(wrapped, None, _bytes)
-        return grpc.unary_unary_rpc_method_handler(self._unary(full_name, serve, decode), None, _bytes)
+                return grpc.stream_stream_rpc_method_handler(wrapped, None, encode)
+            return grpc.unary_stream_rpc_method_handler(wrapped, None, encode)
+        return grpc.unary_unary_rpc_method_handler(self._unary(full_name, serve, decode), None, encode)
 
     def drain(self) -> None:
         """End all streams, so that their clients go elsewhere at once."""
@@ -147,6 +149,32 @@ class Serving:
 
         return wrapped
 
+    def _decoder(self, method: MethodDescriptor, *, validated: bool, forwards: bool) -> Decode:
+        request = GetMessageClass(method.input_type)
+
+        def decode(data: bytes) -> Message | Given:
+            for meter in self.meters:
+                meter(method, data, False)
+            try:
+                message = request.FromString(data)
+            except (DecodeError, ValueError) as error:
+                words = f"is no {method.input_type.name}: its bytes cannot be decoded"
+                raise InvalidArgument("request", words, ERROR_REASON_MALFORMED_REQUEST) from error
+            if validated:
+                validate(message)
+            return Given(message, data) if forwards else message
+
+        return decode
+
+    def _encoder(self, method: MethodDescriptor) -> Callable[[Message | bytes], bytes]:
+        def encode(answer: Message | bytes) -> bytes:
+            data = answer if isinstance(answer, bytes) else answer.SerializeToString()
+            for meter in self.meters:
+                meter(method, data, True)
+            return data
+
+        return encode
+
     async def _fail(self, call: Call, error: BaseException, started: float) -> None:
         """Abort the call with the status of an error, unless it is no error of the call."""
         if isinstance(error, asyncio.CancelledError | grpc.aio.AbortError | grpc.aio.UsageError):
@@ -163,7 +191,10 @@ def status_of(error: BaseException, method: str) -> status_pb2.Status:
         return error.to_status()
     if isinstance(error, grpc.aio.AioRpcError):
         passed_on = rpc_status.from_call(error)
-        return passed_on or status_pb2.Status(code=error.code().value[0], message=error.details() or "")
+        if passed_on is not None:
+            return passed_on
+        log.warning("call inside failed", method=method, code=error.code().name, words=error.details())
+        return without_reason(error).to_status()
     log.error("call failed", method=method, exc_info=error)
     unknown = DomainError(ERROR_REASON_INTERNAL, "something went wrong inside; the server's log has it")
     return unknown.to_status()
@@ -175,29 +206,9 @@ def implemented(servicer: object, method: str) -> Callable[..., Any] | None:
     return None if found is None or found.__module__.endswith("_pb2_grpc") else found
 
 
-def _decoder(method: MethodDescriptor, *, validated: bool, forwards: bool) -> Decode:
-    request = GetMessageClass(method.input_type)
-
-    def decode(data: bytes) -> Message | Given:
-        try:
-            message = request.FromString(data)
-        except (DecodeError, ValueError) as error:
-            words = f"is no {method.input_type.name}: its bytes cannot be decoded"
-            raise InvalidArgument("request", words, ERROR_REASON_MALFORMED_REQUEST) from error
-        if validated:
-            validate(message)
-        return Given(message, data) if forwards else message
-
-    return decode
-
-
 async def _decoded(given: AsyncIterator[bytes], decode: Decode) -> AsyncIterator[Message | Given]:
     async for data in given:
         yield decode(data)
-
-
-def _bytes(answer: Message | bytes) -> bytes:
-    return answer if isinstance(answer, bytes) else answer.SerializeToString()
 
 
 def _elapsed_ms(started: float) -> float:

@@ -101,9 +101,13 @@ class SandboxServicer(sandbox_pb2_grpc.SandboxServiceServicer):
                 if record.process or record.acp_session_id or record.ending:
                     await ground.agents.end(record)
             begun = await ground.database.write(
-                ground.sessions.begin, request.session_id, wanted[0], sandbox.task_id, *wanted[1:]
+                ground.sessions.reopen, request.session_id, wanted[0], sandbox.task_id, *wanted[1:]
             )
-            await ground.agents.start(begun)
+            try:
+                await ground.agents.start(begun)
+            except BaseException:
+                self.sync.wake(request.session_id)  # which sees to it that nothing of the agent stays
+                raise
             await ground.database.write(ground.sessions.stand_idle, request.session_id)
         return sandbox_pb2.OpenSessionResponse()
 

@@ -145,7 +145,7 @@ _BEGIN = _returning(
         generation=_s.generation + 1,
         acp_session_id="",
         process="",
-        ending=False,
+        ending=True,
         last_event=0,
         prompt_rpc_id=0,
         mark=0,
@@ -154,12 +154,13 @@ _BEGIN = _returning(
 _OPENED = _returning(
     update(agent_sessions)
     .where(_THIS, _s.generation == bindparam("of_generation"))
-    .values(acp_session_id=bindparam("acp_session"), process=bindparam("named"))
+    .values(acp_session_id=bindparam("acp_session"), process=bindparam("named"), ending=False)
 )
+_REOPEN = Statement(update(agent_sessions).where(_THIS).values(closing=False))
 _STAND_IDLE = Statement(
     update(agent_sessions)
     .where(_THIS, _s.status != WORKING[0], _s.status != WORKING[1])
-    .values(status=session_pb2.SESSION_STATUS_IDLE, closing=False)
+    .values(status=session_pb2.SESSION_STATUS_IDLE)
 )
 _START_TURN = Statement(
     update(agent_sessions)
@@ -305,10 +306,18 @@ class SessionStore:
         return {row.process for row in tx.rows(_PROCESSES, {"sandbox": sandbox_id})}
 
     def begin(self, tx: Tx, session_id: str, sandbox_id: str, task_id: str, agent: str, model: str) -> SessionRecord:
-        """Give a session, new or known, its next agent, which is yet to be started."""
+        """Give a session, new or known, its next agent, which is yet to be started.
+
+        Until it has, it is one to be ended: whatever breaks off its start, nothing of it stays.
+        """
         tx.change(_ADD, _new(session_id))
         given = {"to_sandbox": sandbox_id, "to_task": task_id, "to_agent": agent, "to_model": model}
         return _record(tx.row(_BEGIN, {"session": session_id, **given}))
+
+    def reopen(self, tx: Tx, session_id: str, sandbox_id: str, task_id: str, agent: str, model: str) -> SessionRecord:
+        """Give a session its next agent though it was to be closed; a wish to close that comes later counts."""
+        tx.change(_REOPEN, {"session": session_id})
+        return self.begin(tx, session_id, sandbox_id, task_id, agent, model)
 
     def agent_opened(self, tx: Tx, record: SessionRecord, acp_session_id: str, process: str) -> SessionRecord:
         """Note that a session's agent has started. Raise Overtaken if it has another one by now."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
+from services.runtime.database import Tx
 from services.runtime.errors import Unavailable, reason_of
 from services.runtime.retry import Backoff
 from services.runtime.signal import Signal
@@ -73,19 +74,23 @@ class StatusSync:
         record = await ground.database.read(ground.sessions.find, session_id)
         if record is None:
             return False
-        if record.closing:
-            await self._end_agent(record)
-            await ground.database.write(ground.sessions.close, session_id)
-        elif record.works:
+        if record.works and not record.closing:
             await Follower(ground, session_id, wishes).run()
-        elif record.ending:
-            await self._end_agent(record)
+        elif record.closing or record.ending:
+            await self._end_agent(session_id)
         else:
             return False
         return True
 
-    async def _end_agent(self, record: SessionRecord) -> None:
+    async def _end_agent(self, session_id: str) -> None:
+        """End the agent of a session, and close the session, if that is wanted once nobody starts one."""
         ground = self.ground
-        async with ground.lanes.hold(record.session_id):
-            await ground.agents.end(record)
-            await ground.database.write(ground.sessions.agent_gone, record)
+        async with ground.lanes.hold(session_id):
+            record = await ground.database.read(ground.sessions.get, session_id)
+            if record.closing or (record.ending and not record.works):
+                await ground.agents.end(record)
+                await ground.database.write(self._ended, record)
+
+    def _ended(self, tx: Tx, record: SessionRecord) -> None:
+        self.ground.sessions.agent_gone(tx, record)
+        self.ground.sessions.close(tx, record.session_id)

@@ -237,11 +237,14 @@ class OpenTask:
         self.row.workflow = ""
         self.row.touched = True
 
-    def token(self, *entries: TranscriptEntry) -> str:
-        """Return the consistency token of the closed task, its sessions, and entries."""
+    def token(self, *named: Session | TranscriptEntry) -> str:
+        """Return the consistency token of the closed task, what is named, and the sessions that were changed."""
         points = [(ENTITY_KIND_TASK, self.task.id, self.task.revision)]
-        points += [(ENTITY_KIND_SESSION, one.id, one.revision) for one in self.sessions]
-        points += [(ENTITY_KIND_TRANSCRIPT_ENTRY, one.id, one.revision) for one in entries]
+        for one in named:
+            kind = ENTITY_KIND_SESSION if isinstance(one, Session) else ENTITY_KIND_TRANSCRIPT_ENTRY
+            points.append((kind, one.id, one.revision))
+        changed = [row.session for row in self.rows.values() if row.changed and row.session not in named]
+        points += [(ENTITY_KIND_SESSION, one.id, one.revision) for one in changed]
         return consistency_token(points)
 
     def seal(self) -> Sequence[Mark]:

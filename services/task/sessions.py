@@ -80,7 +80,7 @@ class Sessions:
                 raise not_ready(task)
             task.add_session(session)
             task.tell(EVENT_KIND_SESSION_CREATED, f"{session.name} created with {session.agent}", session.id)
-        return sessions_pb2.CreateSessionResponse(session=session, consistency_token=task.token())
+        return sessions_pb2.CreateSessionResponse(session=session, consistency_token=task.token(session))
 
     def rename(self, tx: Tx, request: sessions_pb2.RenameSessionRequest) -> sessions_pb2.RenameSessionResponse:
         """Rename a session."""
@@ -90,7 +90,7 @@ class Sessions:
             session.name = request.name
             task.change_session(session)
             task.tell(EVENT_KIND_SESSION_RENAMED, words, session.id)
-        return sessions_pb2.RenameSessionResponse(session=session, consistency_token=task.token())
+        return sessions_pb2.RenameSessionResponse(session=session, consistency_token=task.token(session))
 
     def close(self, tx: Tx, request: sessions_pb2.CloseSessionRequest) -> sessions_pb2.CloseSessionResponse:
         """Close a session that does not work, drop what waits for it, and have its agent stopped."""
@@ -103,7 +103,7 @@ class Sessions:
                 self.turns.drop_queued(tx, task, session.id)
                 task.send(TO_SANDBOX, session.id, session.turn, CloseSessionRequest(session_id=session.id))
                 task.tell(EVENT_KIND_SESSION_CLOSED, f"{session.name} closed", session.id)
-        return sessions_pb2.CloseSessionResponse(session=session, consistency_token=task.token())
+        return sessions_pb2.CloseSessionResponse(session=session, consistency_token=task.token(session))
 
     def reopen(self, tx: Tx, request: sessions_pb2.ReopenSessionRequest) -> sessions_pb2.ReopenSessionResponse:
         """Open a closed session again; its next message starts the agent."""
@@ -112,7 +112,7 @@ class Sessions:
             if session.status == session_pb2.SESSION_STATUS_CLOSED:
                 task.stand(session, session_pb2.SESSION_STATUS_IDLE)
                 task.tell(EVENT_KIND_SESSION_REOPENED, f"{session.name} reopened", session.id)
-        return sessions_pb2.ReopenSessionResponse(session=session, consistency_token=task.token())
+        return sessions_pb2.ReopenSessionResponse(session=session, consistency_token=task.token(session))
 
     def send(self, tx: Tx, request: sessions_pb2.SendMessageRequest) -> sessions_pb2.SendMessageResponse:
         """Send a message, or queue it."""

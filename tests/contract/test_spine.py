@@ -6,10 +6,11 @@ import threading
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
+from branchline.admin.v1 import admin_pb2
 from branchline.resource.v1 import vocabulary_pb2 as words
 from branchline.resource.v1.session_pb2 import Session
 from branchline.resource.v1.task_pb2 import Task
@@ -18,14 +19,17 @@ from google.protobuf.any_pb2 import Any as AnyState
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from services.runtime.admin import AdminServicer
 from services.runtime.clock import Clock
 from services.runtime.database import Database, DatabaseUnavailable, Reader, open_database
-from services.runtime.errors import DeadlineExceeded, FailedPrecondition, Unavailable
+from services.runtime.errors import DeadlineExceeded, FailedPrecondition, ResourceExhausted, Unavailable
+from services.runtime.principal import OPERATOR, Principal, bind_principal
 from services.runtime.spine import outbox as outbox_module
+from services.runtime.spine.chunks import PART_BYTES
 from services.runtime.spine.courier import BatchCourier, Courier
 from services.runtime.spine.index import Entry, Index, IndexTable
 from services.runtime.spine.ingest import Ingest, RejectedEntryError
-from services.runtime.spine.outbox import COORDINATOR, Mark, Outbox, OutboxRow
+from services.runtime.spine.outbox import COORDINATOR, STATE_BYTES, Mark, Outbox, OutboxRow
 from services.runtime.spine.tokens import consistency_token, parse_consistency_token
 from tests.support.databases import Databases
 from tests.support.edges import TASK, Child, Coordinator, Proxy, cancelled, eventually, metadata, running_child, tasks
@@ -232,6 +236,32 @@ async def test_large_states_travel_in_small_batches(
 
     assert max(sizes) < 1_100_000
     assert len(sizes) >= 8
+
+
+async def test_a_state_that_no_edge_could_carry_is_refused_where_it_is_made(database: Database) -> None:  # F22
+    outbox = Outbox(database, Clock())
+    large = Mark("t", 1, Task(id="t", text="x" * STATE_BYTES))
+
+    with pytest.raises(ResourceExhausted):
+        await database.write(outbox.mark, [mark("a", 1), large])
+
+    assert await outbox.counts() == (0, 0)
+
+
+async def test_a_page_of_parked_rows_is_bounded_whatever_their_reasons_say(database: Database) -> None:  # F22
+    outbox, count = Outbox(database, Clock()), 400
+    await database.write(outbox.mark, [mark(f"t{k}", 1) for k in range(count)])
+    for row in await taken(outbox, count, forget=False):
+        await outbox.park(row, "\N{GRINNING FACE}" * 2000)
+    bind_principal(Principal(service=OPERATOR))
+    request, pages, seen = admin_pb2.ListOutboxRequest(parked=True, page_size=1000), 0, set[int]()
+
+    while (page := await AdminServicer(outbox).ListOutbox(request, cast("Any", None))).rows:
+        assert page.ByteSize() < PART_BYTES + 64 * 1024
+        seen |= {row.seq for row in page.rows}
+        pages, request.after_seq = pages + 1, page.rows[-1].seq
+
+    assert (len(seen), pages) == (count, 4)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -106,6 +106,40 @@ async def test_a_kill_between_the_end_of_a_turn_and_its_commit_loses_nothing(roo
     assert room.coordinator.said() == SLOW_WORDS
 
 
+@pytest.mark.parametrize(
+    ("moment", "text"),
+    [
+        ("turn ended", SLOW),
+        ("turn ended", "say word1\nfail broken"),
+        ("prompt stored", SLOW),
+        ("prompt posted", SLOW),
+        ("answer told", "ask May I?\nsay word1"),
+        ("cancel wanted", "say word1\nwait 60"),
+    ],
+)
+async def test_an_ordinary_stop_at_any_moment_of_a_turn_loses_nothing(
+    room: Room, moment: str, text: str
+) -> None:  # F18
+    await room.start(kill_at=f"{moment}/1/stop")
+    await room.open()
+
+    await room.prompt(1, text)
+    if moment == "answer told":
+        await room.answer((await room.question()).id, "allow")
+    if moment == "cancel wanted":
+        await room.until_said("word1")
+        await room.cancel(1)
+    assert room.process is not None
+    assert await asyncio.wait_for(room.process.wait(), 30) == 0, room.log()
+    assert room.coordinator.ended(1) is None
+    await room.start()
+
+    assert (await room.ended(1)).status == (ERROR if "fail" in text else IDLE)
+    assert room.coordinator.said().startswith("word1\n")
+    assert text != SLOW or room.coordinator.said() == SLOW_WORDS
+    assert len([state for state in room.coordinator.sessions if state.status in {IDLE, ERROR}]) == 1
+
+
 async def test_a_kill_in_mid_turn_loses_and_doubles_no_word(room: Room) -> None:  # SES-7
     await room.start()
     await room.open()

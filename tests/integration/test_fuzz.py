@@ -9,6 +9,7 @@ import base64
 import random
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -18,27 +19,28 @@ from branchline.admin.v1 import admin_pb2
 from branchline.admin.v1.admin_pb2_grpc import AdminServiceStub
 from branchline.client import Client
 from branchline.gateway.v1 import organizations_pb2, users_pb2
+from branchline.github_data.v1 import github_data_pb2
+from branchline.history.v1 import history_pb2 as internal_history_pb2
 from branchline.organization.v1 import organization_pb2 as internal_organization_pb2
 from branchline.repository.v1 import repository_pb2 as internal_repository_pb2
 from branchline.resource.v1 import organization_pb2, session_pb2, task_pb2, user_pb2
 from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_TASK
 from branchline.sandbox.v1 import sandbox_pb2
+from branchline.spine.v1 import push_pb2
 from branchline.spine.v1.push_pb2 import ConsistencyPoint, CursorValue, EntityRevision, PageCursor
 from branchline.task.v1 import task_pb2 as internal_task_pb2
 from branchline.user.v1 import user_pb2 as internal_user_pb2
-from google.protobuf.descriptor import FieldDescriptor, MethodDescriptor
-from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.descriptor import FieldDescriptor, MethodDescriptor, ServiceDescriptor
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
-from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from cli.calls import operating
 from services.runtime.client import MESSAGE_LIMIT_BYTES
-from services.runtime.principal import METADATA_KEY, Principal, Signer
+from services.runtime.principal import METADATA_KEY, OPERATOR, Principal, Signer
+from tests.support.requests import good, put, reflected
 from tests.support.stack import Failure, Stack, failure_of, request_id
 
-PACKAGE = "branchline.gateway.v1."
 SEED = 20_240_901
 AT_ONCE = 16
 SECONDS = 60.0
@@ -66,21 +68,31 @@ TEXTS = (
     "é" * 40_000,
     "a\0b",
     "\U0010ffff\u202e\r\n",
-    "../../../etc/passwd",
-    "/etc/passwd",
-    "-rf",
     "%_'\"; DROP TABLE outbox; --",
 )
+PATHS = ("../../../etc/passwd", "/etc/passwd", "-rf")
+"""For what ends as a path or an argument of a program; anywhere else they are words like any other."""
+
+PLACES = ("path", "directory", "command", "branch", "url", "name")
 NUMBERS = (0, 1, -1, 2**31 - 1, -(2**31))
 LARGE_NUMBERS = (*NUMBERS, 2**63 - 1, -(2**63))
 
-INTERNAL = {
+COORDINATORS = ("organization", "repository", "task")
+OWN = {
     "organization": internal_organization_pb2.DESCRIPTOR.services_by_name["OrganizationService"],
     "repository": internal_repository_pb2.DESCRIPTOR.services_by_name["RepositoryService"],
     "task": internal_task_pb2.DESCRIPTOR.services_by_name["TaskService"],
     "sandbox": sandbox_pb2.DESCRIPTOR.services_by_name["SandboxService"],
     "user": internal_user_pb2.DESCRIPTOR.services_by_name["UserService"],
+    "history": internal_history_pb2.DESCRIPTOR.services_by_name["HistoryService"],
+    "github_data": github_data_pb2.DESCRIPTOR.services_by_name["GithubDataService"],
 }
+SOCKETS: list[tuple[str, ServiceDescriptor]] = [
+    *OWN.items(),
+    *((name, admin_pb2.DESCRIPTOR.services_by_name["AdminService"]) for name in OWN),
+    *((name, push_pb2.DESCRIPTOR.services_by_name["PushService"]) for name in COORDINATORS),
+]
+"""Everything that the services serve among themselves, and to the operator."""
 
 
 @dataclass
@@ -102,9 +114,8 @@ class Field:
 
     async def send(self, caller: str, method: MethodDescriptor, data: bytes, what: str) -> None:
         """Send bytes to a method and judge the answer."""
-        path = f"/{method.containing_service.full_name}/{method.name}"
         async with self.turns:
-            problem = await answered(self.clients[caller].channel, path, data, stream=method.server_streaming)
+            problem = await answered(self.clients[caller].channel, method, data)
         self.outcomes[problem.code.name if problem else "OK"] += 1
         if problem is not None:
             words = unclear(problem)
@@ -112,13 +123,16 @@ class Field:
                 self.unclear.append(f"{method.name} as {caller}, {what}: {words}")
 
 
-async def answered(
-    channel: Any, path: str, data: bytes, *, stream: bool = False, metadata: Any = None
-) -> Failure | None:
+async def answered(channel: Any, method: MethodDescriptor, data: bytes, metadata: Any = None) -> Failure | None:
     """Return how a call fails, or None. Of a stream the first answer is enough."""
+    path = f"/{method.containing_service.full_name}/{method.name}"
     try:
-        if stream:
-            call = channel.unary_stream(path)(data, timeout=SECONDS, metadata=metadata)
+        if method.server_streaming:
+            call = (
+                channel.stream_stream(path)(iter([data]), timeout=SECONDS, metadata=metadata)
+                if method.client_streaming
+                else channel.unary_stream(path)(data, timeout=SECONDS, metadata=metadata)
+            )
             try:
                 await call.read()
             finally:
@@ -138,28 +152,6 @@ def unclear(problem: Failure) -> str:
     if problem.code == grpc.StatusCode.INVALID_ARGUMENT and not all(problem.fields or [""]):
         return f"names no field: {said}"
     return ""
-
-
-def good(method: MethodDescriptor, given: Mapping[str, Any]) -> Any:
-    """Return a request with a good value in every field that has one."""
-    request: Any = GetMessageClass(method.input_type)()
-    for one in method.input_type.fields:
-        value = given.get(f"{method.name}.{one.name}", given.get(one.name))
-        if value is not None:
-            put(request, one, value() if callable(value) else value)
-    return request
-
-
-def put(message: Any, one: FieldDescriptor, value: Any) -> None:
-    if one.is_repeated and one.message_type is not None and one.message_type.GetOptions().map_entry:
-        return
-    if one.is_repeated:
-        message.ClearField(one.name)
-        getattr(message, one.name).extend(value if isinstance(value, list) else [value])
-    elif one.message_type is not None:
-        getattr(message, one.name).ParseFromString(value.SerializeToString())
-    else:
-        setattr(message, one.name, value)
 
 
 def bent(message: Any, foreign: Mapping[str, str], path: str = "") -> Iterator[tuple[str, Any]]:
@@ -184,6 +176,8 @@ def extremes(one: FieldDescriptor, foreign: Mapping[str, str]) -> list[Any]:
     values: list[Any] = []
     if one.type == FieldDescriptor.TYPE_STRING:
         values = [*TEXTS, *([foreign[one.name]] if one.name in foreign else ())]
+        if any(place in one.name for place in PLACES):
+            values += PATHS
         if one.name.endswith("_token"):
             values += crafted()
     elif one.type == FieldDescriptor.TYPE_BYTES:
@@ -226,15 +220,6 @@ def garbled(data: bytes, chance: random.Random) -> Iterator[tuple[str, bytes]]:
         for _ in range(min(len(torn), 3)):
             torn[chance.randrange(len(torn))] = chance.randrange(256)
         yield "flipped bytes", bytes(torn[: chance.randrange(len(torn) + 1)] if chance.random() < 0.5 else torn)
-
-
-def reflected(address: str) -> list[MethodDescriptor]:
-    """Ask the gateway what it serves."""
-    with grpc.insecure_channel(address) as channel:
-        database = ProtoReflectionDescriptorDatabase(channel)
-        pool = DescriptorPool(database)
-        names = [name for name in database.get_services() if name.startswith(PACKAGE)]
-        return [method for name in names for method in pool.FindServiceByName(name).methods]
 
 
 @pytest_asyncio.fixture(loop_scope="session")
@@ -332,41 +317,54 @@ async def test_no_method_breaks_at_what_it_is_given(aimed: Field) -> None:  # F1
 
 async def test_no_socket_takes_what_carries_no_principal_of_ours(stack: Stack) -> None:
     forged = Signer("another installation's key", "gateway").metadata(Principal(service="gateway"))
-    for name, service in INTERNAL.items():
+    for name, service in SOCKETS:
         async with channel_to(stack, name) as channel:
             for method in service.methods:
-                path = f"/{service.full_name}/{method.name}"
                 for metadata in (None, forged, ((METADATA_KEY, "x.y.z"),)):
-                    problem = await answered(channel, path, b"", stream=method.server_streaming, metadata=metadata)
-                    assert problem is not None, path
+                    problem = await answered(channel, method, b"", metadata)
+                    assert problem is not None, method.full_name
                     assert (problem.code, problem.reason) == (
                         grpc.StatusCode.UNAUTHENTICATED,
                         "PRINCIPAL_INVALID",
-                    ), path
+                    ), method.full_name
 
 
-async def test_no_socket_breaks_at_what_its_own_send(aimed: Field) -> None:  # F16
-    chance = random.Random(SEED)
-    stack, wrong = aimed.stack, list[str]()
+async def test_no_socket_breaks_at_what_its_own_send(stack: Stack) -> None:  # F16
+    wrong, outcomes = list[str](), Counter[str]()
     nowhere: dict[str, Any] = dict.fromkeys(
-        ("task_id", "repository_id", "session_id", "sandbox_id", "user_id"), "nowhere"
+        ("task_id", "repository_id", "session_id", "sandbox_id", "user_id", "organization_id", "child"), "nowhere"
     )
-    signer = Signer(stack.installation.signing_key.get_secret_value(), "gateway")
-    callers = {"service": signer.metadata(), "user": signer.metadata(Principal(user_id="usr_x", organization_id="x"))}
-    for name, service in INTERNAL.items():
-        async with channel_to(stack, name) as channel:
-            for method in service.methods:
-                path = f"/{service.full_name}/{method.name}"
-                request = good(method, nowhere)
-                given = [*garbled(request.SerializeToString(), chance)]
-                given += [(what, one.SerializeToString()) for what, one in bent(request, {})]
-                for caller, metadata in callers.items():
-                    for what, data in given:
-                        problem = await answered(channel, path, data, stream=method.server_streaming, metadata=metadata)
-                        if problem is not None and unclear(problem):
-                            wrong.append(f"{path} as {caller}, {what}: {unclear(problem)}")
+    nowhere |= {"entries": push_pb2.PushEntry(outbox_seq=1, id="nowhere", revision=1)}
+    key = stack.installation.signing_key.get_secret_value()
+    gateway = Signer(key, "gateway")
+    service_itself, operator = gateway.metadata(), Signer(key, OPERATOR).metadata()
+    user = gateway.metadata(Principal(user_id="usr_x", organization_id="x"))
+
+    async def shoot(channel: Any, method: MethodDescriptor, chance: random.Random) -> None:
+        request = good(method, nowhere)
+        whole = request.SerializeToString()
+        given = [(service_itself, what, data) for what, data in garbled(whole, chance)]
+        senders = {"AdminService": [operator], "OrganizationService": [operator, service_itself]}
+        for sender in senders.get(method.containing_service.name, [service_itself]):
+            given += [(sender, what, one.SerializeToString()) for what, one in bent(request, {})]
+        given += [(caller, "a good request", whole) for caller in (service_itself, user, operator)]
+        for caller, what, data in given:
+            problem = await answered(channel, method, data, caller)
+            outcomes[f"{method.full_name} {problem.code.name if problem else 'OK'}"] += 1
+            if problem is not None and unclear(problem):
+                wrong.append(f"{method.full_name}, {what}: {unclear(problem)}")
+
+    async with AsyncExitStack() as opened:
+        shots: list[Any] = []
+        for name, service in SOCKETS:
+            channel = await opened.enter_async_context(channel_to(stack, name))
+            shots += [shoot(channel, method, random.Random(SEED)) for method in service.methods]
+        await asyncio.gather(*shots)
 
     assert not wrong, "\n".join(wrong)
+    assert {f"{method.full_name} OK" for _, service in SOCKETS[-len(COORDINATORS) :] for method in service.methods} <= {
+        *outcomes
+    }
     await serves_on(stack)
 
 

@@ -4,9 +4,10 @@ import asyncio
 from collections import Counter
 
 import grpc
-from branchline.gateway.v1 import history_pb2, sandboxes_pb2, sessions_pb2, tasks_pb2
+from branchline.gateway.v1 import history_pb2, sandboxes_pb2, sessions_pb2, tasks_pb2, users_pb2
 from branchline.resource.v1 import sandbox_pb2, session_pb2, task_pb2
 from branchline.resource.v1 import vocabulary_pb2 as words
+from branchline.resource.v1.user_pb2 import UserPreferences
 
 from tests.support.stack import Stack, eventually, failure, git, make_remote, request_id
 
@@ -344,3 +345,44 @@ async def test_sessions_are_created_renamed_closed_and_reopened(stack: Stack) ->
     assert await eventually(answered)
     assert (made.session.name, renamed.session.name) == ("Session 2", "Review")
     assert refused.reason == "SESSION_CLOSED"
+
+
+async def test_a_session_whose_caller_gave_up_waiting_is_made_once_when_it_is_asked_for_again(stack: Stack) -> None:
+    task = await stack.ready_task()
+    request = sessions_pb2.CreateSessionRequest(request_id=request_id(), task_id=task.id, name="Second")
+    given_up: list[str] = []
+
+    for seconds in (0.1, 0.2, 0.3, 0.4):
+        try:
+            await stack.client.sessions.CreateSession(request, timeout=seconds)
+        except grpc.aio.AioRpcError as error:
+            given_up.append(error.code().name)
+    made = await stack.client.sessions.CreateSession(request)
+    await stack.send(task, "say yes", session_id=made.session.id)
+
+    async def answered() -> bool:
+        return any("yes" in entry.text and not entry.user_id for entry in await stack.transcript(task, made.session.id))
+
+    await eventually(answered)
+    assert set(given_up) == {"DEADLINE_EXCEEDED"}
+    assert len((await stack.task(task.id)).sessions) == 2
+
+
+async def test_the_next_call_goes_by_the_preferences_that_were_just_changed(stack: Stack) -> None:  # F29
+    repository_id = await stack.add_repository()
+    client, _ = await stack.new_member()
+    async with client:
+        for agent in ("mock", "other", "mock", "another"):
+            wanted = UserPreferences(default_agent=agent)
+            await client.users.WhoAmI(users_pb2.WhoAmIRequest())  # the gateway knows the caller as before
+            await client.users.UpdatePreferences(
+                users_pb2.UpdatePreferencesRequest(request_id=request_id(), preferences=wanted)
+            )
+            seen = await client.users.WhoAmI(users_pb2.WhoAmIRequest())
+            made = await client.tasks.CreateTask(
+                tasks_pb2.CreateTaskRequest(
+                    request_id=request_id(), repository_id=repository_id, text="x", sandbox_provider="nowhere"
+                )
+            )
+            assert seen.user.preferences == wanted
+            assert made.task.sessions[0].agent == agent

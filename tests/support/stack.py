@@ -3,7 +3,7 @@
 import asyncio
 import subprocess
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +16,7 @@ from branchline.gateway.v1 import organizations_pb2, repositories_pb2, sessions_
 from branchline.organization.v1 import organization_pb2 as internal_organization_pb2
 from branchline.organization.v1.organization_pb2_grpc import OrganizationServiceStub
 from branchline.resource.v1 import organization_pb2, task_pb2
-from branchline.resource.v1.session_pb2 import TranscriptEntry
+from branchline.resource.v1.session_pb2 import Attachment, TranscriptEntry
 from branchline.resource.v1.task_pb2 import Task
 from google.rpc import error_details_pb2
 
@@ -122,7 +122,15 @@ class Stack:
         except TimeoutError as error:
             raise AssertionError(f"the task stands elsewhere: {await self.task(task_id)}") from error
 
-    async def send(self, task: Task, text: str, *, queue: bool = False, session_id: str = "") -> TranscriptEntry:
+    async def send(
+        self,
+        task: Task,
+        text: str,
+        *,
+        queue: bool = False,
+        session_id: str = "",
+        attachments: Sequence[Attachment] = (),
+    ) -> TranscriptEntry:
         answer = await self.client.sessions.SendMessage(
             sessions_pb2.SendMessageRequest(
                 request_id=request_id(),
@@ -130,6 +138,7 @@ class Stack:
                 session_id=session_id or task.sessions[0].id,
                 text=text,
                 queue=queue,
+                attachments=attachments,
             )
         )
         return answer.entry

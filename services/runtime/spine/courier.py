@@ -29,6 +29,9 @@ _PARALLEL = 64
 _PARALLEL_AGAIN = 16
 """Deliveries that failed before wait among themselves, so what hangs leaves room for what does not."""
 
+_PLACE_SECONDS = 1.0
+"""A delivery that takes longer gives its place up, and goes on: any number may hang before others are kept waiting."""
+
 _BATCH = 128
 _LANES = 1024
 _LANES_BYTES = 16 * 1024 * 1024
@@ -169,7 +172,7 @@ class Courier:
         backoff = Backoff(*_PAUSES)
         while lane.get(row.key) is row:
             try:
-                async with turns, asyncio.timeout(self.deadline_seconds):
+                async with _Place(turns), asyncio.timeout(self.deadline_seconds):
                     await self.deliver(row)
                 self.outbox.arrived([row])
                 return True
@@ -206,6 +209,28 @@ class Courier:
             return False
         log.error("delivery parked", destination=self.destination, entity=row.entity_id, reason=reason)
         return True
+
+
+class _Place:
+    """A place among the deliveries that are under way, held for a second at most."""
+
+    def __init__(self, places: asyncio.Semaphore) -> None:
+        self._places = places
+        self._held = False
+
+    async def __aenter__(self) -> None:
+        await self._places.acquire()
+        self._held = True
+        self._given_up = asyncio.get_running_loop().call_later(_PLACE_SECONDS, self._leave)
+
+    async def __aexit__(self, *_: object) -> None:
+        self._given_up.cancel()
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._held:
+            self._held = False
+            self._places.release()
 
 
 @dataclass(slots=True)

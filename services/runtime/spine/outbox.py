@@ -16,17 +16,22 @@ from functools import partial
 from typing import Any as AnyValue
 from typing import NamedTuple
 
+from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_QUOTA_EXCEEDED
 from google.protobuf.any_pb2 import Any
 from google.protobuf.message import Message
 from sqlalchemy import bindparam, delete, func, select, update
 
 from services.runtime.clock import Clock
 from services.runtime.database import Database, Reader, Statement, Tx, is_in, upsert
+from services.runtime.errors import ResourceExhausted
 from services.runtime.spine.chunks import PART_BYTES, parts
 from services.runtime.spine.tables import outbox
 
 COORDINATOR = "coordinator"
 """Destination of everything that is pushed up."""
+
+STATE_BYTES = 2 * PART_BYTES
+"""Most that one state may take. A larger one is refused where it is made: no edge above or below could carry it."""
 
 _LINE_ROWS = 4096
 _LINE_BYTES = 16 * 1024 * 1024
@@ -276,7 +281,10 @@ class Outbox:
         return self._lines[destination]
 
     def mark(self, tx: Tx, marks: Iterable[Mark]) -> None:
-        """Put states into the outbox; they leave after the transaction commits."""
+        """Put states into the outbox; they leave after the transaction commits.
+
+        Raise ResourceExhausted for a state that is too large to travel.
+        """
         rows = [
             OutboxRow(
                 next(self._numbers),
@@ -291,6 +299,10 @@ class Outbox:
         ]
         if not rows:
             return
+        for row in rows:
+            if len(row.payload) > STATE_BYTES:
+                sentence = f"{row.entity_id} would take {len(row.payload)} bytes; at most {STATE_BYTES} can travel"
+                raise ResourceExhausted(ERROR_REASON_QUOTA_EXCEEDED, sentence)
         tx.at_end(self._put, rows)
         tx.after_commit(partial(self._hand_over, rows))
 

@@ -9,6 +9,7 @@ import binascii
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from branchline.resource.v1 import vocabulary_pb2 as words
 from branchline.resource.v1.vocabulary_pb2 import EntityKind, ErrorReason
@@ -20,6 +21,9 @@ from services.runtime.validation import validate
 
 _NOT_BOUND = frozenset({"page_size", "page_token", "consistency_token"})
 _BINDING_BYTES = 12
+_MOST_ENTITIES = 40
+"""Reads take tokens of 4,096 characters (`consistency_token` of the contract): 40 ids of 64."""
+
 Value = str | int | float
 
 
@@ -32,8 +36,12 @@ class Position:
 
 
 def consistency_token(entities: Iterable[tuple[EntityKind.ValueType, str, int]]) -> str:
-    """Name entities as (kind, id, revision) that a later read must have seen."""
-    revisions = [EntityRevision(kind=kind, id=entity_id, revision=revision) for kind, entity_id, revision in entities]
+    """Name entities as (kind, id, revision) that a later read must have seen, the most important first.
+
+    No more are named than fit what a read takes.
+    """
+    first = islice(entities, _MOST_ENTITIES)
+    revisions = [EntityRevision(kind=kind, id=entity_id, revision=revision) for kind, entity_id, revision in first]
     return _encode(ConsistencyPoint(entities=revisions))
 
 

@@ -111,6 +111,8 @@ class Backend(organization_pb2_grpc.OrganizationServiceServicer):
     """Calls of Authenticate."""
     answering: asyncio.Event = field(default_factory=asyncio.Event)
     """Upstream watches are accepted and wait for this."""
+    elsewhere: dict[str, str] = field(default_factory=dict[str, str])
+    """Owners that are not served here, with their addresses."""
     got: list[tuple[str, float | None]] = field(default_factory=list[tuple[str, float | None]])
 
     def __post_init__(self) -> None:
@@ -121,7 +123,7 @@ class Backend(organization_pb2_grpc.OrganizationServiceServicer):
     @property
     def addresses(self) -> dict[str, str]:
         owners = dict.fromkeys(("organization", "repository", "task", "sandbox", "user"), f"unix:{self.folder}/backend")
-        return {**owners, "gateway": f"unix:{self.folder}/gateway"}
+        return {**owners, "gateway": f"unix:{self.folder}/gateway", **self.elsewhere}
 
     def add_caller(self, token: str, user_id: str) -> None:
         self.tokens[hashlib.sha256(token.encode()).hexdigest()] = User(id=user_id, display_name=user_id)

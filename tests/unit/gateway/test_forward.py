@@ -4,12 +4,13 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
 import pytest_asyncio
-from branchline.gateway.v1 import history_pb2, organizations_pb2, tasks_pb2, users_pb2
+from branchline.gateway.v1 import history_pb2, organizations_pb2, sessions_pb2, tasks_pb2, users_pb2
+from branchline.resource.v1.user_pb2 import UserPreferences
 from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2
 from hypothesis import HealthCheck, given, settings
@@ -156,3 +157,43 @@ async def test_a_watch_that_waits_for_its_consistency_token_says_so_in_the_end(
         refused = await refusal(client.organizations.WatchOrganization(request).read())
 
     assert refused[:2] == (grpc.StatusCode.DEADLINE_EXCEEDED, "INDEX_BEHIND")
+
+
+class Silent(grpc.GenericRpcHandler):  # pyright: ignore[reportMissingTypeArgument] - it takes none when it runs
+    """Takes every call and never answers."""
+
+    def __init__(self) -> None:
+        self.given_up = asyncio.Event()
+
+    def service(self, handler_call_details: Any) -> Any:
+        return cast("Any", grpc).unary_unary_rpc_method_handler(self._wait)
+
+    async def _wait(self, _data: bytes, _context: Any) -> bytes:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.given_up.set()
+        return b""
+
+
+async def test_a_call_that_its_owner_does_not_answer_says_why_within_the_callers_deadline(
+    tmp_path: Path,
+) -> None:  # F16
+    silent, server = Silent(), grpc.aio.server()
+    server.add_generic_rpc_handlers((silent,))
+    server.add_insecure_port(f"unix:{tmp_path}/silent")
+    await server.start()
+    away = {"task": f"unix:{tmp_path}/silent", "user": f"unix:{tmp_path}/nobody"}
+    backend = Backend(tmp_path, elsewhere=away)
+    async with backend.running(), backend.gateway(), backend.client() as client:
+        session = sessions_pb2.CreateSessionRequest(request_id="r", task_id="task_1")
+        preferences = users_pb2.UpdatePreferencesRequest(request_id="r", preferences=UserPreferences())
+        unanswered, unreached = await asyncio.gather(
+            refusal(client.sessions.CreateSession(session, timeout=1)),
+            refusal(client.users.UpdatePreferences(preferences, timeout=1)),
+        )
+        await asyncio.wait_for(silent.given_up.wait(), 5)
+    await server.stop(0)
+
+    assert unanswered[:2] == (grpc.StatusCode.DEADLINE_EXCEEDED, "NOT_ANSWERED")
+    assert unreached[:2] == (grpc.StatusCode.UNAVAILABLE, "SERVICE_UNREACHABLE")

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from branchline.gateway.v1 import sessions_pb2
+from branchline.gateway.v1 import sessions_pb2, tasks_pb2
 from branchline.resource.v1 import task_pb2
 from branchline.resource.v1.session_pb2 import Session
 from branchline.resource.v1.task_pb2 import Task
@@ -11,6 +11,8 @@ from branchline.sandbox.v1.sandbox_pb2 import StartTurnRequest
 
 from services.runtime.errors import DomainError
 from services.runtime.principal import Principal, bind_principal
+from services.runtime.spine.tokens import parse_consistency_token
+from services.runtime.validation import validate
 from services.task.open_task import OpenTask
 from tests.unit.task.room import Room, new_id
 
@@ -79,3 +81,27 @@ async def test_the_task_of_another_organization_is_not_found_and_a_viewer_may_no
         await room.database.write(room.sessions.send, request)
 
     assert (stranger.value.reason, viewer.value.reason) == ("NOT_FOUND", "ROLE_REQUIRED")
+
+
+async def test_the_token_of_a_command_is_one_that_reads_take_however_many_sessions_there_are(room: Room) -> None:  # F22
+    task = (await room.task()).task
+    names = [new_id() for _ in range(199)]
+
+    def add(opened: OpenTask) -> None:
+        for name in names:
+            opened.add_session(Session(id=f"ses_{name}", task_id=task.id, name=name))
+
+    await room.change(task.id, add)
+    opened = await room.read(task.id)
+    rename = sessions_pb2.RenameSessionRequest(
+        request_id=new_id(), task_id=task.id, session_id=f"ses_{names[-1]}", name="Other"
+    )
+    renamed = await room.database.write(room.sessions.rename, rename)
+
+    for token in (opened.token(*opened.sessions), renamed.consistency_token):
+        validate(tasks_pb2.GetTaskRequest(task_id=task.id, consistency_token=token))
+    point = parse_consistency_token(renamed.consistency_token)
+    assert {one.id: one.revision for one in point.entities} == {
+        task.id: (await room.read(task.id)).task.revision,
+        f"ses_{names[-1]}": renamed.session.revision,
+    }

@@ -306,6 +306,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """UNAVAILABLE. Another process keeps the database; nothing was done."""
     ERROR_REASON_DATABASE_UNAVAILABLE: _ErrorReason.ValueType  # 51
     """UNAVAILABLE. The database could not take the change; nothing was done."""
+    ERROR_REASON_NOT_ANSWERED: _ErrorReason.ValueType  # 52
+    """DEADLINE_EXCEEDED. The service that does it has not answered in the time that the caller gave. It may be done all
+    the same; asked for again with the same `request_id`, it is done once.
+    """
+    ERROR_REASON_SERVICE_UNREACHABLE: _ErrorReason.ValueType  # 53
+    """UNAVAILABLE. The service that does it cannot be reached, or broke off."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed, for machines. In `google.rpc.ErrorInfo.reason` without the prefix."""
@@ -414,4 +420,10 @@ ERROR_REASON_DATABASE_BUSY: ErrorReason.ValueType  # 50
 """UNAVAILABLE. Another process keeps the database; nothing was done."""
 ERROR_REASON_DATABASE_UNAVAILABLE: ErrorReason.ValueType  # 51
 """UNAVAILABLE. The database could not take the change; nothing was done."""
+ERROR_REASON_NOT_ANSWERED: ErrorReason.ValueType  # 52
+"""DEADLINE_EXCEEDED. The service that does it has not answered in the time that the caller gave. It may be done all
+the same; asked for again with the same `request_id`, it is done once.
+"""
+ERROR_REASON_SERVICE_UNREACHABLE: ErrorReason.ValueType  # 53
+"""UNAVAILABLE. The service that does it cannot be reached, or broke off."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
