@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-import structlog
 from branchline.github_data.v1.github_data_pb2 import GithubRepository
 from branchline.resource.v1 import organization_pb2
 from branchline.resource.v1.organization_pb2 import GithubStatus
@@ -17,8 +16,9 @@ from githubkit import GitHub, Response
 from githubkit.exception import RequestFailed
 
 from services.github_data.bounds import bounded
+from services.runtime.logging import get_logger
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 Json = dict[str, Any]
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
 
-import structlog
 from branchline.resource.v1 import organization_pb2
 from branchline.resource.v1.organization_pb2 import GithubStatus
 
@@ -17,9 +16,10 @@ from services.github_data.store import GithubStore, Wish
 from services.runtime.clock import Clock
 from services.runtime.database import Database, DatabaseError
 from services.runtime.errors import reason_of
+from services.runtime.logging import get_logger
 from services.runtime.signal import Signal
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 PARALLEL_ACCOUNTS = 8
 _PARALLEL_REPOSITORIES = 4

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import httpx
-import structlog
 from branchline.resource.v1 import sandbox_pb2
 from branchline.resource.v1.sandbox_pb2 import Sandbox
 from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_SANDBOX_NOT_STARTED, ERROR_REASON_SANDBOX_UNREACHABLE
@@ -19,12 +18,13 @@ from services.runtime.clock import Clock
 from services.runtime.database import Database
 from services.runtime.errors import FailedPrecondition, InvalidArgument, Unavailable
 from services.runtime.lanes import Lanes
+from services.runtime.logging import get_logger
 from services.runtime.loops import for_each
 from services.sandbox.agent_server import AgentServer, Unreachable
 from services.sandbox.providers.base import Condition, Machine, Probe, ProviderError, SandboxProvider
 from services.sandbox.store import GONE, SandboxStore
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 _PARALLEL = 8
 _AWAIT_SECONDS = 20.0

@@ -11,14 +11,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 import grpc
-import structlog
 
 from services.runtime.errors import is_permanent, reason_of
+from services.runtime.logging import get_logger
 from services.runtime.loops import being_cancelled
 from services.runtime.retry import Backoff
 from services.runtime.spine.outbox import Key, Outbox, OutboxRow
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 DEADLINE_SECONDS = 30.0
 ATTEMPTS = 12

@@ -11,13 +11,13 @@ import shutil
 import stat
 from pathlib import Path
 
-import structlog
 from pydantic import BaseModel, ConfigDict
 
+from services.runtime.logging import get_logger
 from services.sandbox.providers.base import ProviderError
 from services.sandbox.providers.processes import is_root
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 BUBBLEWRAP = "bubblewrap"
 NONE = "none"

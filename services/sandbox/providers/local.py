@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import structlog
 from pydantic import BaseModel, ConfigDict
 
+from services.runtime.logging import get_logger
 from services.sandbox.providers import isolation, ports
 from services.sandbox.providers.base import Condition, Machine, Probe, ProviderError
 from services.sandbox.providers.processes import SANDBOX_MARK, SandboxProcesses
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 _START_SECONDS = 20.0
 _START_ATTEMPTS = 5  # another process may take the port between our look and the server's start
