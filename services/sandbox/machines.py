@@ -7,9 +7,8 @@ sandbox waits in its lane. A machine is used as if it were there, and looked at 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import httpx
 from branchline.resource.v1 import sandbox_pb2
 from branchline.resource.v1.sandbox_pb2 import Sandbox
 from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_SANDBOX_NOT_STARTED, ERROR_REASON_SANDBOX_UNREACHABLE
@@ -23,6 +22,9 @@ from services.runtime.loops import for_each
 from services.sandbox.agent_server import AgentServer, Unreachable
 from services.sandbox.providers.base import Condition, Machine, Probe, ProviderError, SandboxProvider
 from services.sandbox.store import GONE, SandboxStore
+
+if TYPE_CHECKING:
+    from services.sandbox.http import Http
 
 log = get_logger(__name__)
 
@@ -45,7 +47,7 @@ class Machines:
     database: Database
     store: SandboxStore
     clock: Clock
-    http: httpx.AsyncClient
+    http: "Callable[[], Http]"
     providers: Mapping[str, SandboxProvider]
     orphans: dict[str, str] = field(default_factory=dict[str, str])
     """Sandboxes that providers have and the database does not know, with their provider. Their files are kept."""
@@ -111,7 +113,7 @@ class Machines:
 
     def server_of(self, machine: Machine) -> AgentServer:
         """Return the server of a machine that is known to run."""
-        return AgentServer(machine, self.http)
+        return AgentServer(machine, self.http())
 
     async def destroy(self, sandbox_id: str) -> None:
         """Destroy a sandbox and its files, once."""

@@ -10,17 +10,21 @@ import os
 import secrets
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import httpx
 from pydantic import BaseModel, ConfigDict
 
 from services.runtime.logging import get_logger
+from services.sandbox.agent_server import Unreachable
 from services.sandbox.providers import isolation, ports
 from services.sandbox.providers.base import Condition, Machine, Probe, ProviderError
 from services.sandbox.providers.processes import SANDBOX_MARK, SandboxProcesses
+
+if TYPE_CHECKING:
+    from services.sandbox.http import Http
 
 log = get_logger(__name__)
 
@@ -94,7 +98,7 @@ class LocalProvider:
 
     name = "local"
 
-    def __init__(self, root: Path, config: LocalProviderConfig, http: httpx.AsyncClient) -> None:
+    def __init__(self, root: Path, config: LocalProviderConfig, http: "Callable[[], Http]") -> None:
         self._root = root.absolute()
         self._config = config
         self._http = http
@@ -188,8 +192,8 @@ class LocalProvider:
         url = f"http://127.0.0.1:{known.port}"
         headers = {"Authorization": f"Bearer {known.token}"}
         try:
-            answer = await self._http.get(f"{url}/v1/acp", headers=headers, timeout=_PROBE_SECONDS)
-        except httpx.HTTPError:
+            answer = await self._http().send("GET", f"{url}/v1/acp", _PROBE_SECONDS, headers=headers)
+        except Unreachable:
             return None
         if not answer.is_success:
             return None
