@@ -6,23 +6,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from branchline.github_data.v1 import github_data_pb2
-from pydantic import SecretStr
 
 from services.github_data.servicer import GithubDataServicer
 from services.github_data.store import GithubStore
 from services.github_data.sync import GithubSync
-from services.runtime.config import ServiceConfig
+from services.runtime.config import Secret, ServiceConfig
 from services.runtime.service import Chassis, Service
 
 if TYPE_CHECKING:
     from services.github_data.reading import Account
 
 
-class GithubDataConfig(ServiceConfig):
+class GithubDataConfig(ServiceConfig, frozen=True):
     """Configuration of the github-data service."""
 
     github_url: str = "https://api.github.com"
-    github_token: SecretStr = SecretStr("")
+    github_token: Secret = Secret("")
     sync_seconds: float = 900.0
     """Longest time that reading one account may take."""
 
@@ -37,7 +36,7 @@ def build(config: GithubDataConfig) -> Service:
         # Loaded with the first wish: githubkit and what it needs are 15 MB that most installations do without.
         from services.github_data.reading import open_accounts  # noqa: PLC0415
 
-        return open_accounts(config.github_url, config.github_token.get_secret_value())
+        return open_accounts(config.github_url, config.github_token.value)
 
     def account(login: str) -> "Account":
         return accounts()(login)

@@ -173,7 +173,7 @@ class Chassis:
         self.name = name
         self.config = config
         self.clock = Clock()
-        self.signer = Signer(config.signing_key.get_secret_value(), name)
+        self.signer = Signer(config.signing_key.value, name)
         url = database_url(config.data_dir, name)
         self.database: Database = open_database(url)
         self.outbox = Outbox(self.database, self.clock)

@@ -31,7 +31,7 @@ PROVIDERS = "branchline.sandbox_providers"
 """Entry point group of further providers: callables that take a data folder and return a SandboxProvider."""
 
 
-class SandboxConfig(ServiceConfig):
+class SandboxConfig(ServiceConfig, frozen=True):
     """Configuration of the sandbox service."""
 
     local: LocalProviderConfig

@@ -18,7 +18,7 @@ from services.user.task_states import TaskStates
 _PRUNE_SECONDS = 3600.0
 
 
-class UserConfig(ServiceConfig):
+class UserConfig(ServiceConfig, frozen=True):
     """Configuration of the user service."""
 
 

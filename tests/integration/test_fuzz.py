@@ -351,7 +351,7 @@ async def test_no_socket_breaks_at_what_its_own_send(aimed: Field) -> None:  # F
     nowhere: dict[str, Any] = dict.fromkeys(
         ("task_id", "repository_id", "session_id", "sandbox_id", "user_id"), "nowhere"
     )
-    signer = Signer(stack.installation.signing_key.get_secret_value(), "gateway")
+    signer = Signer(stack.installation.signing_key.value, "gateway")
     callers = {"service": signer.metadata(), "user": signer.metadata(Principal(user_id="usr_x", organization_id="x"))}
     for name, service in INTERNAL.items():
         async with channel_to(stack, name) as channel:

@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 
 from cli.installation import python_paths
+from services.runtime.config import read_config
 from services.sandbox.agent_server import AgentServer
 from services.sandbox.commands import CommandResult, run
 from services.sandbox.http import Http
@@ -56,7 +57,7 @@ async def http() -> AsyncGenerator[Http, None]:
 
 def a_provider(root: Path, http: Http, isolation: str = "bubblewrap", **given: object) -> LocalProvider:
     config = {"sandbox_agent": AGENT_SERVER, "isolation": isolation, "readable_paths": python_paths(), **given}
-    return LocalProvider(root, LocalProviderConfig.model_validate(config), lambda: http)
+    return LocalProvider(root, read_config(LocalProviderConfig, config), lambda: http)
 
 
 async def said(provider: LocalProvider, http: Http, script: str) -> CommandResult:

@@ -9,9 +9,8 @@ import asyncio
 import os
 import shutil
 import stat
+from dataclasses import dataclass
 from pathlib import Path
-
-from pydantic import BaseModel, ConfigDict
 
 from services.runtime.logging import get_logger
 from services.sandbox.providers.base import ProviderError
@@ -32,10 +31,9 @@ OPEN_FILES = ("sh", "-c", 'umask 022 && exec "$@"', "sh")
 """Put before a command, so that others may read what it makes. uvloop cannot set the umask of what it starts."""
 
 
-class Mounts(BaseModel):
+@dataclass(frozen=True, slots=True)
+class Mounts:
     """What sandboxes see of the host."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     hidden: tuple[Path, ...]
     readable: tuple[Path, ...]

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
-
+from services.runtime.config import Config
 from services.runtime.logging import get_logger
 from services.sandbox.agent_server import Unreachable
 from services.sandbox.providers import isolation, ports
@@ -56,10 +55,8 @@ _GITCONFIG = """[credential]
 """
 
 
-class LocalProviderConfig(BaseModel):
+class LocalProviderConfig(Config, frozen=True):
     """Configuration of the `local` provider."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     sandbox_agent: Path
     """The sandbox-agent program."""
