@@ -59,7 +59,7 @@ def operated(data_dir: Path) -> Installation:
 @asynccontextmanager
 async def operating(installation: Installation, service: str, stub: Callable[[Any], S]) -> AsyncGenerator[S, None]:
     """Give a stub of a service that signs calls as the operator."""
-    signer = Signer(installation.signing_key.get_secret_value(), OPERATOR)
+    signer = Signer(installation.signing_key.value, OPERATOR)
     channel = open_channel(installation.addresses[service], signer)
     try:
         yield stub(channel)

@@ -9,10 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from pydantic import BaseModel, SecretStr
-
 from cli.settings import CONFIG_VARIABLE, Settings, SettingsError
-from services.runtime.config import database_url
+from services.runtime.config import Config, Secret, database_url, read_config
 from services.runtime.secrets import read_or_create_key
 from services.runtime.service import Service
 
@@ -33,7 +31,7 @@ _LONGEST_SOCKET_PATH = 107
 class Installation:
     """All services of one installation, by name."""
 
-    def __init__(self, settings: Settings, addresses: Mapping[str, str], signing_key: SecretStr) -> None:
+    def __init__(self, settings: Settings, addresses: Mapping[str, str], signing_key: Secret) -> None:
         self.settings = settings
         self.addresses = dict(addresses)
         self.signing_key = signing_key
@@ -41,9 +39,9 @@ class Installation:
     def build(self, name: str) -> Service:
         """Build one service, importing its room alone. Raise ValueError if its settings are wrong."""
         room = GATEWAY if name == GATEWAY else f"services.{name}"
-        build: Callable[[BaseModel], Service] = importlib.import_module(f"{room}.service").build
-        config: type[BaseModel] = get_type_hints(build)["config"]
-        return build(config.model_validate(self._configuration(name)))
+        build: Callable[[Config], Service] = importlib.import_module(f"{room}.service").build
+        config: type[Config] = get_type_hints(build)["config"]
+        return build(read_config(config, self._configuration(name)))
 
     def databases(self) -> dict[Path, str]:
         """Return the URL of each service's database, by the folder of its migrations."""
@@ -83,20 +81,20 @@ def local_installation(settings: Settings, *, make: bool = True) -> Installation
 
     Unless it may be made, raise SettingsError where there is none.
     """
-    key, path = settings.signing_key.get_secret_value(), settings.data_dir / _KEY_FILE
+    key, path = settings.signing_key.value, settings.data_dir / _KEY_FILE
     if not key and not make and not path.exists():
         raise SettingsError(f"there is no installation in {settings.data_dir}: name its data folder, or its settings")
     sockets = socket_folder(settings.data_dir.absolute())
-    given = settings.addresses.model_dump()
+    given = settings.addresses.by_name()
     addresses = {name: address or f"unix:{sockets / name}" for name, address in given.items()}
-    return Installation(settings, addresses, SecretStr(key or read_or_create_key(path)))
+    return Installation(settings, addresses, Secret(key or read_or_create_key(path)))
 
 
 def distributed_installation(settings: Settings) -> Installation:
     """Return an installation whose services run apart: everything they must agree on has to be given."""
-    given = settings.addresses.model_dump()
+    given = settings.addresses.by_name()
     missing = [name for name, address in given.items() if not address]
-    if missing or not settings.signing_key.get_secret_value():
+    if missing or not settings.signing_key.value:
         names = ", ".join([*(f"addresses.{name}" for name in missing), "signing_key"])
         raise SettingsError(f"services that run apart need these settings: {names}")
     return Installation(settings, given, settings.signing_key)
@@ -104,7 +102,7 @@ def distributed_installation(settings: Settings) -> Installation:
 
 def known_installation(settings: Settings) -> Installation:
     """Return the installation that the settings speak of, whether its services run in one process or apart."""
-    apart = all(settings.addresses.model_dump().values())
+    apart = all(settings.addresses.by_name().values())
     return distributed_installation(settings) if apart else local_installation(settings, make=False)
 
 

@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from pydantic import BaseModel, ConfigDict, SecretStr
+import msgspec
+
+from services.runtime.config import Config, Secret, read_config
 
 PREFIX = "BRANCHLINE_"
 CLIENT_KEYS = frozenset({"BRANCHLINE_ADDRESS", "BRANCHLINE_TOKEN"})
@@ -27,10 +29,8 @@ class SettingsError(Exception):
     """The settings do not suffice; the message says what to do."""
 
 
-class Addresses(BaseModel):
+class Addresses(Config, frozen=True, kw_only=True):
     """Where each service listens and is reached by the others: "127.0.0.1:7701", or "unix:/run/branchline/task"."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     gateway: str = "127.0.0.1:7700"
     organization: str = ""
@@ -41,14 +41,16 @@ class Addresses(BaseModel):
     task: str = ""
     sandbox: str = ""
 
+    def by_name(self) -> dict[str, str]:
+        """Return the addresses by the names of the services."""
+        return msgspec.structs.asdict(self)
 
-class Settings(BaseModel):
+
+class Settings(Config, frozen=True, kw_only=True):
     """All settings of an installation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
-
     data_dir: Path = Path("data")
-    signing_key: SecretStr = SecretStr("")
+    signing_key: Secret = Secret("")
     """Key that services sign calls with; `branchline up` makes one in the data folder."""
 
     log_level: str = "info"
@@ -77,10 +79,10 @@ def load_settings(**given: Any) -> Settings:
         if not variable.startswith(PREFIX) or variable in CLIENT_KEYS or variable == CONFIG_VARIABLE:
             continue
         keys = variable.removeprefix(PREFIX).lower().split(_LEVELS)
-        if keys[0] not in Settings.model_fields:
+        if keys[0] not in Settings.__struct_fields__:
             raise ValueError(f"{variable} is not a setting of Branchline")
         _set(found, keys, _value(value))
-    return Settings(**_merged(found, given))
+    return read_config(Settings, _merged(found, given))
 
 
 def _set(settings: dict[str, Any], keys: list[str], value: Any) -> None:

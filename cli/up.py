@@ -70,7 +70,7 @@ async def bootstrap(installation: Installation, default_agent: str) -> tuple[str
     The token is kept in the data folder; it is empty if somebody removed it from there.
     """
     settings = installation.settings
-    signer = Signer(installation.signing_key.get_secret_value(), OPERATOR)
+    signer = Signer(installation.signing_key.value, OPERATOR)
     channel: Any = open_channel(installation.addresses["organization"], signer)
     request = organization_pb2.BootstrapRequest(
         slug="home",

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any, cast
 
 import grpc
-import structlog
 from branchline.organization.v1.organization_pb2 import AwaitConsistencyRequest
 from branchline.organization.v1.organization_pb2_grpc import OrganizationServiceStub
 from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_NOT_READY, ERROR_REASON_TOKEN_LIMITED
@@ -23,11 +22,12 @@ from gateway.placement import FOR_EVER, Placement
 from gateway.routes import ORGANIZATION, USER, Route
 from services.runtime.client import SigningChannel
 from services.runtime.errors import PermissionDenied, Unavailable, detail_of, reason_of
+from services.runtime.logging import get_logger
 from services.runtime.principal import Principal, Signer
 from services.runtime.retry import Backoff
 from services.runtime.serving import Context, Given, Handler, Serving
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 _PATIENCE_SECONDS = 10.0
 """How long a call is repeated while its owner cannot be reached, or has not been born yet."""

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import grpc
-import structlog
 from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_INDEX_UNREACHABLE
 from branchline.resource.v1.watch_pb2 import (
     WATCH_FRAME_KIND_RESET,
@@ -28,13 +27,14 @@ from grpc_status import rpc_status
 
 from gateway.ring import Ring
 from services.runtime.errors import Unavailable, is_permanent, reason_of
+from services.runtime.logging import get_logger
 from services.runtime.loops import being_cancelled
 from services.runtime.retry import Backoff
 from services.runtime.spine.hub import Hub
 from services.runtime.spine.tokens import Position, parse_resume_token, resume_token
 from services.runtime.spine.watch import EVERYBODY, HEARTBEAT_SECONDS, Page
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 READY_SECONDS = 10.0
 """How long a watcher waits for an upstream that does not answer."""

@@ -1,7 +1,7 @@
 """Builds the gateway."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from branchline.gateway.v1 import (
     history_pb2,
@@ -14,7 +14,7 @@ from branchline.gateway.v1 import (
 )
 from branchline.organization.v1 import organization_pb2_grpc
 from branchline.repository.v1 import repository_pb2_grpc
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from msgspec import Meta
 
 from gateway.caller import Authenticator, Door
 from gateway.fanout import FanOut
@@ -23,6 +23,7 @@ from gateway.placement import Placement
 from gateway.routes import ORGANIZATION, REPOSITORY, ROUTES, SANDBOX, TASK, USER
 from gateway.watches import Watches
 from services.runtime.client import open_channel
+from services.runtime.config import Config, Secret
 from services.runtime.principal import Signer
 from services.runtime.service import Service
 
@@ -35,18 +36,16 @@ PUBLIC = {
 """Every method of the public contract, by its name within the package."""
 
 
-class GatewayConfig(BaseModel):
+class GatewayConfig(Config, frozen=True, kw_only=True):
     """Where the services are, and what the gateway allows."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     addresses: Mapping[str, str]
     """Where each service listens, by name; "gateway" is where this one does."""
 
-    signing_key: SecretStr
+    signing_key: Secret
     """Key that principals are signed with; the same for all services of an installation."""
 
-    calls_per_minute: int = Field(default=6000, ge=1)
+    calls_per_minute: Annotated[int, Meta(ge=1)] = 6000
     """Calls that one caller may make in a minute; more are refused with RESOURCE_EXHAUSTED."""
 
     drain_seconds: float = 5.0
@@ -55,7 +54,7 @@ class GatewayConfig(BaseModel):
 
 def build(config: GatewayConfig) -> Service:
     """Build the gateway."""
-    signer = Signer(config.signing_key.get_secret_value(), "gateway")
+    signer = Signer(config.signing_key.value, "gateway")
     owners = (ORGANIZATION, REPOSITORY, TASK, SANDBOX, USER)
     channels: dict[str, Any] = {owner: open_channel(config.addresses[owner], signer) for owner in owners}
     organization = organization_pb2_grpc.OrganizationServiceStub(channels[ORGANIZATION])

@@ -4,21 +4,21 @@ Source: https://docs.github.com/rest (repos, branches, pulls), through githubkit
 sends conditional requests.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import structlog
 from branchline.github_data.v1.github_data_pb2 import GithubRepository
-from branchline.resource.v1 import organization_pb2
-from branchline.resource.v1.organization_pb2 import GithubStatus
 from branchline.resource.v1.repository_pb2 import Branch, PullRequest
 from githubkit import GitHub, Response
 from githubkit.exception import RequestFailed
 
 from services.github_data.bounds import bounded
+from services.github_data.failure import GithubRefused
+from services.runtime.logging import get_logger
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 Json = dict[str, Any]
 
@@ -26,7 +26,7 @@ MOST_LISTED = 10_000
 """Branches, and pull requests, of one repository that are read at all."""
 
 _PAGE = 100
-_REFUSED = frozenset({401, 403})
+_TIMEOUT_SECONDS = 30.0
 _NO_SUCH_ACCOUNT = 404
 
 
@@ -42,8 +42,8 @@ class Account:
         repos = self.github.rest.repos
         try:
             return [one async for one in self._pages(repos.async_list_for_org, org=self.login)]
-        except RequestFailed as error:
-            if error.response.status_code != _NO_SUCH_ACCOUNT:
+        except GithubRefused as error:
+            if error.status_code != _NO_SUCH_ACCOUNT:
                 raise
         return [one async for one in self._pages(repos.async_list_for_user, username=self.login)]
 
@@ -72,18 +72,18 @@ class Account:
             log.warning("github repository cut", repository=reported.full_name, left_out=left_out)
         return reported
 
-    def _pages(self, method: Any, **given: Any) -> AsyncIterator[Json]:
-        return self.github.rest.paginate(method, map_func=_json, per_page=_PAGE, **given)
+    async def _pages(self, method: Any, **given: Any) -> AsyncGenerator[Json, None]:
+        """Yield what a method lists, page by page. Raise GithubRefused."""
+        try:
+            async for one in self.github.rest.paginate(method, map_func=_json, per_page=_PAGE, **given):
+                yield one
+        except RequestFailed as error:
+            raise GithubRefused(error.response.status_code, error.response.text) from error
 
 
-def explain(status: GithubStatus, error: Exception) -> None:
-    """Say in the status why a sync failed."""
-    status.connection = organization_pb2.GITHUB_CONNECTION_FAILING
-    status.detail = f"{type(error).__name__}: {error}"[:500]
-    if isinstance(error, RequestFailed):
-        status.detail = f"GitHub answered {error.response.status_code}: {error.response.text[:500]}"
-        if error.response.status_code in _REFUSED:
-            status.connection = organization_pb2.GITHUB_CONNECTION_RECONNECT_REQUIRED
+def open_accounts(url: str, token: str) -> Callable[[str], Account]:
+    """Return what makes the account of a login, of one client for all."""
+    return partial(Account, GitHub(token or None, base_url=url, timeout=_TIMEOUT_SECONDS))
 
 
 def _json(response: Response[Any]) -> list[Json]:

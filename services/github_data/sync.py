@@ -6,20 +6,23 @@ Wishes stand in the database: what was wanted before a restart, or could not be 
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
-import structlog
 from branchline.resource.v1 import organization_pb2
 from branchline.resource.v1.organization_pb2 import GithubStatus
 
-from services.github_data.reading import Account, Json, explain
+from services.github_data.failure import explain
 from services.github_data.store import GithubStore, Wish
 from services.runtime.clock import Clock
 from services.runtime.database import Database, DatabaseError
 from services.runtime.errors import reason_of
+from services.runtime.logging import get_logger
 from services.runtime.signal import Signal
 
-log = structlog.get_logger()
+if TYPE_CHECKING:
+    from services.github_data.reading import Account
+
+log = get_logger(__name__)
 
 PARALLEL_ACCOUNTS = 8
 _PARALLEL_REPOSITORIES = 4
@@ -33,8 +36,8 @@ class GithubSync:
     database: Database
     store: GithubStore
     clock: Clock
-    account: Callable[[str], Account]
-    """Makes the account of a login."""
+    account: "Callable[[str], Account]"
+    """Makes the account of a login, in a thread: the first takes a while."""
     sync_seconds: float
     """Longest time that reading one account may take."""
     wanted: Signal = field(default_factory=Signal)
@@ -98,11 +101,11 @@ class GithubSync:
         return status
 
     async def _read_account(self, wish: Wish) -> int:
-        account = self.account(wish.login)
+        account = await asyncio.to_thread(self.account, wish.login)
         repositories = await account.repositories()
         limit = asyncio.Semaphore(_PARALLEL_REPOSITORIES)
 
-        async def read(repository: Json) -> None:
+        async def read(repository: dict[str, Any]) -> None:
             async with limit:
                 reported = await account.read(wish.organization_id, repository)
                 await self.database.write(self.store.save_repository, reported)

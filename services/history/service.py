@@ -10,7 +10,7 @@ from services.runtime.config import ServiceConfig
 from services.runtime.service import Chassis, Service
 
 
-class HistoryConfig(ServiceConfig):
+class HistoryConfig(ServiceConfig, frozen=True):
     """Configuration of the history service."""
 
 

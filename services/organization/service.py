@@ -24,7 +24,7 @@ _RETENTION_SECONDS = 3600.0
 _TEARDOWN_SECONDS = 15.0
 
 
-class OrganizationConfig(ServiceConfig):
+class OrganizationConfig(ServiceConfig, frozen=True):
     """Configuration of the organization service."""
 
 

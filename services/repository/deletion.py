@@ -6,7 +6,6 @@ where it was.
 
 from dataclasses import dataclass, field
 
-import structlog
 from branchline.resource.v1.repository_pb2 import Repository
 from branchline.task.v1.task_pb2 import DeleteTaskRequest
 from sqlalchemy import bindparam, delete, exists, select, update
@@ -17,10 +16,11 @@ from services.repository.tables import deleted_repositories, repositories, task_
 from services.repository.workbench import Workbench
 from services.runtime.clock import Clock
 from services.runtime.database import Database, Statement, Tx, is_in
+from services.runtime.logging import get_logger
 from services.runtime.signal import Signal
 from services.runtime.spine.outbox import Mark, Outbox
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 TELL_AGAIN_SECONDS = 600.0
 """When a task that is still there is told again, so that no lost word leaves a deletion unfinished."""

@@ -6,7 +6,6 @@ Nothing that a task of ours pushes is refused: what does not fit is noted, and s
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import structlog
 from branchline.resource.v1.history_pb2 import ACTOR_KIND_SYSTEM, HistoryEvent
 from branchline.resource.v1.sandbox_pb2 import Sandbox
 from branchline.resource.v1.session_pb2 import Session, TranscriptEntry
@@ -19,11 +18,12 @@ from services.repository.summary import summary_of
 from services.repository.workbench import Conflict, Workbench
 from services.runtime.clock import Clock
 from services.runtime.database import Database, Tx
+from services.runtime.logging import get_logger
 from services.runtime.spine.ingest import Handler, Ingest, Pushed, RejectedEntryError
 from services.runtime.spine.outbox import Mark, Outbox
 from services.runtime.statuses import HOLDS_BRANCH
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

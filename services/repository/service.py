@@ -23,7 +23,7 @@ from services.runtime.spine.index import Index
 _SWEEP_PAUSE_SECONDS = 0.5
 
 
-class RepositoryConfig(ServiceConfig):
+class RepositoryConfig(ServiceConfig, frozen=True):
     """Configuration of the repository service."""
 
 

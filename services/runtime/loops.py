@@ -5,12 +5,11 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
-import structlog
-
 from services.runtime.errors import reason_of
+from services.runtime.logging import get_logger
 from services.runtime.retry import Backoff
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 Work = Callable[[], Awaitable[object]]
 T = TypeVar("T")

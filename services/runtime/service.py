@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
-import structlog
 from branchline.admin.v1 import admin_pb2
 from branchline.spine.v1 import push_pb2, push_pb2_grpc
 from google.protobuf.descriptor import FileDescriptor, ServiceDescriptor
@@ -19,6 +18,7 @@ from services.runtime.client import MESSAGE_LIMIT_BYTES, SigningChannel, open_ch
 from services.runtime.clock import Clock
 from services.runtime.config import ServiceConfig, database_url
 from services.runtime.database import Database, open_database
+from services.runtime.logging import get_logger
 from services.runtime.loops import Every, being_cancelled
 from services.runtime.migrations import bring_up_to_date
 from services.runtime.principal import METADATA_KEY, Signer, bind_principal
@@ -30,7 +30,7 @@ from services.runtime.spine.ingest import Ingest, PushServicer
 from services.runtime.spine.outbox import Outbox
 from services.runtime.spine.push import PushClient
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
@@ -173,7 +173,7 @@ class Chassis:
         self.name = name
         self.config = config
         self.clock = Clock()
-        self.signer = Signer(config.signing_key.get_secret_value(), name)
+        self.signer = Signer(config.signing_key.value, name)
         url = database_url(config.data_dir, name)
         self.database: Database = open_database(url)
         self.outbox = Outbox(self.database, self.clock)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import grpc
-import structlog
 from branchline.resource.v1.vocabulary_pb2 import (
     ERROR_REASON_DRAINING,
     ERROR_REASON_INTERNAL,
@@ -24,9 +23,10 @@ from google.rpc import status_pb2
 from grpc_status import rpc_status
 
 from services.runtime.errors import DomainError, InvalidArgument, Unavailable, without_reason
+from services.runtime.logging import get_logger
 from services.runtime.validation import validate
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"

@@ -11,37 +11,32 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import httpx
 from branchline.resource.v1.vocabulary_pb2 import (
     ENTITY_KIND_FILE,
     ERROR_REASON_COMMAND_NOT_STARTED,
     ERROR_REASON_FILE_TOO_LARGE,
     ERROR_REASON_SANDBOX_UNREACHABLE,
 )
-from httpx_sse import aconnect_sse
 
 from services.runtime.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from services.sandbox.providers.base import Machine
 
+if TYPE_CHECKING:
+    from httpx import Response
+
+    from services.sandbox.http import Http
+
 Json = dict[str, Any]
 
 _TIMEOUT_SECONDS = 30.0
-_CONNECT_SECONDS = 5.0
 _DISCONNECT_SECONDS = 1.0
 _STOP_MS = 2000
-_IDLE_CONNECTIONS = 64
 _DETAIL_CHARACTERS = 2000
 
 FILE_BYTES = 1024 * 1024
 """Largest file that is read or written whole."""
-
-
-def open_http() -> httpx.AsyncClient:
-    """Return the one client that speaks to all servers. Streams and prompts hold connections: these are not bounded."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=_IDLE_CONNECTIONS)
-    return httpx.AsyncClient(limits=limits, trust_env=False, verify=False)  # noqa: S501 - plain HTTP on this host
 
 
 class AgentError(Exception):
@@ -55,9 +50,9 @@ class AgentUnknownError(AgentError):
 class Unreachable(Unavailable):
     """The server does not answer, or broke off."""
 
-    def __init__(self, error: httpx.HTTPError) -> None:
+    def __init__(self, error: Exception, *, sent: bool) -> None:
         super().__init__(ERROR_REASON_SANDBOX_UNREACHABLE, f"the sandbox does not answer: {error!r}")
-        self.sent = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
+        self.sent = sent
         """Whether the request may have arrived."""
 
 
@@ -109,7 +104,7 @@ class AgentEvent:
 class AgentServer:
     """The server of one running machine."""
 
-    def __init__(self, machine: Machine, http: httpx.AsyncClient) -> None:
+    def __init__(self, machine: Machine, http: "Http") -> None:
         self.machine = machine
         self._http = http
         self._headers = {"Authorization": f"Bearer {machine.token}"}
@@ -135,16 +130,12 @@ class AgentServer:
 
     async def follow_output(self, process_id: str) -> AsyncGenerator[ProcessOutput, None]:
         """Follow a process's output from its start. It does not end when the process does."""
-        wait = httpx.Timeout(None, connect=_CONNECT_SECONDS)
         url = self._url(f"/v1/processes/{process_id}/logs")
-        options: Json = {"params": {"follow": "true"}, "headers": {**self._headers}, "timeout": wait}
-        try:
-            async with aconnect_sse(self._http, "GET", url, **options) as source:
-                async for event in source.aiter_sse():
-                    if event.data:
-                        yield _output(json.loads(event.data))
-        except httpx.HTTPError as error:
-            raise Unreachable(error) from error
+        headers = {**self._headers}
+        async with self._http.listen(url, None, params={"follow": "true"}, headers=headers) as source:
+            async for event in source.aiter_sse():
+                if event.data:
+                    yield _output(json.loads(event.data))
 
     async def stop_process(self, process_id: str) -> None:
         """Ask a process to end, and forget it."""
@@ -259,49 +250,34 @@ class AgentServer:
         Raise AgentError if there is no such connection, Unreachable if the stream breaks or is silent, without even a
         heartbeat, for too long.
         """
-        wait = httpx.Timeout(_TIMEOUT_SECONDS, connect=_CONNECT_SECONDS, read=silence_seconds)
         headers = {**self._headers, "Last-Event-ID": str(after)}
-        try:
-            async with aconnect_sse(
-                self._http, "GET", self._url(f"/v1/acp/{connection}"), headers=headers, timeout=wait
-            ) as source:
-                if source.response.is_error:
-                    await source.response.aread()
-                    raise AgentError(_detail(source.response))
+        async with self._http.listen(self._url(f"/v1/acp/{connection}"), silence_seconds, headers=headers) as source:
+            if source.response.is_error:
+                await source.response.aread()
+                raise AgentError(_detail(source.response))
 
-                async def parsed() -> AsyncIterator[AgentEvent]:
-                    async for event in source.aiter_sse():
-                        if event.id and event.data:
-                            yield AgentEvent(int(event.id), json.loads(event.data))
+            async def parsed() -> AsyncIterator[AgentEvent]:
+                async for event in source.aiter_sse():
+                    if event.id and event.data:
+                        yield AgentEvent(int(event.id), json.loads(event.data))
 
-                yield parsed()
-        except httpx.HTTPError as error:
-            raise Unreachable(error) from error
+            yield parsed()
 
     def _url(self, path: str) -> str:
         return f"{self.machine.url}{path}"
 
     async def _send(
         self, method: str, path: str, timeout_seconds: float | None = _TIMEOUT_SECONDS, **options: Any
-    ) -> httpx.Response:
-        try:
-            return await self._http.request(
-                method,
-                self._url(path),
-                headers=self._headers,
-                timeout=httpx.Timeout(timeout_seconds, connect=_CONNECT_SECONDS),
-                **options,
-            )
-        except httpx.HTTPError as error:
-            raise Unreachable(error) from error
+    ) -> "Response":
+        return await self._http.send(method, self._url(path), timeout_seconds, headers=self._headers, **options)
 
-    async def _process(self, method: str, process_id: str, what: str = "", **options: Any) -> httpx.Response:
+    async def _process(self, method: str, process_id: str, what: str = "", **options: Any) -> "Response":
         answer = await self._send(method, f"/v1/processes/{process_id}{what}", **options)
         if answer.is_error:
             raise Unavailable(ERROR_REASON_SANDBOX_UNREACHABLE, f"the sandbox lost the process: {_detail(answer)}")
         return answer
 
-    async def _file(self, method: str, api: str, path: str, **options: Any) -> httpx.Response:
+    async def _file(self, method: str, api: str, path: str, **options: Any) -> "Response":
         answer = await self._send(method, api, params={"path": path}, **options)
         if not answer.is_error:
             return answer
@@ -340,7 +316,7 @@ def rpc_error(error: Json) -> str:
     return f"{words}: {json.dumps(data)}"[:_DETAIL_CHARACTERS] if data else words[:_DETAIL_CHARACTERS]
 
 
-def _detail(answer: httpx.Response) -> str:
+def _detail(answer: "Response") -> str:
     try:
         body: Json = answer.json()
     except ValueError:

@@ -7,7 +7,6 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
-import structlog
 from branchline.resource.v1.vocabulary_pb2 import (
     ERROR_REASON_AGENT_NOT_STARTED,
     ERROR_REASON_SANDBOX_UNREACHABLE,
@@ -16,6 +15,7 @@ from branchline.resource.v1.vocabulary_pb2 import (
 from services.runtime.database import Database
 from services.runtime.errors import DomainError, FailedPrecondition, InvalidArgument, Unavailable
 from services.runtime.lanes import Lanes
+from services.runtime.logging import get_logger
 from services.runtime.retry import Backoff
 from services.sandbox.agent_server import AgentError, AgentServer, AgentUnknownError
 from services.sandbox.machines import WORKSPACE, Machines
@@ -23,7 +23,7 @@ from services.sandbox.members import member, members
 from services.sandbox.providers.base import Condition
 from services.sandbox.sessions import SessionRecord, SessionStore
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 _PROTOCOL_VERSION = 1
 _START_SECONDS = 120.0

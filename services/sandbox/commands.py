@@ -8,14 +8,14 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-import structlog
 from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_COMMAND_NOT_STARTED
 
 from services.runtime.errors import DomainError, FailedPrecondition
+from services.runtime.logging import get_logger
 from services.runtime.retry import Backoff
 from services.sandbox.agent_server import AgentServer, ProcessOutput, ProcessState
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 OUTPUT_BYTES = 1024 * 1024
 """Most that `run` keeps of each stream; the end of what is longer."""

@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-import structlog
-
 from services.runtime.clock import Clock
 from services.runtime.database import Database
 from services.runtime.errors import DomainError, Unavailable, reason_of
 from services.runtime.lanes import Lanes
+from services.runtime.logging import get_logger
 from services.runtime.retry import Backoff
 from services.runtime.signal import Signal
 from services.sandbox import faults
@@ -34,7 +33,7 @@ from services.sandbox.transcript import TranscriptBuilder
 from services.sandbox.turn import Turn, TurnFailed
 from services.sandbox.watchdog import Watchdog
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 FLUSH_SECONDS = 0.05
 """Shortest time between two stored updates of one session: watchers see at most 20 a second."""

@@ -1,12 +1,10 @@
 """How long what an agent does, or does not do, is waited for. Settings of the service, all in seconds."""
 
-from pydantic import BaseModel, ConfigDict
+from services.runtime.config import Config
 
 
-class Limits(BaseModel):
+class Limits(Config, frozen=True):
     """Bounds of turns."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     silence_seconds: float = 15 * 60.0
     """An agent that says nothing for so long, with no tool call or question open, is asked for a sign of life."""

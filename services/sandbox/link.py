@@ -6,14 +6,13 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-import structlog
-
+from services.runtime.logging import get_logger
 from services.runtime.retry import Backoff
 from services.sandbox.agent_server import AgentError, AgentServer, Json, Unreachable
 from services.sandbox.sessions import SessionRecord
 from services.sandbox.turn import MARKS
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 _ATTEMPTS = 6
 

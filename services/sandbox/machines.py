@@ -7,10 +7,8 @@ sandbox waits in its lane. A machine is used as if it were there, and looked at 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import httpx
-import structlog
 from branchline.resource.v1 import sandbox_pb2
 from branchline.resource.v1.sandbox_pb2 import Sandbox
 from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_SANDBOX_NOT_STARTED, ERROR_REASON_SANDBOX_UNREACHABLE
@@ -19,12 +17,16 @@ from services.runtime.clock import Clock
 from services.runtime.database import Database
 from services.runtime.errors import FailedPrecondition, InvalidArgument, Unavailable
 from services.runtime.lanes import Lanes
+from services.runtime.logging import get_logger
 from services.runtime.loops import for_each
 from services.sandbox.agent_server import AgentServer, Unreachable
 from services.sandbox.providers.base import Condition, Machine, Probe, ProviderError, SandboxProvider
 from services.sandbox.store import GONE, SandboxStore
 
-log = structlog.get_logger()
+if TYPE_CHECKING:
+    from services.sandbox.http import Http
+
+log = get_logger(__name__)
 
 _PARALLEL = 8
 _AWAIT_SECONDS = 20.0
@@ -45,7 +47,7 @@ class Machines:
     database: Database
     store: SandboxStore
     clock: Clock
-    http: httpx.AsyncClient
+    http: "Callable[[], Http]"
     providers: Mapping[str, SandboxProvider]
     orphans: dict[str, str] = field(default_factory=dict[str, str])
     """Sandboxes that providers have and the database does not know, with their provider. Their files are kept."""
@@ -111,7 +113,7 @@ class Machines:
 
     def server_of(self, machine: Machine) -> AgentServer:
         """Return the server of a machine that is known to run."""
-        return AgentServer(machine, self.http)
+        return AgentServer(machine, self.http())
 
     async def destroy(self, sandbox_id: str) -> None:
         """Destroy a sandbox and its files, once."""

@@ -8,10 +8,10 @@ posted again. One of which it is not known is withdrawn first, so that it is not
 import asyncio
 from dataclasses import dataclass
 
-import structlog
 from branchline.sandbox.v1.sandbox_pb2 import StartTurnRequest
 
 from services.runtime.database import Database
+from services.runtime.logging import get_logger
 from services.runtime.retry import Backoff
 from services.runtime.signal import Signal
 from services.sandbox import faults
@@ -23,7 +23,7 @@ from services.sandbox.prompt import prompt_blocks
 from services.sandbox.sessions import SessionStore
 from services.sandbox.turn import PROMPT_POSTS, Turn
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 _NOTICE_SECONDS = 0.05
 

@@ -1,16 +1,17 @@
 """Builds the sandbox service."""
 
+from collections.abc import Callable
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import httpx
 from branchline.gateway.v1 import sandboxes_pb2
 from branchline.sandbox.v1 import sandbox_pb2
 
 from services.runtime.config import ServiceConfig
 from services.runtime.lanes import Lanes
 from services.runtime.service import Chassis, Service
-from services.sandbox.agent_server import open_http
 from services.sandbox.agents import Agents
 from services.sandbox.follower import Ground
 from services.sandbox.limits import Limits
@@ -23,11 +24,14 @@ from services.sandbox.sessions import SessionStore
 from services.sandbox.status_sync import StatusSync
 from services.sandbox.store import SandboxStore
 
+if TYPE_CHECKING:
+    from services.sandbox.http import Http
+
 PROVIDERS = "branchline.sandbox_providers"
 """Entry point group of further providers: callables that take a data folder and return a SandboxProvider."""
 
 
-class SandboxConfig(ServiceConfig):
+class SandboxConfig(ServiceConfig, frozen=True):
     """Configuration of the sandbox service."""
 
     local: LocalProviderConfig
@@ -42,7 +46,12 @@ class SandboxConfig(ServiceConfig):
 def build(config: SandboxConfig) -> Service:
     """Build the service."""
     chassis = Chassis("sandbox", config, Path(__file__).parent)
-    http = open_http()
+    http = cache(_open_http)
+
+    async def close_http() -> None:
+        if http.cache_info().currsize:
+            await http().close()
+
     store = SandboxStore(chassis.outbox, chassis.clock)
     sessions = SessionStore(chassis.outbox, chassis.clock.timestamp)
     machines = Machines(chassis.database, store, chassis.clock, http, _providers(config, http))
@@ -57,13 +66,20 @@ def build(config: SandboxConfig) -> Service:
     service.loops.append(sync.run)
     service.every(config.sweep_seconds, "see to unfinished sessions", sync.sweep)
     service.every(config.sweep_seconds, "see to sandboxes in a passing state", machines.sweep)
-    service.after_stop.append(http.aclose)
+    service.after_stop.append(close_http)
     if config.stop_machines:
         service.after_stop.append(machines.stop_all)
     return service
 
 
-def _providers(config: SandboxConfig, http: httpx.AsyncClient) -> dict[str, SandboxProvider]:
+def _open_http() -> "Http":
+    # Loaded with the first machine: httpx is 9 MB that a service without machines does without.
+    from services.sandbox.http import Http  # noqa: PLC0415
+
+    return Http()
+
+
+def _providers(config: SandboxConfig, http: "Callable[[], Http]") -> dict[str, SandboxProvider]:
     providers: dict[str, SandboxProvider] = {"local": LocalProvider(config.data_dir / "local", config.local, http)}
     for entry in entry_points(group=PROVIDERS):
         provider: SandboxProvider = entry.load()(config.data_dir / entry.name)

@@ -7,7 +7,6 @@ import stat
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-import structlog
 from branchline.resource.v1.vocabulary_pb2 import (
     ERROR_REASON_FILE_NOT_WRITTEN,
     ERROR_REASON_SESSION_WORKING,
@@ -15,6 +14,7 @@ from branchline.resource.v1.vocabulary_pb2 import (
 from branchline.sandbox.v1 import sandbox_pb2, sandbox_pb2_grpc
 
 from services.runtime.errors import FailedPrecondition
+from services.runtime.logging import get_logger
 from services.runtime.principal import current_principal
 from services.runtime.serving import Context
 from services.sandbox.agent_server import AgentServer
@@ -23,7 +23,7 @@ from services.sandbox.follower import Ground
 from services.sandbox.status_sync import StatusSync
 from services.sandbox.store import SandboxStore
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 _INSTALL_SECONDS = 10
 

@@ -6,16 +6,15 @@ A session is unfinished while its agent has a turn to do, while an agent must be
 import asyncio
 from dataclasses import dataclass, field
 
-import structlog
-
 from services.runtime.database import Tx
 from services.runtime.errors import Unavailable, reason_of
+from services.runtime.logging import get_logger
 from services.runtime.retry import Backoff
 from services.runtime.signal import Signal
 from services.sandbox.follower import FLUSH_SECONDS, Follower, Ground
 from services.sandbox.sessions import Overtaken, SessionRecord
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 
 @dataclass(slots=True)

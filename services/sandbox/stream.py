@@ -8,8 +8,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import structlog
-
+from services.runtime.logging import get_logger
 from services.runtime.retry import Backoff
 from services.sandbox.agent_server import AgentError, AgentEvent, Unreachable
 from services.sandbox.link import AgentLink
@@ -17,7 +16,7 @@ from services.sandbox.machines import Machines
 from services.sandbox.providers.base import Condition
 from services.sandbox.turn import Turn
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 _REFUSALS = 3
 

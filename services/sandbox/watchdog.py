@@ -4,8 +4,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import structlog
-
+from services.runtime.logging import get_logger
 from services.runtime.signal import Signal
 from services.sandbox.agent_server import AgentError, Unreachable
 from services.sandbox.control import Control
@@ -13,7 +12,7 @@ from services.sandbox.limits import Limits
 from services.sandbox.link import AgentLink, new_mark
 from services.sandbox.turn import Turn
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 _MOST_BETWEEN_LOOKS_SECONDS = 1.0
 _REFUSALS = 2

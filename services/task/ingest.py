@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import structlog
 from branchline.resource.v1 import sandbox_pb2
 from branchline.resource.v1.sandbox_pb2 import Sandbox
 from branchline.resource.v1.session_pb2 import TranscriptEntry
@@ -11,13 +10,14 @@ from branchline.sandbox.v1.sandbox_pb2 import AgentSession
 from sqlalchemy import bindparam, select, update
 
 from services.runtime.database import Database, Statement, Tx, is_in
+from services.runtime.logging import get_logger
 from services.runtime.spine.ingest import Handler, Ingest, Pushed, RejectedEntryError
 from services.runtime.spine.outbox import Mark
 from services.task.store import ENTRIES, SANDBOXES, TaskStore
 from services.task.tables import task_sandboxes, task_workbench_sessions, transcript_entries
 from services.task.turns import Turns
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 ENTRY_BYTES = 512 * 1024
 """Most that a transcript entry has."""

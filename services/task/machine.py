@@ -14,8 +14,8 @@ from branchline.resource.v1.task_pb2 import Task
 from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_COMMAND_FAILED, ERROR_REASON_COMMAND_TIMED_OUT
 from branchline.sandbox.v1 import sandbox_pb2
 from branchline.sandbox.v1.sandbox_pb2_grpc import SandboxServiceStub
-from pydantic import BaseModel, ConfigDict
 
+from services.runtime.config import Config
 from services.runtime.errors import FailedPrecondition
 from services.runtime.retry import Backoff
 from services.task.git import CREDENTIALS_FILE, CREDENTIALS_MODE, tail
@@ -26,10 +26,8 @@ _TRANSIENT = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EX
 T = TypeVar("T")
 
 
-class Deadlines(BaseModel):
+class Deadlines(Config, frozen=True):
     """How long each thing may take."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     create_seconds: float = 120.0
     """Making or destroying a machine."""

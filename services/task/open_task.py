@@ -7,7 +7,6 @@ that must leave the service goes into the outbox at once.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import structlog
 from branchline.resource.v1.history_pb2 import ACTOR_KIND_AGENT, ACTOR_KIND_SYSTEM, ACTOR_KIND_USER, HistoryEvent
 from branchline.resource.v1.repository_pb2 import Repository
 from branchline.resource.v1.session_pb2 import SESSION_STATUS_CLOSED, Session, SessionSummary, TranscriptEntry
@@ -25,6 +24,7 @@ from google.protobuf.message import Message
 
 from services.runtime.clock import Clock
 from services.runtime.errors import NotFound
+from services.runtime.logging import get_logger
 from services.runtime.principal import principal_or_none
 from services.runtime.spine.outbox import Mark
 from services.runtime.spine.tokens import consistency_token
@@ -38,7 +38,7 @@ from services.task.status import (
     status_name,
 )
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 _REASON_CHARACTERS = 4000
 _SUMMARY_CHARACTERS = 500

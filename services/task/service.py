@@ -27,7 +27,7 @@ from services.task.workflows import TaskWorkflows
 _HOUR_SECONDS = 3600.0
 
 
-class TaskConfig(ServiceConfig):
+class TaskConfig(ServiceConfig, frozen=True):
     """Configuration of the task service."""
 
     deadlines: Deadlines = Deadlines()

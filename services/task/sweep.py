@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import structlog
 from branchline.sandbox.v1.sandbox_pb2 import StartTurnRequest
 
 from services.runtime.database import Database, Tx
+from services.runtime.logging import get_logger
 from services.runtime.loops import for_each
 from services.runtime.spine.outbox import Outbox
 from services.runtime.workflows import Outcome, WorkflowEngine
@@ -21,7 +21,7 @@ from services.task.store import SWEEP_ROWS, TaskStore
 from services.task.turns import Turns
 from services.task.workflows import TaskWorkflows, workflow_id
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 SWEEP_SECONDS = 60.0
 _MARGIN_SECONDS = 900.0

@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import structlog
 from branchline.resource.v1 import session_pb2, task_pb2
 from branchline.resource.v1.session_pb2 import Attachment, Session, TranscriptEntry
 from branchline.resource.v1.vocabulary_pb2 import (
@@ -19,13 +18,14 @@ from branchline.sandbox.v1.sandbox_pb2 import AgentSession, CancelTurnRequest, S
 
 from services.runtime.database import Tx
 from services.runtime.errors import FailedPrecondition, InvalidArgument
+from services.runtime.logging import get_logger
 from services.runtime.statuses import ENDING, WORKING
 from services.task.destinations import TO_SANDBOX
 from services.task.open_task import OpenTask
 from services.task.status import SESSION_WORKING, SessionStanding, refused, status_name
 from services.task.store import DROPPED, QUEUED, QUEUED_OF_TASK, TaskStore
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 ATTACHMENTS_BYTES = 256 * 1024
 """Most that the attachments of one message have in sum."""

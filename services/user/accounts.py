@@ -7,7 +7,6 @@ from branchline.resource.v1.organization_pb2 import ROLE_UNSPECIFIED, Role
 from branchline.resource.v1.user_pb2 import ApiToken, User
 from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_API_TOKEN, ENTITY_KIND_USER
 from branchline.user.v1.user_pb2 import ApiTokenState
-from cryptography.fernet import Fernet
 from google.protobuf.timestamp_pb2 import Timestamp
 from sqlalchemy import bindparam, delete, select, update
 
@@ -16,6 +15,7 @@ from services.runtime.database import Reader, Statement, Tx, insert, upsert
 from services.runtime.errors import NotFound
 from services.runtime.spine.outbox import Mark, Outbox
 from services.runtime.spine.resources import Resources
+from services.user.cipher import Cipher
 from services.user.tables import api_tokens, git_credentials, users
 
 USERS = Resources(users, User, ENTITY_KIND_USER, columns=lambda user: {"id": user.id, "email": user.email})
@@ -58,7 +58,7 @@ class Accounts:
 
     outbox: Outbox
     clock: Clock
-    cipher: Fernet
+    cipher: Cipher
 
     def create(self, tx: Tx, user: User) -> User:
         """Store a new person; return the one who has the id or the e-mail address already, if there is one."""
@@ -124,7 +124,7 @@ class Accounts:
         if not credential.secret:
             tx.change(_REMOVE_CREDENTIAL, {"user": user_id, "of": host})
             return
-        encrypted = self.cipher.encrypt(credential.secret.encode())
+        encrypted = self.cipher.encrypt(credential.secret)
         given = {"user_id": user_id, "host": host, "username": credential.username}
         tx.change(_SET_CREDENTIAL, {**given, "secret_encrypted": encrypted})
 
@@ -133,4 +133,4 @@ class Accounts:
         row: Any = tx.row(_CREDENTIAL, {"user": user_id, "of": host})
         if row is None:
             return None
-        return GitCredential(row.username, self.cipher.decrypt(row.secret_encrypted).decode())
+        return GitCredential(row.username, self.cipher.decrypt(row.secret_encrypted))

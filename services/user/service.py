@@ -5,12 +5,12 @@ from pathlib import Path
 
 from branchline.gateway.v1 import users_pb2
 from branchline.user.v1 import user_pb2
-from cryptography.fernet import Fernet
 
 from services.runtime.config import ServiceConfig
 from services.runtime.secrets import read_or_create_key
 from services.runtime.service import Chassis, Service
 from services.user.accounts import Accounts
+from services.user.cipher import Cipher
 from services.user.public import PublicUserServicer
 from services.user.servicer import UserServicer
 from services.user.task_states import TaskStates
@@ -18,7 +18,7 @@ from services.user.task_states import TaskStates
 _PRUNE_SECONDS = 3600.0
 
 
-class UserConfig(ServiceConfig):
+class UserConfig(ServiceConfig, frozen=True):
     """Configuration of the user service."""
 
 
@@ -26,7 +26,7 @@ def build(config: UserConfig) -> Service:
     """Build the service."""
     chassis = Chassis("user", config, Path(__file__).parent)
     database = chassis.database
-    accounts = Accounts(chassis.outbox, chassis.clock, Fernet(read_or_create_key(config.data_dir / "encryption.key")))
+    accounts = Accounts(chassis.outbox, chassis.clock, Cipher(read_or_create_key(config.data_dir / "encryption.key")))
     task_states = TaskStates(chassis.outbox, chassis.clock)
     public = PublicUserServicer(database, chassis.commands, accounts, task_states)
     chassis.serve(UserServicer(database, accounts, task_states), user_pb2.DESCRIPTOR, "UserService")

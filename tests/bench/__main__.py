@@ -6,7 +6,6 @@ python -m tests.bench [--quick] [ROW ...]
 import argparse
 import importlib
 import json
-import logging
 import os
 import sys
 import tempfile
@@ -15,11 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import structlog
 import uvloop
 from rich.console import Console
 from rich.table import Table
 
+from services.runtime.logging import configure_logging
 from tests.bench.result import QUICK, Options, Row
 
 ROWS = {
@@ -107,7 +106,7 @@ async def main(names: list[str], options: Options) -> int:
 if __name__ == "__main__":
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # servers of the floor go away under their clients
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # processes are started beside open channels; some would never begin
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    configure_logging(level="warning")
     parser = argparse.ArgumentParser()
     parser.add_argument("rows", nargs="*", metavar="ROW", help=" ".join(ROWS))
     parser.add_argument("--quick", action="store_true", help="fewer samples, for development: no verdict stands")

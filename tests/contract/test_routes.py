@@ -4,16 +4,16 @@ from pathlib import Path
 
 import branchline.gateway.v1 as gateway_v1
 from branchline.resource.v1.organization_pb2 import ROLE_ADMIN, ROLE_OWNER, ROLE_VIEWER
-from pydantic import SecretStr
 
 from gateway.routes import ORGANIZATION, PACKAGE, REPOSITORY, ROUTES, SANDBOX, TASK, USER
 from gateway.service import PUBLIC as METHODS
 from gateway.service import GatewayConfig, build
+from services.runtime.config import Secret
 
 GATEWAY = build(
     GatewayConfig(
         addresses=dict.fromkeys((ORGANIZATION, REPOSITORY, TASK, SANDBOX, USER, "gateway"), "127.0.0.1:0"),
-        signing_key=SecretStr("k" * 32),
+        signing_key=Secret("k" * 32),
     )
 )
 SERVED = GATEWAY._handlers  # pyright: ignore[reportPrivateUsage]

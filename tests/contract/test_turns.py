@@ -21,6 +21,7 @@ from services.runtime.spine.commands import Commands
 from services.runtime.spine.index import Index
 from services.runtime.spine.outbox import Outbox
 from services.user.accounts import USERS, Accounts
+from services.user.cipher import Cipher
 from services.user.public import PublicUserServicer
 from services.user.tables import metadata as user_tables
 from services.user.task_states import Change, TaskStates
@@ -60,7 +61,7 @@ async def test_what_a_person_changes_in_two_places_is_kept(databases: Databases)
     database = open_database(databases.make(user_tables))
     await database.start()
     outbox, clock = Outbox(database, Clock()), Clock()
-    accounts, states = Accounts(outbox, clock, Fernet(Fernet.generate_key())), TaskStates(outbox, clock)
+    accounts, states = Accounts(outbox, clock, Cipher(Fernet.generate_key().decode())), TaskStates(outbox, clock)
     await database.write(accounts.create, User(id="usr_1"))
     servicer = PublicUserServicer(database, Commands(database, clock), accounts, states)
     bind_principal(Principal(user_id="usr_1"))

@@ -335,7 +335,7 @@ async def test_no_socket_breaks_at_what_its_own_send(stack: Stack) -> None:  # F
         ("task_id", "repository_id", "session_id", "sandbox_id", "user_id", "organization_id", "child"), "nowhere"
     )
     nowhere |= {"entries": push_pb2.PushEntry(outbox_seq=1, id="nowhere", revision=1)}
-    key = stack.installation.signing_key.get_secret_value()
+    key = stack.installation.signing_key.value
     gateway = Signer(key, "gateway")
     service_itself, operator = gateway.metadata(), Signer(key, OPERATOR).metadata()
     user = gateway.metadata(Principal(user_id="usr_x", organization_id="x"))

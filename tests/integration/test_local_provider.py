@@ -9,14 +9,15 @@ import tempfile
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
 import pytest_asyncio
 
 from cli.installation import python_paths
-from services.sandbox.agent_server import AgentServer, open_http
+from services.runtime.config import read_config
+from services.sandbox.agent_server import AgentServer
 from services.sandbox.commands import CommandResult, run
+from services.sandbox.http import Http
 from services.sandbox.providers import ports
 from services.sandbox.providers.base import Condition, ProviderError
 from services.sandbox.providers.local import LocalProvider, LocalProviderConfig
@@ -48,25 +49,23 @@ def taken_port() -> Iterator[int]:
 
 
 @pytest_asyncio.fixture
-async def http() -> AsyncGenerator[httpx.AsyncClient, None]:
-    client = open_http()
+async def http() -> AsyncGenerator[Http, None]:
+    client = Http()
     yield client
-    await client.aclose()
+    await client.close()
 
 
-def a_provider(root: Path, http: httpx.AsyncClient, isolation: str = "bubblewrap", **given: object) -> LocalProvider:
+def a_provider(root: Path, http: Http, isolation: str = "bubblewrap", **given: object) -> LocalProvider:
     config = {"sandbox_agent": AGENT_SERVER, "isolation": isolation, "readable_paths": python_paths(), **given}
-    return LocalProvider(root, LocalProviderConfig.model_validate(config), http)
+    return LocalProvider(root, read_config(LocalProviderConfig, config), lambda: http)
 
 
-async def said(provider: LocalProvider, http: httpx.AsyncClient, script: str) -> CommandResult:
+async def said(provider: LocalProvider, http: Http, script: str) -> CommandResult:
     machine = await provider.create("sbx_1")
     return await run(AgentServer(machine, http), ["sh", "-c", script], machine.home, {}, 20)
 
 
-async def test_a_program_that_ends_at_once_is_told_with_its_code(
-    tmp_path: Path, http: httpx.AsyncClient
-) -> None:  # SBX-2
+async def test_a_program_that_ends_at_once_is_told_with_its_code(tmp_path: Path, http: Http) -> None:  # SBX-2
     provider = a_provider(tmp_path, http, sandbox_agent=Path("/bin/false"))
     with pytest.raises(ProviderError, match="ended with code 1"):
         await provider.create("sbx_1")
@@ -74,7 +73,7 @@ async def test_a_program_that_ends_at_once_is_told_with_its_code(
 
 
 async def test_a_port_that_was_taken_meanwhile_is_given_up_for_another(
-    tmp_path: Path, taken_port: int, monkeypatch: pytest.MonkeyPatch, http: httpx.AsyncClient
+    tmp_path: Path, taken_port: int, monkeypatch: pytest.MonkeyPatch, http: Http
 ) -> None:  # F13
     find = ports.free_port
     given = iter([taken_port])
@@ -89,9 +88,7 @@ async def test_a_port_that_was_taken_meanwhile_is_given_up_for_another(
     assert await provider.known() == set()
 
 
-async def test_a_paused_machine_is_unknown_and_a_killed_one_gone(
-    tmp_path: Path, http: httpx.AsyncClient
-) -> None:  # F21
+async def test_a_paused_machine_is_unknown_and_a_killed_one_gone(tmp_path: Path, http: Http) -> None:  # F21
     provider = a_provider(tmp_path, http)
     try:
         machine = await provider.create("sbx_1")
@@ -113,9 +110,7 @@ async def test_a_paused_machine_is_unknown_and_a_killed_one_gone(
         await provider.destroy("sbx_1")
 
 
-async def test_a_sandbox_sees_the_project_and_not_the_data_within_it(
-    tmp_path: Path, http: httpx.AsyncClient
-) -> None:  # F14
+async def test_a_sandbox_sees_the_project_and_not_the_data_within_it(tmp_path: Path, http: Http) -> None:  # F14
     project, data = tmp_path / "project", tmp_path / "project" / "data"
     data.mkdir(parents=True)
     (project / "README").write_text("read me")
@@ -132,7 +127,7 @@ async def test_a_sandbox_sees_the_project_and_not_the_data_within_it(
 
 @BOTH
 async def test_the_backends_keys_and_data_cannot_be_read_in_a_sandbox(
-    open_path: Path, isolation: str, http: httpx.AsyncClient
+    open_path: Path, isolation: str, http: Http
 ) -> None:  # F14
     assert isolation == "bubblewrap" or is_root(), "only a backend that runs as root can give sandboxes another user"
     data, remotes = open_path / "data", open_path / "data" / "remotes"
@@ -169,7 +164,7 @@ async def test_the_backends_keys_and_data_cannot_be_read_in_a_sandbox(
 
 
 async def test_without_bubblewrap_nothing_starts_and_the_package_is_named(
-    tmp_path: Path, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, http: Http, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # F14
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ProviderError, match=r'Debian package bubblewrap.*isolation = "none"'):
@@ -178,7 +173,7 @@ async def test_without_bubblewrap_nothing_starts_and_the_package_is_named(
 
 @pytest.mark.skipif(not is_root(), reason="another user is given only by root")
 async def test_data_that_the_other_user_cannot_reach_is_refused_with_the_folder(
-    open_path: Path, http: httpx.AsyncClient
+    open_path: Path, http: Http
 ) -> None:  # F14
     closed = open_path / "closed"
     closed.mkdir(mode=0o700)
@@ -190,9 +185,7 @@ async def test_data_that_the_other_user_cannot_reach_is_refused_with_the_folder(
         os.umask(mask)
 
 
-async def test_a_missing_program_and_a_missing_directory_are_told_alike(
-    tmp_path: Path, http: httpx.AsyncClient
-) -> None:  # SBX-6
+async def test_a_missing_program_and_a_missing_directory_are_told_alike(tmp_path: Path, http: Http) -> None:  # SBX-6
     provider = a_provider(tmp_path, http)
     try:
         server = AgentServer(await provider.create("sbx_1"), http)
@@ -208,9 +201,7 @@ async def test_a_missing_program_and_a_missing_directory_are_told_alike(
         await provider.destroy("sbx_1")
 
 
-async def test_one_hundred_commands_at_once_do_not_wait_for_streams(
-    tmp_path: Path, http: httpx.AsyncClient
-) -> None:  # F21
+async def test_one_hundred_commands_at_once_do_not_wait_for_streams(tmp_path: Path, http: Http) -> None:  # F21
     """The one client that all machines share has no bound on connections that streams could use up."""
     provider = a_provider(tmp_path, http)
     try:

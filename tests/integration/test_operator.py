@@ -124,7 +124,7 @@ async def test_no_role_of_an_organization_opens_the_outbox(
     parking: tuple[Parking, Path], role: organization_pb2.Role.ValueType
 ) -> None:  # item 5
     service, _ = parking
-    signer = Signer(service.chassis.config.signing_key.get_secret_value(), "gateway")
+    signer = Signer(service.chassis.config.signing_key.value, "gateway")
     metadata = signer.metadata(Principal(user_id="usr_1", organization_id="org_1", role=role))
     async with grpc.aio.insecure_channel(
         service.chassis.config.addresses["history"], options=(("grpc.default_authority", "localhost"),)

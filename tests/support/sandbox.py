@@ -23,6 +23,7 @@ from branchline.spine.v1 import push_pb2, push_pb2_grpc
 
 from cli.installation import python_paths
 from services.runtime.client import open_channel
+from services.runtime.config import Secret, read_config
 from services.runtime.principal import Principal, Signer, bind_principal
 from services.sandbox.limits import Limits
 from services.sandbox.providers.local import LocalProviderConfig
@@ -238,10 +239,10 @@ def config(folder: Path, options: dict[str, Any]) -> SandboxConfig:
     return SandboxConfig(
         addresses={"sandbox": f"unix:{folder}/sandbox.sock", "task": f"unix:{folder}/task.sock"},
         data_dir=folder / "data",
-        signing_key=KEY,  # pyright: ignore[reportArgumentType]
+        signing_key=Secret(KEY),
         drain_seconds=0.2,
-        local=LocalProviderConfig.model_validate(local),
-        limits=Limits.model_validate(options.get("limits", {})),
+        local=read_config(LocalProviderConfig, local),
+        limits=read_config(Limits, options.get("limits", {})),
         stop_machines=options.get("stop_machines", False),
         sweep_seconds=options.get("sweep_seconds", 60.0),
     )

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-import structlog
-
 from services.runtime.database.transaction import Driver, Reader, Tx
+from services.runtime.logging import get_logger
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")

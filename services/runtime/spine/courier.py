@@ -12,16 +12,16 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 import grpc
-import structlog
 from branchline.resource.v1 import vocabulary_pb2 as words
 
 from services.runtime.errors import error_reason, is_permanent, reason_of, status_code
+from services.runtime.logging import get_logger
 from services.runtime.loops import being_cancelled
 from services.runtime.retry import Backoff, pause_seconds
 from services.runtime.spine.outbox import Key, Outbox, OutboxRow
 from services.runtime.spine.waits import Waits
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 DEADLINE_SECONDS = 30.0
 ATTEMPTS = 12

@@ -15,7 +15,6 @@ from operator import itemgetter
 from types import MappingProxyType
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
-import structlog
 from branchline.resource.v1 import vocabulary_pb2 as words
 from branchline.resource.v1.watch_pb2 import WatchChange
 from branchline.spine.v1.push_pb2 import ConsistencyPoint
@@ -38,13 +37,14 @@ from sqlalchemy import (
 from services.runtime.clock import Clock
 from services.runtime.database import Database, Reader, Statement, Tx, insert_new, is_in, upsert
 from services.runtime.errors import DeadlineExceeded, Unavailable
+from services.runtime.logging import get_logger
 from services.runtime.spine.chunks import PART_BYTES
 from services.runtime.spine.hub import Hub, Kind
 from services.runtime.spine.tables import change_sequences, incarnations
 from services.runtime.spine.tokens import Position
 from services.runtime.spine.watch import EVERYBODY, Page
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 TOMBSTONE_SECONDS = 24 * 3600.0
 """How long a deleted entity is remembered; a resume token older than that gives a reset."""

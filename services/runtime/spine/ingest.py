@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import grpc
-import structlog
 from branchline.spine.v1 import push_pb2, push_pb2_grpc
 from google.protobuf.message import Message
 
 from services.runtime.database import Database, Tx
 from services.runtime.errors import reason_of
+from services.runtime.logging import get_logger
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 _MERGED_ENTRIES = 256
 """Few enough that the batches of an edge move through the levels side by side, not as one."""

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
-import structlog
 from branchline.spine.v1 import push_pb2, push_pb2_grpc
 
+from services.runtime.logging import get_logger
 from services.runtime.loops import being_cancelled
 from services.runtime.retry import Backoff
 from services.runtime.spine.outbox import COORDINATOR, Outbox, OutboxRow
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 BATCH_ENTRIES = 128
 UNACKNOWLEDGED_BATCHES = 4

@@ -9,15 +9,14 @@ import asyncio
 import os
 import shutil
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 
-import structlog
-from pydantic import BaseModel, ConfigDict
-
+from services.runtime.logging import get_logger
 from services.sandbox.providers.base import ProviderError
 from services.sandbox.providers.processes import is_root
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 BUBBLEWRAP = "bubblewrap"
 NONE = "none"
@@ -32,10 +31,9 @@ OPEN_FILES = ("sh", "-c", 'umask 022 && exec "$@"', "sh")
 """Put before a command, so that others may read what it makes. uvloop cannot set the umask of what it starts."""
 
 
-class Mounts(BaseModel):
+@dataclass(frozen=True, slots=True)
+class Mounts:
     """What sandboxes see of the host."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     hidden: tuple[Path, ...]
     readable: tuple[Path, ...]

@@ -10,19 +10,22 @@ import os
 import secrets
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import httpx
-import structlog
-from pydantic import BaseModel, ConfigDict
-
+from services.runtime.config import Config
+from services.runtime.logging import get_logger
+from services.sandbox.agent_server import Unreachable
 from services.sandbox.providers import isolation, ports
 from services.sandbox.providers.base import Condition, Machine, Probe, ProviderError
 from services.sandbox.providers.processes import SANDBOX_MARK, SandboxProcesses
 
-log = structlog.get_logger()
+if TYPE_CHECKING:
+    from services.sandbox.http import Http
+
+log = get_logger(__name__)
 
 _START_SECONDS = 20.0
 _START_ATTEMPTS = 5  # another process may take the port between our look and the server's start
@@ -52,10 +55,8 @@ _GITCONFIG = """[credential]
 """
 
 
-class LocalProviderConfig(BaseModel):
+class LocalProviderConfig(Config, frozen=True):
     """Configuration of the `local` provider."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     sandbox_agent: Path
     """The sandbox-agent program."""
@@ -94,7 +95,7 @@ class LocalProvider:
 
     name = "local"
 
-    def __init__(self, root: Path, config: LocalProviderConfig, http: httpx.AsyncClient) -> None:
+    def __init__(self, root: Path, config: LocalProviderConfig, http: "Callable[[], Http]") -> None:
         self._root = root.absolute()
         self._config = config
         self._http = http
@@ -188,8 +189,8 @@ class LocalProvider:
         url = f"http://127.0.0.1:{known.port}"
         headers = {"Authorization": f"Bearer {known.token}"}
         try:
-            answer = await self._http.get(f"{url}/v1/acp", headers=headers, timeout=_PROBE_SECONDS)
-        except httpx.HTTPError:
+            answer = await self._http().send("GET", f"{url}/v1/acp", _PROBE_SECONDS, headers=headers)
+        except Unreachable:
             return None
         if not answer.is_success:
             return None

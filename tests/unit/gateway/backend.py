@@ -23,11 +23,11 @@ from branchline.resource.v1.task_pb2 import Task
 from branchline.resource.v1.user_pb2 import User, UserTaskState
 from branchline.resource.v1.watch_pb2 import WATCH_FRAME_KIND_SYNCED, WatchChange, WatchFrame
 from branchline.spine.v1.push_pb2 import WatchSelection
-from pydantic import SecretStr
 from sqlalchemy import MetaData
 
 from gateway.service import GatewayConfig, build
 from services.runtime.clock import Clock
+from services.runtime.config import Secret
 from services.runtime.database import Database, open_database
 from services.runtime.errors import NotFound, Unauthenticated
 from services.runtime.principal import METADATA_KEY, Signer, bind_principal
@@ -160,7 +160,7 @@ class Backend(organization_pb2_grpc.OrganizationServiceServicer):
         """Run a gateway in front of it."""
         config = GatewayConfig(
             addresses=self.addresses,
-            signing_key=SecretStr(KEY),
+            signing_key=Secret(KEY),
             calls_per_minute=calls_per_minute,
             drain_seconds=0.2,
         )

@@ -15,11 +15,11 @@ from branchline.organization.v1.organization_pb2_grpc import OrganizationService
 from branchline.resource.v1.organization_pb2 import ROLE_ADMIN, ROLE_MEMBER, ROLE_OWNER, ROLE_VIEWER, Role
 from branchline.user.v1.user_pb2 import CreateUserRequest
 from branchline.user.v1.user_pb2_grpc import UserServiceStub
-from pydantic import SecretStr
 
 from services.organization.service import OrganizationConfig
 from services.organization.service import build as build_organization
 from services.runtime.client import SigningChannel, open_channel
+from services.runtime.config import Secret
 from services.runtime.principal import OPERATOR, Principal, Signer, bind_principal
 from services.runtime.secrets import token_hash
 from services.user.service import UserConfig
@@ -72,7 +72,7 @@ class Pair:
 @pytest.fixture
 async def pair(tmp_path: Path) -> AsyncGenerator[Pair, None]:
     addresses = {name: f"unix:{tmp_path / name[:4]}" for name in NAMES}
-    shared = {"addresses": addresses, "signing_key": SecretStr("k" * 32), "drain_seconds": 0.1}
+    shared = {"addresses": addresses, "signing_key": Secret("k" * 32), "drain_seconds": 0.1}
     migrated("user", tmp_path / "u")
     migrated("organization", tmp_path / "o")
     user = build_user(UserConfig(data_dir=tmp_path / "u", **shared))  # type: ignore[arg-type]

@@ -22,7 +22,6 @@ from branchline.spine.v1.push_pb2 import PushEntry, PushRequest
 from branchline.spine.v1.push_pb2_grpc import PushServiceStub
 from branchline.task.v1 import task_pb2
 from google.protobuf.message import Message
-from pydantic import SecretStr
 from sqlalchemy import select
 
 from services.repository.creation import Creation
@@ -33,7 +32,7 @@ from services.repository.store import RepositoryStore
 from services.repository.tables import WATCHED
 from services.repository.workbench import Workbench
 from services.runtime.clock import Clock, new_id
-from services.runtime.config import ServiceConfig
+from services.runtime.config import Secret, ServiceConfig
 from services.runtime.database import Database, Reader, Statement, open_database
 from services.runtime.errors import NotFound
 from services.runtime.principal import Principal, bind_principal
@@ -45,7 +44,7 @@ from services.runtime.spine.tables import outbox as outbox_table
 from tests.support.databases import migrated
 
 PRINCIPAL = Principal(user_id="usr_1", organization_id="org_1", role=10, default_agent="mock")
-KEY = SecretStr("k" * 32)
+KEY = Secret("k" * 32)
 
 MARKED = Statement(select(outbox_table).order_by(outbox_table.c.seq))
 

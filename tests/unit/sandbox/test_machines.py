@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
-import httpx
 import pytest
 import pytest_asyncio
 from branchline.resource.v1 import sandbox_pb2
@@ -13,7 +12,8 @@ from services.runtime.clock import Clock
 from services.runtime.database import Database
 from services.runtime.errors import DomainError, FailedPrecondition, Unavailable
 from services.sandbox import machines as module
-from services.sandbox.agent_server import AgentServer, Unreachable, open_http
+from services.sandbox.agent_server import AgentServer, Unreachable
+from services.sandbox.http import Http
 from services.sandbox.machines import Machines
 from services.sandbox.providers.base import Condition, Machine, Probe, ProviderError
 from services.sandbox.store import SandboxStore
@@ -84,9 +84,9 @@ def provider() -> Scripted:
 
 @pytest_asyncio.fixture
 async def machines(database: Database, sandboxes: SandboxStore, provider: Scripted) -> AsyncGenerator[Machines, None]:
-    http = open_http()
-    yield Machines(database, sandboxes, Clock(), http, {"local": provider})
-    await http.aclose()
+    http = Http()
+    yield Machines(database, sandboxes, Clock(), lambda: http, {"local": provider})
+    await http.close()
 
 
 async def until(look: Callable[[], bool]) -> None:
@@ -122,7 +122,7 @@ async def test_a_call_that_never_arrived_is_made_again_after_a_wake_up(machines:
     async def call(server: AgentServer) -> int:
         tries.append(1)
         if len(tries) == 1:
-            raise Unreachable(httpx.ConnectError("refused"))
+            raise Unreachable(ConnectionRefusedError(), sent=False)
         return len(tries)
 
     assert await machines.use("sbx_1", call) == 2
@@ -135,7 +135,7 @@ async def test_a_call_that_may_have_arrived_is_not_made_again(machines: Machines
 
     async def call(server: AgentServer) -> None:
         tries.append(1)
-        raise Unreachable(httpx.ReadError("cut"))
+        raise Unreachable(ConnectionResetError(), sent=True)
 
     with pytest.raises(Unreachable):
         await machines.use("sbx_1", call)

@@ -21,9 +21,9 @@ from branchline.spine.v1 import push_pb2, push_pb2_grpc
 from branchline.task.v1 import task_pb2 as internal
 from branchline.task.v1 import task_pb2_grpc
 from google.protobuf.message import Message
-from pydantic import SecretStr
 
 from services.runtime.client import open_channel
+from services.runtime.config import Secret
 from services.runtime.principal import Signer
 from services.runtime.service import Service
 from services.runtime.spine.outbox import OutboxRow
@@ -125,7 +125,7 @@ async def installed(tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[
     config = TaskConfig(
         addresses=addresses,
         data_dir=folder,
-        signing_key=SecretStr(KEY),
+        signing_key=Secret(KEY),
         drain_seconds=0.2,
         deadlines=Deadlines(patience_seconds=0.5),
     )

@@ -23,6 +23,7 @@ from services.runtime.spine.commands import Commands
 from services.runtime.spine.outbox import COORDINATOR, Outbox
 from services.runtime.spine.tables import outbox
 from services.user.accounts import Accounts
+from services.user.cipher import Cipher
 from services.user.public import PublicUserServicer
 from services.user.servicer import UserServicer
 from services.user.tables import applied_events
@@ -77,7 +78,7 @@ async def room(tmp_path: Path) -> AsyncGenerator[Room, None]:
     database, clock = open_database(migrated("user", tmp_path)), Clock()
     await database.start()
     box = Outbox(database, clock)
-    accounts, states = Accounts(box, clock, Fernet(Fernet.generate_key())), TaskStates(box, clock)
+    accounts, states = Accounts(box, clock, Cipher(Fernet.generate_key().decode())), TaskStates(box, clock)
     public = PublicUserServicer(database, Commands(database, clock), accounts, states)
     bind_principal(Principal(user_id="usr_1", organization_id="org_1"))
     yield Room(database, states, UserServicer(database, accounts, states), public)
