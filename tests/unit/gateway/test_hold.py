@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 from branchline.gateway.v1 import tasks_pb2
 
-from gateway import allowance, watches
+from gateway import allowance, caller, watches
 from gateway.allowance import RUNNING
 from gateway.fanout import FanOut
 from gateway.service import CALLS_PER_CONNECTION
@@ -177,6 +177,28 @@ async def test_one_connection_has_so_many_calls_at_the_gateway_and_its_others_wa
         await asyncio.gather(*calls)
 
     assert at_once == CALLS_PER_CONNECTION
+
+
+async def test_a_flood_that_is_refused_keeps_its_places_and_waits_at_its_client(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(caller, "REFUSAL_SECONDS", 60.0)
+    taken = Counter[str]()
+    async with AsyncExitStack() as stack:
+        service = await stack.enter_async_context(backend.gateway(calls_per_minute=1))
+        service.serving.observers.append(lambda name: taken.update([name]))
+        calls = await flooded(stack, backend, connections=1)
+        await eventually(lambda: taken.total() >= CALLS_PER_CONNECTION)
+        other = await stack.enter_async_context(backend.client("other"))
+
+        await other.tasks.GetTask(OTHER, timeout=10)
+
+        at_once, running = taken.total() - 1, len(backend.got) - 1
+        for call in calls:
+            call.cancel()
+        await asyncio.wait(calls)
+
+    assert (at_once, running) == (CALLS_PER_CONNECTION, 1)
 
 
 async def test_calls_that_take_long_leave_their_callers_lane(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
