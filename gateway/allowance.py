@@ -1,7 +1,10 @@
-"""How often each caller may call."""
+"""How often each caller may call, and how many of its calls run at once."""
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import ExitStack, asynccontextmanager
 from time import monotonic
+from weakref import WeakValueDictionary
 
 from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_RATE_LIMITED
 from cachetools import TTLCache
@@ -10,6 +13,12 @@ from services.runtime.errors import ResourceExhausted
 
 _MINUTE_SECONDS = 60.0
 _CALLERS = 100_000
+
+RUNNING = 16
+"""Calls of one caller that run at once."""
+
+LONG_SECONDS = 1.0
+"""A call that takes longer waits for something else than the gateway, and others of its caller may run."""
 
 
 class Allowance:
@@ -34,3 +43,21 @@ class Allowance:
             sentence = f"more than {self._calls} calls in a minute; go on in {wait:.1f} s"
             raise ResourceExhausted(ERROR_REASON_RATE_LIMITED, sentence)
         self._whole_again[caller] = whole_again
+
+
+class CallersLanes:
+    """A lane for each caller: so many of its calls run at once. Its others wait behind them, and nobody else does."""
+
+    def __init__(self) -> None:
+        self._lanes = WeakValueDictionary[str, asyncio.Semaphore]()
+
+    @asynccontextmanager
+    async def hold(self, caller: str) -> AsyncGenerator[None, None]:
+        """Run in the caller's lane for the length of the block; one that takes long leaves its place to the next."""
+        lane = self._lanes.setdefault(caller, asyncio.Semaphore(RUNNING))
+        await lane.acquire()
+        with ExitStack() as place:
+            place.callback(lane.release)
+            leaving = asyncio.get_running_loop().call_later(LONG_SECONDS, place.close)
+            place.callback(leaving.cancel)
+            yield

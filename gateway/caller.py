@@ -12,7 +12,7 @@ from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_TOKEN_MISSING
 from cachetools import TTLCache
 
 from gateway.allowance import Allowance
-from services.runtime.errors import Unauthenticated
+from services.runtime.errors import ResourceExhausted, Unauthenticated
 from services.runtime.secrets import token_hash
 from services.runtime.serving import Call
 
@@ -21,6 +21,9 @@ CACHE_SECONDS = 5.0
 
 _TIMEOUT_SECONDS = 5.0
 _CACHED = 10_000
+
+REFUSAL_SECONDS = 2.0
+"""How long a refusal for too many calls is held back: the call keeps its place on its connection, which carries few."""
 
 _current: ContextVar["Caller"] = ContextVar("caller")
 
@@ -106,5 +109,9 @@ class Door:
         if scheme.lower() != "bearer" or not token:
             raise Unauthenticated(ERROR_REASON_TOKEN_MISSING, 'send the metadata "authorization: Bearer <token>"')
         caller = await self._authenticator.authenticate(token_hash(token.strip()))
-        self._allowance.take(caller.user.id)
+        try:
+            self._allowance.take(caller.user.id)
+        except ResourceExhausted:
+            await asyncio.sleep(REFUSAL_SECONDS)
+            raise
         _current.set(caller)

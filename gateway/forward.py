@@ -17,6 +17,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2
 
+from gateway.allowance import CallersLanes
 from gateway.caller import CACHE_SECONDS, Authenticator, current_caller
 from gateway.placement import FOR_EVER, Placement
 from gateway.routes import ORGANIZATION, USER, Route
@@ -52,6 +53,7 @@ class Forwarder:
         self._authenticator = authenticator
         self._placement = placement
         self._signer = signer
+        self._lanes = CallersLanes()
 
     def handler(self, serving: Serving, method: MethodDescriptor, route: Route) -> Handler:
         """Return the handler of one method."""
@@ -63,7 +65,8 @@ class Forwarder:
 
         async def forward(given: Given, context: Context) -> bytes:
             deadline = asyncio.get_running_loop().time() + _seconds(context, route)
-            answer, principal = await self._call(call, given, route, deadline)
+            async with self._lanes.hold(current_caller().user.id):
+                answer, principal = await self._call(call, given, route, deadline)
             if route.settle:
                 await self._settle(response_type.FromString(answer), principal, deadline)
             if route.people:

@@ -36,6 +36,13 @@ PUBLIC = {
 """Every method of the public contract, by its name within the package."""
 
 
+CALLS_PER_CONNECTION = 1000
+"""Calls and watches that one connection carries at once; its others wait at the client, and not here before others'.
+
+The server takes calls in the order in which they come, whoever makes them.
+"""
+
+
 class GatewayConfig(Config, frozen=True, kw_only=True):
     """Where the services are, and what the gateway allows."""
 
@@ -69,6 +76,10 @@ def build(config: GatewayConfig) -> Service:
     }
     door = Door(authenticator, config.calls_per_minute)
     service = Service("gateway", config.addresses["gateway"], door.admit, config.drain_seconds)
+    service.server_options += (
+        ("grpc.max_concurrent_streams", CALLS_PER_CONNECTION),
+        ("grpc.http.overload_protection", 0),  # it refuses streams that the client believes to be within the bound
+    )
     service.reflects = True
     for name, method in PUBLIC.items():
         handler = (

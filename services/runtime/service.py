@@ -40,6 +40,9 @@ SERVER_OPTIONS = (
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # from 1000 calls that wait to be taken it would drop some, whoever makes them, and those look cancelled
+    ("grpc.server.max_pending_requests", 50_000),
+    ("grpc.server.max_pending_requests_hard_limit", 100_000),
 )
 
 PUBLIC_PACKAGE = "branchline.gateway.v1"
@@ -64,6 +67,7 @@ class Service:
         self.serving = Serving(name, admit)
         self.address = listen
         """Where it is reached once it runs; differs from `listen` if that left the port open."""
+        self.server_options: tuple[tuple[str, int], ...] = SERVER_OPTIONS
         self.reflects = False
         """Whether clients may ask what it serves."""
         self.before_start: list[Step] = []
@@ -147,7 +151,7 @@ class Service:
         raise RuntimeError(f"a loop of {self.name} ended: {getattr(loop, '__qualname__', loop)}")
 
     def _server(self) -> "tuple[grpc.aio.Server, HealthServicer]":
-        server = grpc.aio.server(options=SERVER_OPTIONS)
+        server = grpc.aio.server(options=self.server_options)
         for name, handlers in self._handlers.items():
             server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
         checks = HealthServicer()

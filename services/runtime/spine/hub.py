@@ -5,7 +5,8 @@ that outgrows the limit the queue is dropped and the reader is told to catch up 
 """
 
 import asyncio
-from collections.abc import Generator, Iterable
+from collections import deque
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from weakref import WeakValueDictionary
 
@@ -14,6 +15,9 @@ from branchline.resource.v1.watch_pb2 import WatchChange
 
 PENDING_CHANGES = 512
 PENDING_BYTES = 4 * 1024 * 1024
+
+WOKEN_AT_ONCE = 32
+"""Watchers that are woken before the event loop goes on with something else."""
 
 Kind = EntityKind.ValueType
 
@@ -26,10 +30,10 @@ class Watcher:
         self._bytes = 0
         self._arrived = asyncio.Event()
         self.lagging = False
+        self.to_be_woken = False
 
     def offer(self, change: WatchChange) -> None:
-        """Queue a change, in the place of an older one of the same entity."""
-        self._arrived.set()
+        """Queue a change, in the place of an older one of the same entity. The reader is woken later."""
         if self.lagging:
             return
         key = (change.kind, change.id)
@@ -40,10 +44,14 @@ class Watcher:
             self.lag()
 
     def lag(self) -> None:
-        """Tell the reader that it must catch up from the source."""
+        """Have the reader catch up from the source."""
         self.lagging = True
         self._pending.clear()
         self._bytes = 0
+
+    def wake(self) -> None:
+        """Have the reader look."""
+        self.to_be_woken = False
         self._arrived.set()
 
     def start_over(self) -> None:
@@ -55,11 +63,12 @@ class Watcher:
 
     async def take(self, timeout_seconds: float) -> list[WatchChange]:
         """Return what is queued, in order of change; empty when the time ran out or the reader lags."""
-        try:
-            async with asyncio.timeout(timeout_seconds):
-                await self._arrived.wait()
-        except TimeoutError:
-            return []
+        if not self._pending and not self.lagging:
+            try:
+                async with asyncio.timeout(timeout_seconds):
+                    await self._arrived.wait()
+            except TimeoutError:
+                return []
         self._arrived.clear()
         changes = list(self._pending.values())
         self._pending.clear()
@@ -68,10 +77,14 @@ class Watcher:
 
 
 class Hub:
-    """Knows who watches which scope, and who waits for which entity."""
+    """Knows who watches which scope, and who waits for which entity.
+
+    A change that thousands watch is told to a few of them at a time, so that other work is done in between.
+    """
 
     def __init__(self) -> None:
         self._watchers: dict[str, set[Watcher]] = {}
+        self._to_wake: deque[Watcher] = deque()
         self._waiting: WeakValueDictionary[tuple[int, str], asyncio.Event] = WeakValueDictionary()
 
     @contextmanager
@@ -91,7 +104,7 @@ class Hub:
         """Whether anybody would hear of a change of a scope."""
         return scope in self._watchers or len(self._waiting) > 0
 
-    def publish(self, scope: str, changes: Iterable[WatchChange]) -> None:
+    def publish(self, scope: str, changes: Collection[WatchChange]) -> None:
         """Give committed changes of a scope to all who watch it."""
         watchers = self._watchers.get(scope, ())
         for change in changes:
@@ -99,11 +112,30 @@ class Hub:
                 watcher.offer(change)
             if self._waiting:
                 self.touch(change.kind, change.id)
+        if changes:
+            self._wake(watchers)
 
     def lag(self, scope: str) -> None:
         """Have all who watch a scope catch up from the source."""
-        for watcher in self._watchers.get(scope, ()):
+        watchers = self._watchers.get(scope, ())
+        for watcher in watchers:
             watcher.lag()
+        self._wake(watchers)
+
+    def _wake(self, watchers: Collection[Watcher]) -> None:
+        waking = bool(self._to_wake)
+        for watcher in watchers:
+            if not watcher.to_be_woken:
+                watcher.to_be_woken = True
+                self._to_wake.append(watcher)
+        if not waking:
+            self._wake_some()
+
+    def _wake_some(self) -> None:
+        for _ in range(min(WOKEN_AT_ONCE, len(self._to_wake))):
+            self._to_wake.popleft().wake()
+        if self._to_wake:
+            asyncio.get_running_loop().call_soon(self._wake_some)
 
     def touch(self, kind: Kind, entity_id: str) -> None:
         """Wake those who wait for an entity to change."""

@@ -37,6 +37,7 @@ from sqlalchemy import (
 from services.runtime.clock import Clock
 from services.runtime.database import Database, Reader, Statement, Tx, insert_new, is_in, upsert
 from services.runtime.errors import DeadlineExceeded, Unavailable
+from services.runtime.lanes import Turns
 from services.runtime.logging import get_logger
 from services.runtime.spine.chunks import PART_BYTES
 from services.runtime.spine.hub import Hub, Kind
@@ -56,7 +57,9 @@ PAGE_CHANGES = 200
 """Most changes in a frame."""
 
 _MARGIN_SECONDS = 0.2
-_CATCH_UPS = 8
+_CATCH_UPS = 2
+"""Pages of catching up that are read at once: fewer than a database has readers, so that there is one for others."""
+
 _ADMIT_SECONDS = 20.0
 _FORGOTTEN_AT_ONCE = 1000
 
@@ -188,7 +191,7 @@ class Index:
         self._tables = {table.kind: table for table in tables}
         self._unwatched = {index.kind: index for index in unwatched}
         self._clock = clock
-        self._catching_up = asyncio.Semaphore(_CATCH_UPS)
+        self._catching_up = Turns(_CATCH_UPS)
 
     async def start(self) -> None:
         """Learn which database this is."""
@@ -239,12 +242,12 @@ class Index:
         """Yield what brings a watcher from a position to the present, page by page.
 
         Exactly the changes behind the position; or, if it cannot be resumed from, a reset and a snapshot (with
-        `tail`, the reset alone). Only so many read at a time, a page each, so who takes no pages holds nobody up; raise
-        Unavailable if the turn does not come.
+        `tail`, the reset alone). Only so many read at a time, a page each and by turns of the scopes: neither who takes
+        no pages nor a scope that very many open holds others up. Raise Unavailable if the turn does not come.
         """
         while True:
             if position is not None:
-                page = await self._read(self._read_changes, scope, kinds, position, viewer_id)
+                page = await self._read(scope, self._read_changes, kinds, position, viewer_id)
                 if page is not None:
                     yield page
                     if not page.more:
@@ -252,7 +255,7 @@ class Index:
                     assert page.position is not None
                     position = page.position
                     continue
-            now = await self._read(self._present, scope)
+            now = await self._read(scope, self._present)
             if tail:
                 yield Page(now, reset=True)
                 return
@@ -262,18 +265,24 @@ class Index:
             position = now  # what was forgotten meanwhile shows in the next look
 
     async def _snapshot(self, scope: str, kinds: Sequence[Kind], now: Position, viewer_id: str) -> AsyncIterator[Page]:
-        after = await self._read(self._beginnings, scope, kinds)
+        after = await self._read(scope, self._beginnings, kinds)
         while True:
-            page, after = await self._read(self._read_snapshot, scope, after, now, viewer_id)
+            page, after = await self._read(scope, self._read_snapshot, after, now, viewer_id)
             if page.changes:
                 yield page
             if not page.more:
                 return
 
-    async def _read(self, fn: Callable[Concatenate[Reader, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Read for one who catches up, when it is its turn."""
-        async with _Admission(self._catching_up):
-            return await self._database.read(fn, *args, **kwargs)
+    async def _read(
+        self, scope: str, fn: Callable[Concatenate[Reader, str, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Read of a scope for one who catches up, when it is its turn."""
+        try:
+            async with self._catching_up.hold(scope, _ADMIT_SECONDS):
+                return await self._database.read(fn, scope, *args, **kwargs)
+        except TimeoutError as error:
+            sentence = "too many watches begin at the same moment; try again"
+            raise Unavailable(words.ERROR_REASON_OVERLOADED, sentence) from error
 
     def _present(self, tx: Reader, scope: str) -> Position:
         row: Any = tx.row(_SEQUENCE, {"of": scope})
@@ -375,24 +384,6 @@ class Index:
         tx.change_many(_RAISE_HORIZON, [{"of": scope, "newest": seq} for scope, seq in sorted(newest.items())])
         tx.change_many(spec.forget, [{"of": row.scope, "entity": row.id, "number": row.change_seq} for row in rows])
         return len(rows)
-
-
-class _Admission:
-    """A turn to read. Waiting for it has an end."""
-
-    def __init__(self, turns: asyncio.Semaphore) -> None:
-        self._turns = turns
-
-    async def __aenter__(self) -> None:
-        try:
-            async with asyncio.timeout(_ADMIT_SECONDS):
-                await self._turns.acquire()
-        except TimeoutError as error:
-            sentence = "too many watches begin at the same moment; try again"
-            raise Unavailable(words.ERROR_REASON_OVERLOADED, sentence) from error
-
-    async def __aexit__(self, *_: object) -> None:
-        self._turns.release()
 
 
 def _incarnate(tx: Tx, epoch: str) -> str:

@@ -114,6 +114,9 @@ class Backend(organization_pb2_grpc.OrganizationServiceServicer):
     elsewhere: dict[str, str] = field(default_factory=dict[str, str])
     """Owners that are not served here, with their addresses."""
     got: list[tuple[str, float | None]] = field(default_factory=list[tuple[str, float | None]])
+    """Every call of GetTask, with the time it had."""
+    held: dict[str, asyncio.Event] = field(default_factory=dict[str, asyncio.Event])
+    """What calls of GetTask for a task wait for."""
 
     def __post_init__(self) -> None:
         self.url = self.url or created(metadata, self.folder / f"{uuid.uuid4().hex}.sqlite")
@@ -238,6 +241,8 @@ class _Tasks(tasks_pb2_grpc.TaskServiceServicer):
 
     async def GetTask(self, request: tasks_pb2.GetTaskRequest, context: Any) -> tasks_pb2.GetTaskResponse:
         self.backend.got.append((request.task_id, context.time_remaining()))
+        if request.task_id in self.backend.held:
+            await self.backend.held[request.task_id].wait()
         return tasks_pb2.GetTaskResponse(task=Task(id=request.task_id, title="a title"))
 
     async def CreateTask(self, request: tasks_pb2.CreateTaskRequest, context: Any) -> tasks_pb2.CreateTaskResponse:

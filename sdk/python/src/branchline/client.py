@@ -29,6 +29,7 @@ _OPTIONS = (
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.max_receive_message_length", _MESSAGE_BYTES),
     ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.use_local_subchannel_pool", 1),  # a connection of its own: the gateway bounds what one carries at once
 )
 
 
