@@ -43,6 +43,7 @@ from services.runtime.spine.tables import outbox as outbox_table
 from services.sandbox.store import SANDBOXES, SandboxStore
 from services.sandbox.tables import metadata as sandbox_metadata
 from services.user.accounts import USERS, Accounts
+from services.user.cipher import Cipher
 from services.user.tables import metadata as user_metadata
 from services.user.task_states import Change, TaskStates
 from tests.support.databases import Databases
@@ -103,7 +104,7 @@ async def test_two_first_states_of_a_task_are_both_kept(
 
 async def test_a_person_is_made_once(databases: Databases, look_together: Callable[[type, str], None]) -> None:
     async with opened(databases, user_metadata) as database:
-        accounts = Accounts(Outbox(database, Clock()), Clock(), Fernet(Fernet.generate_key()))
+        accounts = Accounts(Outbox(database, Clock()), Clock(), Cipher(Fernet.generate_key().decode()))
         look_together(Held, "find")
         made = await asyncio.gather(
             *(database.write(accounts.create, User(id="u", display_name=name)) for name in ("one", "other"))
