@@ -18,6 +18,7 @@ import signal
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -60,9 +61,12 @@ _SETTLE_SECONDS = 5.0
 _REST_SECONDS = 1.0
 _BETWEEN_SECONDS = 0.02
 _DROPPED = "dropped"
+_WORDS = 200
 _LONGEST_SECONDS = 10.0
 _START_SECONDS = 60.0
-_AGAIN = (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
+_AGAIN = (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN)
+"""What a dropped call looks like; the floor's gateway passes on what its upstream dropped as UNKNOWN."""
+
 _OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1),)
 
 _FEW = 10
@@ -413,10 +417,9 @@ async def _others(callers: "Callers", count: int) -> Figures:
     """Have well-behaved callers read and write so often, by the clock; return the latencies of both."""
     clock = asyncio.get_running_loop().time
     took: dict[str, list[float]] = {"reads": [], "writes": []}
-    dropped = 0
+    dropped = Counter[str]()
 
     async def one(call: Call, due: float, kept: list[float]) -> None:
-        nonlocal dropped
         await asyncio.sleep(due - clock())
         while clock() - due < _LONGEST_SECONDS:
             try:
@@ -424,11 +427,11 @@ async def _others(callers: "Callers", count: int) -> Figures:
                     await call()
                 break
             except TimeoutError:
-                dropped += 1
+                dropped["no end"] += 1
             except grpc.aio.AioRpcError as error:
                 if error.code() not in _AGAIN:
                     raise
-                dropped += 1
+                dropped[f"{error.code().name} {error.details()}"[:_WORDS]] += 1
                 await asyncio.sleep(_BETWEEN_SECONDS)
         kept.append(min(clock() - due, _LONGEST_SECONDS))
 
@@ -440,7 +443,9 @@ async def _others(callers: "Callers", count: int) -> Figures:
             group.create_task(one(read, due, took["reads"]))
             group.create_task(one(write, due + 0.5 / _READS_PER_SECOND, took["writes"]))
     found = {f"{kind} {name}": value for kind, seconds in took.items() for name, value in latencies(seconds).items()}
-    return {**found, _DROPPED: dropped}
+    if dropped:
+        print(*dropped.most_common(3), sep="\n", file=sys.stderr)
+    return {**found, _DROPPED: dropped.total()}
 
 
 Callers = list[tuple[Call, Call]]
