@@ -6,9 +6,9 @@ ours against the floor's: (ours loaded / ours quiet) / (floor loaded / floor qui
 floor is measured quiet before and after each round: that is floor against floor.
 
 Others' calls start by the clock, whether or not those before have ended: what holds them up shows in every call that it
-holds up, and a measure takes no longer. A call that the server drops (of an
-overloaded one gRPC cancels some, whoever makes them) is made again while its time goes on; one that has not ended in
-ten seconds counts as ten. How many were dropped or did not end is a row of its own: none of ours may.
+holds up, and a measure takes no longer. A call that the server drops (of an overloaded one gRPC cancels some, whoever
+makes them) is made again while its time goes on; one that has not ended in ten seconds counts as ten. How many were
+dropped or did not end is a row of its own: none of ours may.
 """
 
 import asyncio
@@ -428,6 +428,7 @@ async def _others(callers: "Callers", count: int) -> Figures:
                 break
             except TimeoutError:
                 dropped["no end"] += 1
+                break
             except grpc.aio.AioRpcError as error:
                 if error.code() not in _AGAIN:
                     raise
