@@ -5,10 +5,10 @@ misbehaves, and other rows bound that; so what is compared here is how many time
 ours against the floor's: (ours loaded / ours quiet) / (floor loaded / floor quiet), all measured in the same round. The
 floor is measured quiet before and after each round: that is floor against floor.
 
-Others' calls start by the clock, whether or not those before have ended, and each counts from when it was due: what
-holds them up shows in every call that it holds up, and a measure takes no longer. A call that the server drops (of an
-overloaded one gRPC cancels some, whoever makes them) is made again while its time goes on; one that has not ended in
-ten seconds counts as ten. How many were dropped or did not end is a row of its own: none of ours may.
+Others' calls start by the clock, whether or not those before have ended: what holds them up shows in every call that it
+holds up, and a measure takes no longer. A call that the server drops (of an overloaded one gRPC cancels some, whoever
+makes them) is made again while its time goes on; one that has not ended in ten seconds counts as ten. How many were
+dropped or did not end is a row of its own: none of ours may.
 """
 
 import asyncio
@@ -18,6 +18,7 @@ import signal
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -60,9 +61,12 @@ _SETTLE_SECONDS = 5.0
 _REST_SECONDS = 1.0
 _BETWEEN_SECONDS = 0.02
 _DROPPED = "dropped"
+_WORDS = 200
 _LONGEST_SECONDS = 10.0
 _START_SECONDS = 60.0
-_AGAIN = (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
+_AGAIN = (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN)
+"""What a dropped call looks like; the floor's gateway passes on what its upstream dropped as UNKNOWN."""
+
 _OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1),)
 
 _FEW = 10
@@ -411,36 +415,37 @@ def _times_slower(of: Figures) -> tuple[float, float]:
 
 async def _others(callers: "Callers", count: int) -> Figures:
     """Have well-behaved callers read and write so often, by the clock; return the latencies of both."""
-    clock = asyncio.get_running_loop().time
     took: dict[str, list[float]] = {"reads": [], "writes": []}
-    dropped = 0
+    dropped = Counter[str]()
 
-    async def one(call: Call, due: float, kept: list[float]) -> None:
-        nonlocal dropped
-        await asyncio.sleep(due - clock())
-        while clock() - due < _LONGEST_SECONDS:
+    async def one(call: Call, pause: float, kept: list[float]) -> None:
+        await asyncio.sleep(pause)
+        began = time.perf_counter()
+        while (left := began + _LONGEST_SECONDS - time.perf_counter()) > 0:
             try:
-                async with asyncio.timeout_at(due + _LONGEST_SECONDS):
+                async with asyncio.timeout(left):
                     await call()
                 break
             except TimeoutError:
-                dropped += 1
+                dropped["no end"] += 1
+                break
             except grpc.aio.AioRpcError as error:
                 if error.code() not in _AGAIN:
                     raise
-                dropped += 1
+                dropped[f"{error.code().name} {error.details()}"[:_WORDS]] += 1
                 await asyncio.sleep(_BETWEEN_SECONDS)
-        kept.append(min(clock() - due, _LONGEST_SECONDS))
+        kept.append(min(time.perf_counter() - began, _LONGEST_SECONDS))
 
-    began = clock()
     async with asyncio.TaskGroup() as group:
         for number in range(count):
             read, write = callers[number % len(callers)]
-            due = began + number / _READS_PER_SECOND
-            group.create_task(one(read, due, took["reads"]))
-            group.create_task(one(write, due + 0.5 / _READS_PER_SECOND, took["writes"]))
+            pause = number / _READS_PER_SECOND
+            group.create_task(one(read, pause, took["reads"]))
+            group.create_task(one(write, pause + 0.5 / _READS_PER_SECOND, took["writes"]))
     found = {f"{kind} {name}": value for kind, seconds in took.items() for name, value in latencies(seconds).items()}
-    return {**found, _DROPPED: dropped}
+    if dropped:
+        print(*dropped.most_common(3), sep="\n", file=sys.stderr)
+    return {**found, _DROPPED: dropped.total()}
 
 
 Callers = list[tuple[Call, Call]]

@@ -16,8 +16,8 @@ from branchline.resource.v1.watch_pb2 import WatchChange
 PENDING_CHANGES = 512
 PENDING_BYTES = 4 * 1024 * 1024
 
-WOKEN_AT_ONCE = 32
-"""Watchers that are woken before the event loop goes on with something else."""
+WOKEN_AT_ONCE = 2
+"""Watchers that are woken before the event loop goes on with something else: it takes one new call a turn."""
 
 Kind = EntityKind.ValueType
 
