@@ -14,7 +14,8 @@ from typing import Any
 _OF_LOGGING = frozenset({"exc_info", "stack_info", "stacklevel"})
 _FIELDS = "fields"
 _OURS = "branchline"
-_COLOURS = {logging.DEBUG: "32", logging.INFO: "32", logging.WARNING: "33", logging.ERROR: "31", logging.CRITICAL: "31"}
+_COLOURS = {logging.DEBUG: 32, logging.INFO: 32, logging.WARNING: 33, logging.ERROR: 31, logging.CRITICAL: 31}
+"""SGR codes of ECMA-48: green, yellow, red."""
 _WORDS_WIDTH = 30
 
 
@@ -68,9 +69,9 @@ class LineFormatter(logging.Formatter):
         """Return the line."""
         level = f"{record.levelname.lower():<8}"
         if self.colours:
-            level = f"\x1b[{_COLOURS.get(record.levelno, '0')}m{level}\x1b[0m"
+            level = f"\x1b[{_COLOURS.get(record.levelno, 0)}m{level}\x1b[0m"
         fields = " ".join(f"{name}={_word(value)}" for name, value in _fields(record).items())
-        line = f"{_time(record)} {level} {record.getMessage():<{_WORDS_WIDTH}} {fields}".rstrip()
+        line = f"{_time(record)} [{level}] {record.getMessage():<{_WORDS_WIDTH}} {fields}".rstrip()
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 

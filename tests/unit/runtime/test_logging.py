@@ -70,4 +70,4 @@ def test_below_its_level_nothing_of_ours_is_logged_and_of_libraries_warnings_alo
     logging.getLogger("asyncio").warning("never retrieved")
 
     lines = capsys.readouterr().err.splitlines()
-    assert [" ".join(line.split()[1:]) for line in lines] == ["debug call", "warning never retrieved"]
+    assert [line.partition(" ")[2] for line in lines] == ["[debug   ] call", "[warning ] never retrieved"]
