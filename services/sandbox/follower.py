@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
+from branchline.sandbox.v1.sandbox_pb2 import StartTurnRequest
+
 from services.runtime.clock import Clock
 from services.runtime.database import Database
 from services.runtime.errors import DomainError, Unavailable, reason_of
@@ -63,20 +65,21 @@ class Follower:
     """Takes one session through one turn."""
 
     ground: Ground
-    session_id: str
+    opened: Opened
     wishes: Signal
+    ticket: int
+    """Ticket of the wishes, older than what was opened: what is wanted later makes itself heard."""
     news: Signal = field(default_factory=Signal)
 
     async def run(self) -> None:
         """Follow the turn to its end. Raise Overtaken if something else takes its place."""
-        ground = self.ground
-        opened = await stored(lambda: ground.database.read(ground.sessions.opened, self.session_id))
+        ground, opened = self.ground, self.opened
         turn = self._turn(opened)
         if opened.prompt is None:
             turn.fail("its prompt is not known any more; send a message to go on")
         while not turn.over:
             assert opened.prompt is not None
-            await self._follow(turn, opened)
+            await self._follow(turn, opened.prompt)
             if turn.lost and turn.end is None:
                 await stored(lambda: ground.database.write(ground.sessions.end_agent, turn.record))
                 turn.lost = ""
@@ -94,12 +97,17 @@ class Follower:
         answered = {one.entry_id: one for one in opened.permissions if one.option_id}
         return Turn(record, builder, asked, answered)
 
-    async def _follow(self, turn: Turn, opened: Opened) -> None:
+    @property
+    def session_id(self) -> str:
+        """The session that is followed."""
+        return self.opened.record.session_id
+
+    async def _follow(self, turn: Turn, prompt: StartTurnRequest) -> None:
         """Follow one agent until the turn is over, or the agent is lost before it had the prompt."""
         link = await self._attach_in_time(turn)
         if link is None:
             return
-        work = asyncio.create_task(self._work(turn, link, opened))
+        work = asyncio.create_task(self._work(turn, link, prompt))
         try:
             while not turn.over:
                 ticket = self.news.ticket
@@ -111,11 +119,10 @@ class Follower:
             work.cancel()
             await asyncio.wait({work})
 
-    async def _work(self, turn: Turn, link: AgentLink, opened: Opened) -> None:
+    async def _work(self, turn: Turn, link: AgentLink, prompt: StartTurnRequest) -> None:
         """Read, prompt, obey and watch at once."""
-        assert opened.prompt is not None
         ground, limits = self.ground, self.ground.limits
-        control = Control(ground.database, ground.sessions, turn, link, self.wishes, self.news)
+        control = Control(ground.database, ground.sessions, turn, link, self.wishes, self.ticket, self.news)
         watchdog = Watchdog(turn, link, control, limits, self.news, ground.clock.seconds)
 
         def heard() -> None:
@@ -125,7 +132,7 @@ class Follower:
                 self.wishes.notify()
 
         stream = EventStream(turn, link, ground.machines, limits.stream_seconds, heard)
-        prompting = Prompting(ground.database, ground.sessions, turn, link, opened.prompt, limits, self.news)
+        prompting = Prompting(ground.database, ground.sessions, turn, link, prompt, limits, self.news)
         async with asyncio.TaskGroup() as group:
             for part in (stream.run(), prompting.run(), control.run(), watchdog.run()):
                 group.create_task(self._guard(turn, part))

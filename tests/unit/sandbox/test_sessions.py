@@ -12,7 +12,7 @@ from branchline.sandbox.v1.sandbox_pb2 import AgentSession, StartTurnRequest
 from services.runtime.database import Database
 from services.runtime.errors import NotFound
 from services.runtime.spine.outbox import COORDINATOR, Outbox
-from services.sandbox.sessions import Asked, Overtaken, Progress, SessionRecord, SessionStore
+from services.sandbox.sessions import Asked, Opened, Overtaken, Progress, SessionRecord, SessionStore
 from services.sandbox.transcript import Draft
 
 RUNNING, WAITING = session_pb2.SESSION_STATUS_RUNNING, session_pb2.SESSION_STATUS_WAITING
@@ -45,6 +45,12 @@ async def working(database: Database, sessions: SessionStore, turn: int = 1) -> 
     return await database.read(sessions.get, "ses_1")
 
 
+async def held(database: Database, sessions: SessionStore) -> Opened:
+    found = await database.read(sessions.opened, "ses_1")
+    assert found is not None
+    return found
+
+
 async def told(outbox: Outbox) -> list[AgentSession]:
     """Return what waits to be told to the task."""
     line = outbox.line(COORDINATOR)
@@ -56,9 +62,58 @@ async def told(outbox: Outbox) -> list[AgentSession]:
 async def test_a_turn_is_recorded_once(database: Database, sessions: SessionStore) -> None:
     await working(database, sessions)
     await database.write(sessions.start_turn, StartTurnRequest(session_id="ses_1", turn=1, text="other"), 20.0)
-    found = await database.read(sessions.opened, "ses_1")
+    found = await held(database, sessions)
     assert found.prompt is not None
     assert (found.prompt.text, found.record.turn_time) == ("go", 10.0)
+
+
+async def test_a_turn_costs_at_most_seven_statements_until_its_agent_has_it(
+    database: Database, sessions: SessionStore
+) -> None:  # C5
+    first = await working(database, sessions)
+    await database.write(sessions.finish, first, progress(status=IDLE), "", "", end_agent=False)
+    before = database.statements
+
+    await database.write(sessions.start_turn, StartTurnRequest(session_id="ses_1", turn=2, text="go on"), 20.0)
+    found = await held(database, sessions)
+    record = await database.read(sessions.get, "ses_1")
+    await database.write(sessions.post, record, 1, 2001, 5)
+    await database.write(sessions.progress, record, progress(accepted=True))
+
+    assert database.statements - before <= 7
+    assert (found.record, found.prompt and found.prompt.text) == (record, "go on")
+    assert (await database.read(sessions.get, "ses_1")).accepted
+
+
+async def test_what_is_opened_has_its_entries_and_of_its_questions_the_open_ones(
+    database: Database, sessions: SessionStore
+) -> None:
+    record = await working(database, sessions)
+    asked = (Asked("ent_1_2", "7"), Asked("ent_1_3", "8"))
+    drafts = [question(number) for number in (1, 2, 3)]
+    await database.write(sessions.progress, record, progress(drafts=drafts, asked=asked, status=WAITING))
+    await database.write(sessions.answer, "ses_1", "ent_1_3", "allow", "usr_ada")
+
+    found = await held(database, sessions)
+
+    assert found is not None
+    assert list(found.drafts) == ["ent_1_1", "ent_1_2", "ent_1_3"]
+    assert [(one.entry_id, one.rpc_id, one.option_id) for one in found.permissions] == [
+        ("ent_1_2", "7", ""),
+        ("ent_1_3", "8", "allow"),
+    ]
+
+
+async def test_a_turn_that_cuts_another_off_leaves_no_question_of_it(
+    database: Database, sessions: SessionStore
+) -> None:
+    record = await working(database, sessions)
+    asked = progress(drafts=[question()], asked=[Asked("ent_1_1", "7")], status=WAITING)
+    await database.write(sessions.progress, record, asked)
+
+    await working(database, sessions, turn=2)
+
+    assert await database.read(sessions.permissions, "ses_1") == []
 
 
 async def test_a_turn_of_no_session_is_refused(database: Database, sessions: SessionStore) -> None:
@@ -153,7 +208,7 @@ async def test_only_open_entries_are_kept(database: Database, sessions: SessionS
     record = await working(database, sessions)
     await database.write(sessions.progress, record, progress(drafts=[question(1), question(2)]))
     await database.write(sessions.progress, record, progress(drafts=[question(1, streaming=False)]))
-    assert list((await database.read(sessions.opened, "ses_1")).drafts) == ["ent_1_2"]
+    assert list((await held(database, sessions)).drafts) == ["ent_1_2"]
 
 
 async def test_the_end_of_a_turn_is_stored_with_its_event_and_commit(
@@ -162,7 +217,7 @@ async def test_the_end_of_a_turn_is_stored_with_its_event_and_commit(
     record = await working(database, sessions)
     end = progress(last_event=42, status=ERROR)
     await database.write(sessions.finish, record, end, "agent silent", "a" * 40, end_agent=True)
-    now = await database.read(sessions.opened, "ses_1")
+    now = await held(database, sessions)
     [state] = await told(outbox)
     assert (state.status, state.turn, state.head_commit, state.status_reason) == (ERROR, 1, "a" * 40, "agent silent")
     assert (now.record.last_event, now.record.ending, now.record.acp_session_id, now.prompt) == (42, True, "", None)
