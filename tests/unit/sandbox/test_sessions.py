@@ -67,55 +67,6 @@ async def test_a_turn_is_recorded_once(database: Database, sessions: SessionStor
     assert (found.prompt.text, found.record.turn_time) == ("go", 10.0)
 
 
-async def test_a_turn_costs_at_most_seven_statements_until_its_agent_has_it(
-    database: Database, sessions: SessionStore
-) -> None:  # C5
-    first = await working(database, sessions)
-    await database.write(sessions.finish, first, progress(status=IDLE), "", "", end_agent=False)
-    before = database.statements
-
-    await database.write(sessions.start_turn, StartTurnRequest(session_id="ses_1", turn=2, text="go on"), 20.0)
-    found = await held(database, sessions)
-    record = await database.read(sessions.get, "ses_1")
-    await database.write(sessions.post, record, 1, 2001, 5)
-    await database.write(sessions.progress, record, progress(accepted=True))
-
-    assert database.statements - before <= 7
-    assert (found.record, found.prompt and found.prompt.text) == (record, "go on")
-    assert (await database.read(sessions.get, "ses_1")).accepted
-
-
-async def test_what_is_opened_has_its_entries_and_of_its_questions_the_open_ones(
-    database: Database, sessions: SessionStore
-) -> None:
-    record = await working(database, sessions)
-    asked = (Asked("ent_1_2", "7"), Asked("ent_1_3", "8"))
-    drafts = [question(number) for number in (1, 2, 3)]
-    await database.write(sessions.progress, record, progress(drafts=drafts, asked=asked, status=WAITING))
-    await database.write(sessions.answer, "ses_1", "ent_1_3", "allow", "usr_ada")
-
-    found = await held(database, sessions)
-
-    assert found is not None
-    assert list(found.drafts) == ["ent_1_1", "ent_1_2", "ent_1_3"]
-    assert [(one.entry_id, one.rpc_id, one.option_id) for one in found.permissions] == [
-        ("ent_1_2", "7", ""),
-        ("ent_1_3", "8", "allow"),
-    ]
-
-
-async def test_a_turn_that_cuts_another_off_leaves_no_question_of_it(
-    database: Database, sessions: SessionStore
-) -> None:
-    record = await working(database, sessions)
-    asked = progress(drafts=[question()], asked=[Asked("ent_1_1", "7")], status=WAITING)
-    await database.write(sessions.progress, record, asked)
-
-    await working(database, sessions, turn=2)
-
-    assert await database.read(sessions.permissions, "ses_1") == []
-
-
 async def test_a_turn_of_no_session_is_refused(database: Database, sessions: SessionStore) -> None:
     with pytest.raises(NotFound):
         await database.write(sessions.start_turn, StartTurnRequest(session_id="none", turn=1), 0.0)
