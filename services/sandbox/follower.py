@@ -74,14 +74,14 @@ class Follower:
     async def run(self) -> None:
         """Follow the turn to its end. Raise Overtaken if something else takes its place."""
         ground, opened = self.ground, self.opened
-        turn = self._turn(opened)
+        turn, record = self._turn(opened), opened.record
         if opened.prompt is None:
             turn.fail("its prompt is not known any more; send a message to go on")
         while not turn.over:
             assert opened.prompt is not None
-            await self._follow(turn, opened.prompt)
+            await self._follow(turn, record, opened.prompt)
             if turn.lost and turn.end is None:
-                await stored(lambda: ground.database.write(ground.sessions.end_agent, turn.record))
+                record = await stored(lambda: ground.database.write(ground.sessions.end_agent, turn.record))
                 turn.lost = ""
         if turn.overtaken:
             raise Overtaken
@@ -102,9 +102,9 @@ class Follower:
         """The session that is followed."""
         return self.opened.record.session_id
 
-    async def _follow(self, turn: Turn, prompt: StartTurnRequest) -> None:
+    async def _follow(self, turn: Turn, record: SessionRecord, prompt: StartTurnRequest) -> None:
         """Follow one agent until the turn is over, or the agent is lost before it had the prompt."""
-        link = await self._attach_in_time(turn)
+        link = await self._attach_in_time(turn, record)
         if link is None:
             return
         work = asyncio.create_task(self._work(turn, link, prompt))
@@ -137,13 +137,13 @@ class Follower:
             for part in (stream.run(), prompting.run(), control.run(), watchdog.run()):
                 group.create_task(self._guard(turn, part))
 
-    async def _attach_in_time(self, turn: Turn) -> AgentLink | None:
+    async def _attach_in_time(self, turn: Turn, record: SessionRecord) -> AgentLink | None:
         link: AgentLink | None = None
 
         async def attach() -> None:
             nonlocal link
             async with asyncio.timeout(self._seconds_left(turn)):
-                link = await self._attach(turn)
+                link = await self._attach(turn, record)
 
         await self._guard(turn, attach())
         return link
@@ -165,16 +165,14 @@ class Follower:
         finally:
             self.news.notify()
 
-    async def _attach(self, turn: Turn) -> AgentLink:
+    async def _attach(self, turn: Turn, record: SessionRecord) -> AgentLink:
         """Make sure that the session's agent is connected; start one where none can have this turn's prompt."""
         ground = self.ground
         async with ground.lanes.hold(self.session_id):
-            record = await stored(lambda: ground.database.read(ground.sessions.get, self.session_id))
-            if record.turn != turn.record.turn:
-                raise Overtaken
             if record.ending:
-                await self._persist(lambda: ground.agents.end(record))
-                record = await stored(lambda: ground.database.write(ground.sessions.agent_gone, record))
+                ending = record
+                await self._persist(lambda: ground.agents.end(ending))
+                record = self._still(await stored(lambda: ground.database.write(ground.sessions.agent_gone, ending)))
             if record.acp_session_id:
                 server, there = await self._persist(lambda: self._connected(record))
                 if there:
@@ -202,8 +200,14 @@ class Follower:
         begun = await ground.database.write(
             ground.sessions.begin, record.session_id, record.sandbox_id, record.task_id, record.agent, record.model
         )
-        turn.follow(begun)
-        return await ground.agents.start(begun)
+        turn.follow(self._still(begun))
+        return self._still(await ground.agents.start(begun))
+
+    def _still(self, record: SessionRecord) -> SessionRecord:
+        """Return a record that is of the turn which is followed. Raise Overtaken."""
+        if record.turn != self.opened.record.turn:
+            raise Overtaken
+        return record
 
     async def _persist(self, call: Callable[[], Awaitable[T]]) -> T:
         """Try again what failed because something could not be reached."""

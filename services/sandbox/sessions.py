@@ -237,11 +237,7 @@ _AGENT_GONE = _returning(
     .where(_THIS, _s.generation == bindparam("of_generation"))
     .values(ending=False, process="", acp_session_id="")
 )
-_END_AGENT = Statement(
-    update(agent_sessions)
-    .where(_THIS, _s.generation == bindparam("of_generation"))
-    .values(ending=True, acp_session_id="")
-)
+_END_AGENT = _returning(update(agent_sessions).where(*_FOLLOWED).values(ending=True, acp_session_id=""))
 _CLOSED = _returning(
     update(agent_sessions)
     .where(_THIS, _s.closing)
@@ -409,9 +405,9 @@ class SessionStore:
         tx.change(_DROP_PERMISSIONS, {"session": record.session_id})
         self._tell(tx, ended, reason, head_commit)
 
-    def end_agent(self, tx: Tx, record: SessionRecord) -> None:
-        """Note that a session's agent must be gone before anything else starts."""
-        tx.change(_END_AGENT, _generation(record))
+    def end_agent(self, tx: Tx, record: SessionRecord) -> SessionRecord:
+        """Note that a turn's agent must be gone before anything else starts. Raise Overtaken."""
+        return _followed(tx.row(_END_AGENT, _followed_by(record)))
 
     def agent_gone(self, tx: Tx, record: SessionRecord) -> SessionRecord:
         """Note that a session's agent is confirmed gone. Raise Overtaken if it has another one."""

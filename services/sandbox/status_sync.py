@@ -70,7 +70,8 @@ class StatusSync:
     async def _step(self, session_id: str, wishes: Signal, ticket: int) -> bool:
         """Do what is next for a session; return False if nothing is. The ticket is older than what is read here."""
         ground = self.ground
-        opened = await ground.database.read(ground.sessions.opened, session_id)
+        async with ground.lanes.hold(session_id):  # no agent of it is being started, and none while it has a turn
+            opened = await ground.database.read(ground.sessions.opened, session_id)
         if opened is None:
             return False
         record = opened.record

@@ -96,6 +96,7 @@ async def test_a_follower_that_was_overtaken_changes_nothing(database: Database,
         lambda: database.write(sessions.progress, old, progress(last_event=9)),
         lambda: database.write(sessions.post, old, 1, 1001, 3),
         lambda: database.write(sessions.finish, old, progress(status=IDLE), "", "", end_agent=False),
+        lambda: database.write(sessions.end_agent, old),
     ):
         with pytest.raises(Overtaken):
             await write()
