@@ -5,6 +5,7 @@ Nothing that a task of ours pushes is refused: what does not fit is noted, and s
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from branchline.resource.v1.history_pb2 import ACTOR_KIND_SYSTEM, HistoryEvent
 from branchline.resource.v1.sandbox_pb2 import Sandbox
@@ -15,13 +16,12 @@ from branchline.resource.v1.vocabulary_pb2 import EVENT_KIND_BRANCH_MOVED, EVENT
 from services.repository.deletion import Deletion
 from services.repository.store import RepositoryStore
 from services.repository.summary import summary_of
-from services.repository.workbench import Conflict, Workbench
+from services.repository.workbench import Conflict, Part, Place, Workbench, stays
 from services.runtime.clock import Clock
 from services.runtime.database import Database, Tx
 from services.runtime.logging import get_logger
 from services.runtime.spine.ingest import Handler, Ingest, Pushed, RejectedEntryError
 from services.runtime.spine.outbox import Mark, Outbox
-from services.runtime.statuses import HOLDS_BRANCH
 
 log = get_logger(__name__)
 
@@ -40,21 +40,27 @@ class RepositoryIngest:
         """Return the ingest with all handlers."""
         return Ingest(
             database,
-            Handler(Task, self.tasks),
-            Handler((Session, Sandbox, TranscriptEntry), self.workbench.put_parts),
+            Handler((Task, Session, Sandbox, TranscriptEntry), self.tasks),
             Handler(HistoryEvent, self.history_events),
         )
 
-    def tasks(self, tx: Tx, pushed: Sequence[Pushed[Task]]) -> None:
-        """Index tasks, have the branches follow, and push summaries on."""
-        places = self.workbench.places(tx, (one.id for one in pushed))
-        unknown = [one.id for one in pushed if one.id not in places]
+    def tasks(self, tx: Tx, pushed: Sequence[Pushed[Task | Part]]) -> None:
+        """Index tasks with their parts, have the branches follow, and push summaries on.
+
+        What comes late, of a task that is gone, is ignored.
+        """
+        tasks = [cast("Pushed[Task]", one) for one in pushed if isinstance(one.state, Task)]
+        parts = [cast("Pushed[Part]", one) for one in pushed if not isinstance(one.state, Task)]
+        places = self.workbench.places(tx, [*(one.id for one in tasks), *(one.state.task_id for one in parts)])
+        unknown = [one.id for one in tasks if one.id not in places]
         strange = set(unknown) - self.workbench.buried(tx, unknown)
         if strange:
             raise RejectedEntryError(f"not created by this coordinator: task {min(strange)}")
-        known = [one for one in pushed if one.id in places and not places[one.id].gone]
-        self.store.lock(tx, (places[one.id].repository_id for one in known))
-        changed, gone = self.workbench.put_tasks(tx, known)
+        here = {task_id: place for task_id, place in places.items() if not place.gone}
+        known = [one for one in tasks if one.id in here]
+        quiet = self.store.quiet({here[one.id].repository_id: here[one.id].active_time for one in known})
+        self.store.lock(tx, quiet.union(here[one.id].repository_id for one in known if _moves(one, here[one.id])))
+        changed, gone = self.workbench.put(tx, known, [one for one in parts if one.state.task_id in here])
         conflicts = self.workbench.follow(tx, changed, places)
         self.workbench.leave(tx, gone)
         if gone:
@@ -63,11 +69,10 @@ class RepositoryIngest:
         marks = [Mark(task.id, task.revision, summary_of(task)) for task in changed]
         marks += [Mark(task.id, task.revision, summary_of(task), deleted=True) for task in gone]
         self.outbox.mark(tx, [*marks, *(Mark(event.id, 1, event) for event in events)])
-        moved = [task for task in changed if task.status != places[task.id].status]
-        left = [task for task in moved if places[task.id].live and task.status not in HOLDS_BRANCH]
-        counted = [places[task.id].repository_id for task in (*left, *gone)]
-        active = {places[task.id].repository_id: places[task.id].active_time for task in (*moved, *gone)}
-        self.store.touch(tx, [*counted, *self.store.quiet(active)])
+        left = [task for task in changed if places[task.id].live and not stays(task, places[task.id])]
+        counted = {places[task.id].repository_id for task in (*left, *gone)}
+        active = {places[task.id].repository_id for task in changed}
+        self.store.touch(tx, counted | (active & quiet))
 
     def history_events(self, tx: Tx, pushed: Sequence[Pushed[HistoryEvent]]) -> None:
         """Pass events on."""
@@ -102,3 +107,8 @@ class RepositoryIngest:
             branch=task.branch,
             summary=summary,
         )
+
+
+def _moves(one: Pushed[Task], place: Place) -> bool:
+    """Say whether a state of a task may change who holds which branch."""
+    return one.deleted or (place.live and (place.branch != one.state.branch or not stays(one.state, place)))

@@ -82,7 +82,9 @@ class RepositoryStore:
 
     def lock(self, tx: Tx, repository_ids: Iterable[str]) -> None:
         """Make the writers of repositories take turns, so that what was looked at stays true."""
-        tx.rows(_LOCK, {"ids": sorted(set(repository_ids))})
+        ids = sorted(set(repository_ids))
+        if ids:
+            tx.rows(_LOCK, {"ids": ids})
 
     def ensure(self, tx: Tx, request: EnsureRepositoryRequest) -> None:
         """Create a repository, or bring its name and default branch and its caches up to date."""

@@ -83,7 +83,6 @@ task_index = Table(
     Column("task_id", String, primary_key=True),
     Column("repository_id", String, nullable=False),
     Column("branch", String, nullable=False),
-    Column("status", Integer, nullable=False),
     Column("live", Boolean, nullable=False),
     Column("gone", Boolean, nullable=False),
     Column("told_time", Float, nullable=False),

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from branchline.resource.v1.sandbox_pb2 import Sandbox
 from branchline.resource.v1.session_pb2 import Session, TranscriptEntry
@@ -32,6 +32,7 @@ from services.runtime.spine.resources import Held
 from services.runtime.statuses import HOLDS_BRANCH
 
 BURIED_AT_ONCE = 500
+Part = Session | Sandbox | TranscriptEntry
 _KINDS = {Session: SESSIONS.kind, Sandbox: SANDBOXES.kind, TranscriptEntry: TRANSCRIPT.kind}
 
 _tasks = Held(task_details, Task, ENTITY_KIND_TASK)
@@ -71,7 +72,7 @@ _ADD_PLACE = Statement(insert(task_index))
 _MOVE_PLACE = Statement(
     update(task_index)
     .where(task_index.c.task_id == bindparam("of"))
-    .values(branch=bindparam("to"), status=bindparam("now"), live=bindparam("holds"))
+    .values(branch=bindparam("to"), live=bindparam("holds"))
 )
 _LEAVE = Statement(update(task_index).where(is_in(task_index.c.task_id, "ids")).values(live=False, gone=True))
 
@@ -99,7 +100,6 @@ class Place:
 
     repository_id: str
     branch: str
-    status: int
     live: bool
     gone: bool
     active_time: float
@@ -149,9 +149,7 @@ class Workbench:
         """Return what the index knows of tasks, by their ids."""
         rows = tx.rows(_PLACES, {"ids": sorted(set(task_ids))})
         return {
-            row.task_id: Place(
-                row.repository_id, row.branch, row.status, row.live, row.gone, active_time=row.activity_time or 0.0
-            )
+            row.task_id: Place(row.repository_id, row.branch, row.live, row.gone, active_time=row.activity_time or 0.0)
             for row in rows
         }
 
@@ -161,26 +159,30 @@ class Workbench:
 
     def add(self, tx: Tx, task: Task, session: Session) -> None:
         """Index a new task with its first session. Its branch must be free."""
-        place = {"task_id": task.id, "repository_id": task.repository_id, "branch": task.branch, "status": task.status}
+        place = {"task_id": task.id, "repository_id": task.repository_id, "branch": task.branch}
         tx.change(_ADD_PLACE, {**place, "live": True, "gone": False, "told_time": 0.0})
         self.index.put(tx, _task_entry(task, deleted=False))
         self.index.put(tx, Entry(SESSIONS.kind, task.id, session.id, session.revision, session, task_id=task.id))
 
-    def put_tasks(self, tx: Tx, pushed: Sequence[Pushed[Task]]) -> tuple[list[Task], list[Task]]:
-        """Index states of tasks; return those that were newer than what was held, then the tasks newly gone.
+    def put(
+        self, tx: Tx, tasks: Sequence[Pushed[Task]], parts: Sequence[Pushed[Part]]
+    ) -> tuple[list[Task], list[Task]]:
+        """Index states of tasks and of their parts; return the tasks that are newer than what was held, then the gone.
 
         A task that its owner calls gone is, whatever else the owner remembers of it: what is held is buried.
         """
-        lost = {one.id: one.revision for one in pushed if one.deleted}
+        lost = {one.id: one.revision for one in tasks if one.deleted}
         gone = _tasks.find_many(tx, list(lost)) if lost else []
         for task in gone:
             task.revision = max(task.revision + 1, lost[task.id])
             task.ClearField("text")  # a tombstone needs no words
-        changed = [one.state for one in pushed if one.id not in lost]
+        changed = [one.state for one in tasks if one.id not in lost]
         entries = [_task_entry(task, deleted=False) for task in changed]
         entries += [_task_entry(task, deleted=True) for task in gone]
-        fresh = [(cast("Task", entry.state), entry.deleted) for entry in self.index.put_many(tx, entries)]
-        return [task for task, deleted in fresh if not deleted], [task for task, deleted in fresh if deleted]
+        entries += [_part_entry(one) for one in parts if one.state.task_id not in lost]
+        fresh = [(one.state, one.deleted) for one in self.index.put_many(tx, entries)]
+        newer = [(state, deleted) for state, deleted in fresh if isinstance(state, Task)]
+        return [task for task, deleted in newer if not deleted], [task for task, deleted in newer if deleted]
 
     def follow(self, tx: Tx, tasks: Sequence[Task], places: Mapping[str, Place]) -> list[Conflict]:
         """Have the index of branches follow new states of tasks.
@@ -188,13 +190,13 @@ class Workbench:
         A task that gave its branch up never gets it back. A branch belongs to the task that held it first: one that
         moves to a branch of another is left where it was, and is a conflict.
         """
-        moving = [task for task in tasks if _stays(task, places[task.id]) and task.branch != places[task.id].branch]
+        moving = [task for task in tasks if stays(task, places[task.id]) and task.branch != places[task.id].branch]
         holders = self._holders(tx, moving, places)
         conflicts: list[Conflict] = []
         rows: list[dict[str, Any]] = []
-        for task in sorted(tasks, key=lambda task: _stays(task, places[task.id])):  # who leaves makes room first
+        for task in sorted(tasks, key=lambda task: stays(task, places[task.id])):  # who leaves makes room first
             place, branch = places[task.id], task.branch
-            live = _stays(task, place)
+            live = stays(task, place)
             holder = holders.get((place.repository_id, branch), task.id)
             if live and holder != task.id:
                 conflicts.append(Conflict(task, place.branch, holder))
@@ -203,8 +205,8 @@ class Workbench:
                 holders.pop((place.repository_id, place.branch), None)
                 if live:
                     holders[place.repository_id, branch] = task.id
-            if (branch, task.status, live) != (place.branch, place.status, place.live):
-                rows.append({"of": task.id, "to": branch, "now": task.status, "holds": live})
+            if (branch, live) != (place.branch, place.live):
+                rows.append({"of": task.id, "to": branch, "holds": live})
         tx.change_many(_MOVE_PLACE, rows)
         return conflicts
 
@@ -221,25 +223,6 @@ class Workbench:
         """Note that tasks are gone: their branches are free, their details wait to be buried."""
         if tasks:
             tx.change(_LEAVE, {"ids": [task.id for task in tasks]})
-
-    def put_parts(self, tx: Tx, pushed: Sequence[Pushed[Session | Sandbox | TranscriptEntry]]) -> None:
-        """Index states of parts of tasks. What comes late, of a task that is gone, is ignored."""
-        places = self.places(tx, (one.state.task_id for one in pushed))
-        entries = [
-            Entry(
-                _KINDS[type(one.state)],
-                one.state.task_id,
-                one.id,
-                one.revision,
-                one.state,
-                task_id=one.state.task_id,
-                deleted=one.deleted,
-                columns=_columns(one.state),
-            )
-            for one in pushed
-            if one.state.task_id in places and not places[one.state.task_id].gone
-        ]
-        self.index.put_many(tx, entries)
 
     def bury(self, tx: Tx, task_ids: Sequence[str]) -> int:
         """Make tombstones of the parts of tasks, at most so many at a time; return how many were made."""
@@ -268,10 +251,20 @@ def _task_entry(task: Task, *, deleted: bool) -> Entry:
     return Entry(TASKS.kind, task.id, task.id, task.revision, task, task_id=task.id, deleted=deleted, columns=columns)
 
 
-def _columns(part: Session | Sandbox | TranscriptEntry) -> Mapping[str, Any]:
-    return {"session_id": part.session_id, "position": part.position} if isinstance(part, TranscriptEntry) else {}
+def _part_entry(one: Pushed[Part]) -> Entry:
+    part = one.state
+    return Entry(
+        _KINDS[type(part)],
+        part.task_id,
+        one.id,
+        one.revision,
+        part,
+        task_id=part.task_id,
+        deleted=one.deleted,
+        columns={"session_id": part.session_id, "position": part.position} if isinstance(part, TranscriptEntry) else {},
+    )
 
 
-def _stays(task: Task, place: Place) -> bool:
+def stays(task: Task, place: Place) -> bool:
     """Say whether a task that holds its branch goes on holding one."""
     return place.live and task.status in HOLDS_BRANCH

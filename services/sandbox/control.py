@@ -28,6 +28,8 @@ class Control:
     link: AgentLink
     wishes: Signal
     """Told when there is something to look at."""
+    ticket: int
+    """Ticket of the wishes, older than what is known of them at the beginning: the link's record and the answers."""
     news: Signal
     """Told of every change of the turn."""
 
@@ -36,10 +38,9 @@ class Control:
 
     async def run(self) -> None:
         """Look at what is wanted, each time there may be something."""
-        turn = self.turn
+        turn, ticket = self.turn, self.ticket
+        record, answers = self.link.record, list(turn.answers.values())
         while not turn.over:
-            ticket = self.wishes.ticket
-            record, answers = await stored(lambda: self.database.read(self._wanted))
             if record is None or record.turn != turn.record.turn or record.closing or not record.works:
                 turn.overtaken = True
             elif record.cancel_turn == turn.record.turn:
@@ -52,6 +53,8 @@ class Control:
             self.news.notify()
             if not turn.over:
                 await self.wishes.wait(ticket, _CANCEL_AGAIN_SECONDS if turn.cancelled else None)
+                ticket = self.wishes.ticket
+                record, answers = await stored(lambda: self.database.read(self._wanted))
 
     def _wanted(self, tx: Reader) -> tuple[SessionRecord | None, list[Permission]]:
         session_id = self.turn.record.session_id

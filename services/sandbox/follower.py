@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
+from branchline.sandbox.v1.sandbox_pb2 import StartTurnRequest
+
 from services.runtime.clock import Clock
 from services.runtime.database import Database
 from services.runtime.errors import DomainError, Unavailable, reason_of
@@ -63,22 +65,23 @@ class Follower:
     """Takes one session through one turn."""
 
     ground: Ground
-    session_id: str
+    opened: Opened
     wishes: Signal
+    ticket: int
+    """Ticket of the wishes, older than what was opened: what is wanted later makes itself heard."""
     news: Signal = field(default_factory=Signal)
 
     async def run(self) -> None:
         """Follow the turn to its end. Raise Overtaken if something else takes its place."""
-        ground = self.ground
-        opened = await stored(lambda: ground.database.read(ground.sessions.opened, self.session_id))
-        turn = self._turn(opened)
+        ground, opened = self.ground, self.opened
+        turn, record = self._turn(opened), opened.record
         if opened.prompt is None:
             turn.fail("its prompt is not known any more; send a message to go on")
         while not turn.over:
             assert opened.prompt is not None
-            await self._follow(turn, opened)
+            await self._follow(turn, record, opened.prompt)
             if turn.lost and turn.end is None:
-                await stored(lambda: ground.database.write(ground.sessions.end_agent, turn.record))
+                record = await stored(lambda: ground.database.write(ground.sessions.end_agent, turn.record))
                 turn.lost = ""
         if turn.overtaken:
             raise Overtaken
@@ -94,12 +97,17 @@ class Follower:
         answered = {one.entry_id: one for one in opened.permissions if one.option_id}
         return Turn(record, builder, asked, answered)
 
-    async def _follow(self, turn: Turn, opened: Opened) -> None:
+    @property
+    def session_id(self) -> str:
+        """The session that is followed."""
+        return self.opened.record.session_id
+
+    async def _follow(self, turn: Turn, record: SessionRecord, prompt: StartTurnRequest) -> None:
         """Follow one agent until the turn is over, or the agent is lost before it had the prompt."""
-        link = await self._attach_in_time(turn)
+        link = await self._attach_in_time(turn, record)
         if link is None:
             return
-        work = asyncio.create_task(self._work(turn, link, opened))
+        work = asyncio.create_task(self._work(turn, link, prompt))
         try:
             while not turn.over:
                 ticket = self.news.ticket
@@ -111,11 +119,10 @@ class Follower:
             work.cancel()
             await asyncio.wait({work})
 
-    async def _work(self, turn: Turn, link: AgentLink, opened: Opened) -> None:
+    async def _work(self, turn: Turn, link: AgentLink, prompt: StartTurnRequest) -> None:
         """Read, prompt, obey and watch at once."""
-        assert opened.prompt is not None
         ground, limits = self.ground, self.ground.limits
-        control = Control(ground.database, ground.sessions, turn, link, self.wishes, self.news)
+        control = Control(ground.database, ground.sessions, turn, link, self.wishes, self.ticket, self.news)
         watchdog = Watchdog(turn, link, control, limits, self.news, ground.clock.seconds)
 
         def heard() -> None:
@@ -125,18 +132,18 @@ class Follower:
                 self.wishes.notify()
 
         stream = EventStream(turn, link, ground.machines, limits.stream_seconds, heard)
-        prompting = Prompting(ground.database, ground.sessions, turn, link, opened.prompt, limits, self.news)
+        prompting = Prompting(ground.database, ground.sessions, turn, link, prompt, limits, self.news)
         async with asyncio.TaskGroup() as group:
             for part in (stream.run(), prompting.run(), control.run(), watchdog.run()):
                 group.create_task(self._guard(turn, part))
 
-    async def _attach_in_time(self, turn: Turn) -> AgentLink | None:
+    async def _attach_in_time(self, turn: Turn, record: SessionRecord) -> AgentLink | None:
         link: AgentLink | None = None
 
         async def attach() -> None:
             nonlocal link
             async with asyncio.timeout(self._seconds_left(turn)):
-                link = await self._attach(turn)
+                link = await self._attach(turn, record)
 
         await self._guard(turn, attach())
         return link
@@ -158,16 +165,14 @@ class Follower:
         finally:
             self.news.notify()
 
-    async def _attach(self, turn: Turn) -> AgentLink:
+    async def _attach(self, turn: Turn, record: SessionRecord) -> AgentLink:
         """Make sure that the session's agent is connected; start one where none can have this turn's prompt."""
         ground = self.ground
         async with ground.lanes.hold(self.session_id):
-            record = await stored(lambda: ground.database.read(ground.sessions.get, self.session_id))
-            if record.turn != turn.record.turn:
-                raise Overtaken
             if record.ending:
-                await self._persist(lambda: ground.agents.end(record))
-                record = await stored(lambda: ground.database.write(ground.sessions.agent_gone, record))
+                ending = record
+                await self._persist(lambda: ground.agents.end(ending))
+                record = self._still(await stored(lambda: ground.database.write(ground.sessions.agent_gone, ending)))
             if record.acp_session_id:
                 server, there = await self._persist(lambda: self._connected(record))
                 if there:
@@ -195,8 +200,14 @@ class Follower:
         begun = await ground.database.write(
             ground.sessions.begin, record.session_id, record.sandbox_id, record.task_id, record.agent, record.model
         )
-        turn.follow(begun)
-        return await ground.agents.start(begun)
+        turn.follow(self._still(begun))
+        return self._still(await ground.agents.start(begun))
+
+    def _still(self, record: SessionRecord) -> SessionRecord:
+        """Return a record that is of the turn which is followed. Raise Overtaken."""
+        if record.turn != self.opened.record.turn:
+            raise Overtaken
+        return record
 
     async def _persist(self, call: Callable[[], Awaitable[T]]) -> T:
         """Try again what failed because something could not be reached."""

@@ -121,7 +121,7 @@ class Opened:
     """A session with all that a follower begins with."""
 
     record: SessionRecord
-    prompt: StartTurnRequest | None
+    prompt: StartTurnRequest | None = None
     drafts: Mapping[str, Draft] = field(default_factory=dict[str, Draft])
     permissions: Sequence[Permission] = ()
 
@@ -131,6 +131,11 @@ def _returning(statement: Any) -> Statement:
 
 
 _FIND = Statement(select(agent_sessions).where(_THIS))
+_OPEN = Statement(
+    select(agent_sessions, prompts.c.payload.label("prompt"))
+    .outerjoin(prompts, prompts.c.session_id == _s.session_id)
+    .where(_THIS)
+)
 _UNFINISHED = Statement(select(_s.session_id).where(or_(_WORKS, _s.ending, _s.closing)))
 _PROCESSES = Statement(select(_s.process).where(_s.sandbox_id == bindparam("sandbox"), _s.process != ""))
 _ADD = Statement(insert_new(agent_sessions, ["session_id"]))
@@ -177,9 +182,9 @@ _START_TURN = Statement(
         closing=False,
         status=session_pb2.SESSION_STATUS_RUNNING,
     )
+    .returning(_s.ending)
 )
 _PUT_PROMPT = Statement(upsert(prompts, ["session_id"]))
-_PROMPT = Statement(select(prompts.c.payload).where(prompts.c.session_id == bindparam("session")))
 _DROP_PROMPT = Statement(delete(prompts).where(prompts.c.session_id == bindparam("session")))
 _WANT_CANCEL = Statement(
     update(agent_sessions)
@@ -232,11 +237,7 @@ _AGENT_GONE = _returning(
     .where(_THIS, _s.generation == bindparam("of_generation"))
     .values(ending=False, process="", acp_session_id="")
 )
-_END_AGENT = Statement(
-    update(agent_sessions)
-    .where(_THIS, _s.generation == bindparam("of_generation"))
-    .values(ending=True, acp_session_id="")
-)
+_END_AGENT = _returning(update(agent_sessions).where(*_FOLLOWED).values(ending=True, acp_session_id=""))
 _CLOSED = _returning(
     update(agent_sessions)
     .where(_THIS, _s.closing)
@@ -252,6 +253,12 @@ _CLOSED = _returning(
     )
 )
 _DRAFTS = Statement(select(drafts).where(drafts.c.session_id == bindparam("session")).order_by(drafts.c.number))
+_OPEN_DRAFTS = Statement(
+    select(drafts, permissions.c.rpc_id, permissions.c.option_id, permissions.c.user_id)
+    .outerjoin(permissions, permissions.c.entry_id == drafts.c.id)
+    .where(drafts.c.session_id == bindparam("session"))
+    .order_by(drafts.c.number)
+)
 _PUT_DRAFT = Statement(upsert(drafts, ["id"], keep=["session_id", "number", "tool_call_id"]))
 _DROP_DRAFT = Statement(delete(drafts).where(drafts.c.id == bindparam("entry")))
 _DRAFT = Statement(
@@ -282,7 +289,7 @@ class SessionStore:
     def find(self, tx: Reader, session_id: str) -> SessionRecord | None:
         """Return a session, or None."""
         row = tx.row(_FIND, {"session": session_id})
-        return _record(row) if row is not None else None
+        return _record(row._asdict()) if row is not None else None
 
     def get(self, tx: Reader, session_id: str) -> SessionRecord:
         """Return a session; raise NotFound."""
@@ -291,11 +298,20 @@ class SessionStore:
             raise NotFound(ENTITY_KIND_SESSION, session_id)
         return record
 
-    def opened(self, tx: Reader, session_id: str) -> Opened:
-        """Return a session with its prompt, its open entries and its open questions."""
-        payload = tx.value(_PROMPT, {"session": session_id})
+    def opened(self, tx: Reader, session_id: str) -> Opened | None:
+        """Return a session; if it has a turn to do, with its prompt, its open entries and its open questions."""
+        row = tx.row(_OPEN, {"session": session_id})
+        if row is None:
+            return None
+        values = row._asdict()
+        payload = values.pop("prompt")
+        record = _record(values)
+        if not record.works:
+            return Opened(record)
         prompt = StartTurnRequest.FromString(payload) if payload is not None else None
-        return Opened(self.get(tx, session_id), prompt, self._drafts(tx, session_id), self.permissions(tx, session_id))
+        rows = tx.rows(_OPEN_DRAFTS, {"session": session_id})
+        asked = [Permission(one.id, one.rpc_id, one.option_id, one.user_id) for one in rows if one.rpc_id is not None]
+        return Opened(record, prompt, {one.id: _draft(one) for one in rows}, asked)
 
     def unfinished(self, tx: Reader) -> list[str]:
         """Return the sessions that have a turn to do, an agent to be ended, or are to be closed."""
@@ -312,7 +328,7 @@ class SessionStore:
         """
         tx.change(_ADD, _new(session_id))
         given = {"to_sandbox": sandbox_id, "to_task": task_id, "to_agent": agent, "to_model": model}
-        return _record(tx.row(_BEGIN, {"session": session_id, **given}))
+        return _followed(tx.row(_BEGIN, {"session": session_id, **given}))
 
     def reopen(self, tx: Tx, session_id: str, sandbox_id: str, task_id: str, agent: str, model: str) -> SessionRecord:
         """Give a session its next agent though it was to be closed; a wish to close that comes later counts."""
@@ -334,10 +350,12 @@ class SessionStore:
         Raise NotFound.
         """
         this = {"session": request.session_id}
-        if not tx.change(_START_TURN, {**this, "to_turn": request.turn, "now": now}):
+        started = tx.row(_START_TURN, {**this, "to_turn": request.turn, "now": now})
+        if started is None:
             self.get(tx, request.session_id)
             return
-        tx.change(_DROP_PERMISSIONS, this)
+        if started.ending:  # the end of a turn leaves no questions; one that is cut off may
+            tx.change(_DROP_PERMISSIONS, this)
         tx.change(_PUT_PROMPT, {"session_id": request.session_id, "payload": request.SerializeToString()})
 
     def want_cancel(self, tx: Tx, session_id: str, turn: int) -> None:
@@ -387,9 +405,9 @@ class SessionStore:
         tx.change(_DROP_PERMISSIONS, {"session": record.session_id})
         self._tell(tx, ended, reason, head_commit)
 
-    def end_agent(self, tx: Tx, record: SessionRecord) -> None:
-        """Note that a session's agent must be gone before anything else starts."""
-        tx.change(_END_AGENT, _generation(record))
+    def end_agent(self, tx: Tx, record: SessionRecord) -> SessionRecord:
+        """Note that a turn's agent must be gone before anything else starts. Raise Overtaken."""
+        return _followed(tx.row(_END_AGENT, _followed_by(record)))
 
     def agent_gone(self, tx: Tx, record: SessionRecord) -> SessionRecord:
         """Note that a session's agent is confirmed gone. Raise Overtaken if it has another one."""
@@ -404,7 +422,7 @@ class SessionStore:
             session_id, record.task_id, record.turn, record.entry_count, self.now, dict(self._drafts(tx, session_id))
         )
         builder.seal_all("interrupted")
-        closed = _record(tx.row(_CLOSED, {"session": session_id, "to_count": builder.count}))
+        closed = _followed(tx.row(_CLOSED, {"session": session_id, "to_count": builder.count}))
         self._keep_entries(tx, builder.take_changed())
         tx.change(_DROP_PROMPT, {"session": session_id})
         tx.change(_DROP_PERMISSIONS, {"session": session_id})
@@ -445,7 +463,7 @@ class SessionStore:
 
     def _drafts(self, tx: Reader, session_id: str) -> dict[str, Draft]:
         rows = tx.rows(_DRAFTS, {"session": session_id})
-        return {row.id: Draft(TranscriptEntry.FromString(row.payload), row.number, row.tool_call_id) for row in rows}
+        return {row.id: _draft(row) for row in rows}
 
 
 def rpc_text(rpc_id: object) -> str:
@@ -467,8 +485,7 @@ def _new(session_id: str) -> dict[str, Any]:
     }
 
 
-def _record(row: Any) -> SessionRecord:
-    values = row._asdict()
+def _record(values: dict[str, Any]) -> SessionRecord:
     for name in ("ending", "closing", "accepted"):
         values[name] = bool(values[name])
     return SessionRecord(**values)
@@ -477,7 +494,7 @@ def _record(row: Any) -> SessionRecord:
 def _followed(row: Any) -> SessionRecord:
     if row is None:
         raise Overtaken
-    return _record(row)
+    return _record(row._asdict())
 
 
 def _generation(record: SessionRecord) -> dict[str, Any]:
@@ -490,6 +507,10 @@ def _followed_by(record: SessionRecord) -> dict[str, Any]:
 
 def _read(progress: Progress) -> dict[str, Any]:
     return {"to_event": progress.last_event, "to_count": progress.entry_count}
+
+
+def _draft(row: Any) -> Draft:
+    return Draft(TranscriptEntry.FromString(row.payload), row.number, row.tool_call_id)
 
 
 def _draft_row(draft: Draft) -> dict[str, Any]:

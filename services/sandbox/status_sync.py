@@ -51,7 +51,7 @@ class StatusSync:
         while True:
             ticket = wishes.ticket
             try:
-                if await self._step(session_id, wishes):
+                if await self._step(session_id, wishes, ticket):
                     backoff.reset()
                     continue
             except Overtaken:
@@ -67,14 +67,16 @@ class StatusSync:
                 break
         del self._workers[session_id]
 
-    async def _step(self, session_id: str, wishes: Signal) -> bool:
-        """Do what is next for a session; return False if nothing is."""
+    async def _step(self, session_id: str, wishes: Signal, ticket: int) -> bool:
+        """Do what is next for a session; return False if nothing is. The ticket is older than what is read here."""
         ground = self.ground
-        record = await ground.database.read(ground.sessions.find, session_id)
-        if record is None:
+        async with ground.lanes.hold(session_id):  # no agent of it is being started, and none while it has a turn
+            opened = await ground.database.read(ground.sessions.opened, session_id)
+        if opened is None:
             return False
+        record = opened.record
         if record.works and not record.closing:
-            await Follower(ground, session_id, wishes).run()
+            await Follower(ground, opened, wishes, ticket).run()
         elif record.closing or record.ending:
             await self._end_agent(session_id)
         else:

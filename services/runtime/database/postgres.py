@@ -233,8 +233,8 @@ class PostgresDatabase(Database):
 
     @property
     def statements(self) -> int:
-        """Statements run so far by transactions that write."""
-        return sum(driver.statements for driver in self._writers.drivers)
+        """Statements run so far."""
+        return sum(driver.statements for driver in (*self._writers.drivers, *self._readers.drivers))
 
     def _submit(self, job: Job) -> None:
         if self._closed:

@@ -10,11 +10,12 @@ from branchline.resource.v1.repository_pb2 import Repository
 from branchline.resource.v1.sandbox_pb2 import Sandbox
 from branchline.resource.v1.session_pb2 import Session, TranscriptEntry
 from branchline.resource.v1.task_pb2 import Task, TaskSummary
+from branchline.spine.v1.push_pb2 import PushRequest
 
 from services.repository.ingest import RepositoryIngest
 from services.repository.store import RepositoryStore
 from services.runtime.errors import AlreadyExists
-from tests.unit.repository.conftest import PRINCIPAL, Room, newer
+from tests.unit.repository.conftest import PRINCIPAL, Room, entry, newer
 
 
 async def states(room: Room, count: int) -> list[Task]:
@@ -43,6 +44,37 @@ async def test_a_batch_of_any_length_takes_the_same_number_of_statements(room: R
 
     assert taken_by_many == taken_by_few
     assert (await room.place(many[-1].id)).live is False
+
+
+async def test_a_turn_that_begins_takes_six_statements(room: Room) -> None:  # C5
+    await room.add_repository()
+    task = await room.create(branch="topic")
+    await room.push(newer(task, status=task_pb2.TASK_STATUS_IDLE))
+
+    def turn() -> list[object]:
+        return [
+            newer(task, revision=3, status=task_pb2.TASK_STATUS_RUNNING),
+            Session(id="ses_1", task_id=task.id, revision=3),
+            TranscriptEntry(id="ent_1", task_id=task.id, session_id="ses_1", position=1, revision=1),
+            HistoryEvent(id="evt_1", organization_id="org_1"),
+        ]
+
+    # The places, the sequence, task, session, entry, the outbox. No branch moves, so no repository is locked.
+    assert await room.statements_of(lambda: room.push(*turn())) == 6
+    place = await room.place(task.id)
+    assert (place.branch, place.live, place.gone) == ("topic", True, False)
+
+
+async def test_parts_that_come_with_the_end_of_their_task_are_ignored(room: Room) -> None:
+    await room.add_repository()
+    task = await room.create(branch="topic")
+
+    gone = entry(newer(task), deleted=True)
+    part = entry(Session(id="ses_late", task_id=task.id, revision=1))
+    assert await room.ingest.submit(PushRequest(entries=[part, gone])) == {}
+
+    held = await room.database.read(room.workbench.sessions, task.id)
+    assert "ses_late" not in [one.id for one in held]
 
 
 async def test_an_archived_task_that_is_killed_never_takes_its_branch_back(room: Room) -> None:  # F9, F23

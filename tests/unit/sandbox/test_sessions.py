@@ -12,7 +12,7 @@ from branchline.sandbox.v1.sandbox_pb2 import AgentSession, StartTurnRequest
 from services.runtime.database import Database
 from services.runtime.errors import NotFound
 from services.runtime.spine.outbox import COORDINATOR, Outbox
-from services.sandbox.sessions import Asked, Overtaken, Progress, SessionRecord, SessionStore
+from services.sandbox.sessions import Asked, Opened, Overtaken, Progress, SessionRecord, SessionStore
 from services.sandbox.transcript import Draft
 
 RUNNING, WAITING = session_pb2.SESSION_STATUS_RUNNING, session_pb2.SESSION_STATUS_WAITING
@@ -45,6 +45,12 @@ async def working(database: Database, sessions: SessionStore, turn: int = 1) -> 
     return await database.read(sessions.get, "ses_1")
 
 
+async def held(database: Database, sessions: SessionStore) -> Opened:
+    found = await database.read(sessions.opened, "ses_1")
+    assert found is not None
+    return found
+
+
 async def told(outbox: Outbox) -> list[AgentSession]:
     """Return what waits to be told to the task."""
     line = outbox.line(COORDINATOR)
@@ -56,7 +62,7 @@ async def told(outbox: Outbox) -> list[AgentSession]:
 async def test_a_turn_is_recorded_once(database: Database, sessions: SessionStore) -> None:
     await working(database, sessions)
     await database.write(sessions.start_turn, StartTurnRequest(session_id="ses_1", turn=1, text="other"), 20.0)
-    found = await database.read(sessions.opened, "ses_1")
+    found = await held(database, sessions)
     assert found.prompt is not None
     assert (found.prompt.text, found.record.turn_time) == ("go", 10.0)
 
@@ -90,6 +96,7 @@ async def test_a_follower_that_was_overtaken_changes_nothing(database: Database,
         lambda: database.write(sessions.progress, old, progress(last_event=9)),
         lambda: database.write(sessions.post, old, 1, 1001, 3),
         lambda: database.write(sessions.finish, old, progress(status=IDLE), "", "", end_agent=False),
+        lambda: database.write(sessions.end_agent, old),
     ):
         with pytest.raises(Overtaken):
             await write()
@@ -153,7 +160,7 @@ async def test_only_open_entries_are_kept(database: Database, sessions: SessionS
     record = await working(database, sessions)
     await database.write(sessions.progress, record, progress(drafts=[question(1), question(2)]))
     await database.write(sessions.progress, record, progress(drafts=[question(1, streaming=False)]))
-    assert list((await database.read(sessions.opened, "ses_1")).drafts) == ["ent_1_2"]
+    assert list((await held(database, sessions)).drafts) == ["ent_1_2"]
 
 
 async def test_the_end_of_a_turn_is_stored_with_its_event_and_commit(
@@ -162,7 +169,7 @@ async def test_the_end_of_a_turn_is_stored_with_its_event_and_commit(
     record = await working(database, sessions)
     end = progress(last_event=42, status=ERROR)
     await database.write(sessions.finish, record, end, "agent silent", "a" * 40, end_agent=True)
-    now = await database.read(sessions.opened, "ses_1")
+    now = await held(database, sessions)
     [state] = await told(outbox)
     assert (state.status, state.turn, state.head_commit, state.status_reason) == (ERROR, 1, "a" * 40, "agent silent")
     assert (now.record.last_event, now.record.ending, now.record.acp_session_id, now.prompt) == (42, True, "", None)

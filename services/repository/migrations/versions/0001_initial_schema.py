@@ -171,7 +171,6 @@ def upgrade() -> None:
         sa.Column("task_id", sa.String(), nullable=False),
         sa.Column("repository_id", sa.String(), nullable=False),
         sa.Column("branch", sa.String(), nullable=False),
-        sa.Column("status", sa.Integer(), nullable=False),
         sa.Column("live", sa.Boolean(), nullable=False),
         sa.Column("gone", sa.Boolean(), nullable=False),
         sa.Column("told_time", sa.Float(), nullable=False),
