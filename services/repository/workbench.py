@@ -151,7 +151,7 @@ class Workbench:
         """Index a new task with its first session. Its branch must be free."""
         place = {"task_id": task.id, "repository_id": task.repository_id, "branch": task.branch, "status": task.status}
         tx.change(_ADD_PLACE, {**place, "live": True, "gone": False, "told_time": 0.0})
-        self.index.put(tx, _task_entry(task, deleted=False))
+        self.index.put(tx, _task_entry(task))
         self.index.put(tx, Entry(SESSIONS.kind, task.id, session.id, session.revision, session, task_id=task.id))
 
     def put_tasks(self, tx: Tx, pushed: Sequence[Pushed[Task]]) -> tuple[list[Task], list[Task]]:
@@ -164,8 +164,7 @@ class Workbench:
         for task in gone:
             task.revision = max(task.revision + 1, lost[task.id])
             task.ClearField("text")  # a tombstone needs no words
-        changed = [one.state for one in pushed if one.id not in lost]
-        entries = [_task_entry(task, deleted=False) for task in changed]
+        entries = [_task_entry(one.state, payload=one.payload) for one in pushed if one.id not in lost]
         entries += [_task_entry(task, deleted=True) for task in gone]
         fresh = [(cast("Task", entry.state), entry.deleted) for entry in self.index.put_many(tx, entries)]
         return [task for task, deleted in fresh if not deleted], [task for task, deleted in fresh if deleted]
@@ -223,6 +222,7 @@ class Workbench:
                 task_id=one.state.task_id,
                 deleted=one.deleted,
                 columns=_columns(one.state),
+                payload=one.payload,
             )
             for one in pushed
             if one.state.task_id in places and not places[one.state.task_id].gone
@@ -251,9 +251,9 @@ class Workbench:
         return made
 
 
-def _task_entry(task: Task, *, deleted: bool) -> Entry:
+def _task_entry(task: Task, *, deleted: bool = False, payload: bytes = b"") -> Entry:
     columns = {"repository_id": task.repository_id, "organization_id": task.organization_id}
-    return Entry(TASKS.kind, task.id, task.id, task.revision, task, task_id=task.id, deleted=deleted, columns=columns)
+    return Entry(TASKS.kind, task.id, task.id, task.revision, task, "", task.id, deleted, columns, payload)
 
 
 def _columns(part: Session | Sandbox | TranscriptEntry) -> Mapping[str, Any]:

@@ -44,6 +44,8 @@ class Pushed(NamedTuple, Generic[M]):
     revision: int
     deleted: bool
     state: M
+    payload: bytes = b""
+    """The state as it came."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +191,8 @@ def _looked_at(done: "asyncio.Future[Refused]") -> None:
 
 
 def _pushed(state: type[Message], entry: push_pb2.PushEntry) -> Pushed[Message]:
-    return Pushed(entry.id, entry.revision, entry.deleted, state.FromString(entry.state.value))
+    payload = entry.state.value
+    return Pushed(entry.id, entry.revision, entry.deleted, state.FromString(payload), payload)
 
 
 class PushServicer(push_pb2_grpc.PushServiceServicer):
