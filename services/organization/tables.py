@@ -214,7 +214,13 @@ WATCHED = (
     IndexTable(ENTITY_KIND_ORGANIZATION, organizations, Organization),
     IndexTable(ENTITY_KIND_MEMBER, members, Member),
     IndexTable(ENTITY_KIND_REPOSITORY, repositories, Repository),
-    IndexTable(ENTITY_KIND_TASK, task_summaries, TaskSummary, shown=task_summaries.c.ended.is_(False)),
+    IndexTable(
+        ENTITY_KIND_TASK,
+        task_summaries,
+        TaskSummary,
+        shown=task_summaries.c.ended.is_(False),
+        moving=("branch", "status", "has_pull_request", "update_time"),
+    ),
     IndexTable(ENTITY_KIND_GITHUB_STATUS, github_status, GithubStatus),
     IndexTable(ENTITY_KIND_USER_TASK_STATE, user_task_states, UserTaskState),
 )

@@ -72,7 +72,7 @@ class Tasks:
 
     def take(self, tx: Tx, pushed: Sequence[Pushed[TaskSummary]]) -> None:
         """Index pushed summaries. Those that are gone leave with their routes and with what people had open of them."""
-        self._put(tx, [_entry(one.state, one.revision, deleted=one.deleted) for one in pushed])
+        self._put(tx, [_entry(one.state, one.revision, deleted=one.deleted, payload=one.payload) for one in pushed])
 
     def forget_of(self, tx: Tx, organization_id: str, repository_id: str, most: int) -> int:
         """Remove what is indexed of some tasks of a repository; return how many."""
@@ -185,7 +185,7 @@ def page_statement(shape: Shape) -> Statement:
     )
 
 
-def _entry(task: TaskSummary, revision: int, *, deleted: bool) -> Entry:
+def _entry(task: TaskSummary, revision: int, *, deleted: bool, payload: bytes = b"") -> Entry:
     if not task.organization_id or not task.repository_id:
         raise RejectedEntryError(f"task {task.id} names no organization or repository")
     columns = {
@@ -208,4 +208,5 @@ def _entry(task: TaskSummary, revision: int, *, deleted: bool) -> Entry:
         task_id=task.id,
         deleted=deleted,
         columns=columns,
+        payload=payload,
     )

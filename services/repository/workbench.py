@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from branchline.resource.v1.sandbox_pb2 import Sandbox
 from branchline.resource.v1.session_pb2 import Session, TranscriptEntry
@@ -94,8 +94,7 @@ _PARTS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """What the index knows of a task's branch."""
 
     repository_id: str
@@ -161,7 +160,7 @@ class Workbench:
         """Index a new task with its first session. Its branch must be free."""
         place = {"task_id": task.id, "repository_id": task.repository_id, "branch": task.branch}
         tx.change(_ADD_PLACE, {**place, "live": True, "gone": False, "told_time": 0.0})
-        self.index.put(tx, _task_entry(task, deleted=False))
+        self.index.put(tx, _task_entry(task))
         self.index.put(tx, Entry(SESSIONS.kind, task.id, session.id, session.revision, session, task_id=task.id))
 
     def put(
@@ -176,8 +175,7 @@ class Workbench:
         for task in gone:
             task.revision = max(task.revision + 1, lost[task.id])
             task.ClearField("text")  # a tombstone needs no words
-        changed = [one.state for one in tasks if one.id not in lost]
-        entries = [_task_entry(task, deleted=False) for task in changed]
+        entries = [_task_entry(one.state, payload=one.payload) for one in tasks if one.id not in lost]
         entries += [_task_entry(task, deleted=True) for task in gone]
         entries += [_part_entry(one) for one in parts if one.state.task_id not in lost]
         fresh = [(one.state, one.deleted) for one in self.index.put_many(tx, entries)]
@@ -246,9 +244,9 @@ class Workbench:
         return made
 
 
-def _task_entry(task: Task, *, deleted: bool) -> Entry:
+def _task_entry(task: Task, *, deleted: bool = False, payload: bytes = b"") -> Entry:
     columns = {"repository_id": task.repository_id, "organization_id": task.organization_id}
-    return Entry(TASKS.kind, task.id, task.id, task.revision, task, task_id=task.id, deleted=deleted, columns=columns)
+    return Entry(TASKS.kind, task.id, task.id, task.revision, task, "", task.id, deleted, columns, payload)
 
 
 def _part_entry(one: Pushed[Part]) -> Entry:
@@ -262,6 +260,7 @@ def _part_entry(one: Pushed[Part]) -> Entry:
         task_id=part.task_id,
         deleted=one.deleted,
         columns={"session_id": part.session_id, "position": part.position} if isinstance(part, TranscriptEntry) else {},
+        payload=one.payload,
     )
 
 

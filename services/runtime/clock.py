@@ -37,4 +37,7 @@ EARLIEST_SECONDS, LATEST_SECONDS = -62_135_596_800, 253_402_300_799
 
 def column_seconds(time: Timestamp) -> float:
     """Return a timestamp as a column holds it: seconds since 1970, within the years that have four digits."""
-    return min(max(time.seconds, EARLIEST_SECONDS), LATEST_SECONDS) + time.nanos / 1e9
+    seconds = time.seconds
+    if not EARLIEST_SECONDS <= seconds <= LATEST_SECONDS:
+        seconds = min(max(seconds, EARLIEST_SECONDS), LATEST_SECONDS)
+    return seconds + time.nanos / 1e9

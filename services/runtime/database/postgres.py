@@ -19,7 +19,7 @@ import psycopg
 from psycopg.pq import TransactionStatus
 
 from services.runtime.database.base import Database, Job, in_context, raisable
-from services.runtime.database.statement import Compiled, Parameters, Statement
+from services.runtime.database.statement import Compiled, Statement, Values
 from services.runtime.database.transaction import DatabaseBusy, DatabaseError, DatabaseUnavailable, Raced, Reader
 
 P = ParamSpec("P")
@@ -79,11 +79,11 @@ class _Driver:
         self._raw.execute("SET lock_timeout = '10s'")
         self._raw.execute(cast("LiteralString", text))
 
-    def execute(self, text: str, parameters: Parameters | None = None) -> Any:
+    def execute(self, text: str, parameters: Values | None = None) -> Any:
         assert self._raw is not None
         return self._raw.execute(cast("LiteralString", text), parameters)
 
-    def execute_many(self, text: str, parameters: Sequence[Parameters]) -> int:
+    def execute_many(self, text: str, parameters: Sequence[Values]) -> int:
         assert self._raw is not None
         with self._raw.cursor() as cursor:
             cursor.executemany(cast("LiteralString", text), parameters)

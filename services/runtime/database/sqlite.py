@@ -16,7 +16,7 @@ import aiosqlite
 
 from services.runtime.config import make_private
 from services.runtime.database.base import Database, Job, in_context, raisable
-from services.runtime.database.statement import Compiled, Parameters, Statement
+from services.runtime.database.statement import Compiled, Statement, Values
 from services.runtime.database.transaction import DatabaseBusy, DatabaseError, DatabaseUnavailable, Reader
 
 P = ParamSpec("P")
@@ -39,7 +39,7 @@ class _Driver:
         self.execute: Callable[..., sqlite3.Cursor] = raw.execute
         self.statements = 0
 
-    def execute_many(self, text: str, parameters: Sequence[Parameters]) -> int:
+    def execute_many(self, text: str, parameters: Sequence[Values]) -> int:
         return self.raw.executemany(text, parameters).rowcount
 
     def compiled(self, statement: Statement) -> Compiled:

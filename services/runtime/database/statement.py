@@ -4,6 +4,7 @@ import json
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, cached_property
+from operator import itemgetter
 from typing import Any, cast
 
 from sqlalchemy import (
@@ -26,9 +27,12 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 
 Parameters = Mapping[str, Any]
+Values = Parameters | Sequence[Any]
+"""Parameters as a driver takes them: by name or by position."""
 Core = Select[*tuple[Any, ...]] | Insert | Update | Delete
 
-_SQLITE = SQLiteDialect_pysqlite(paramstyle="named")
+_SQLITE = SQLiteDialect_pysqlite(paramstyle="qmark")
+"""By position: sqlite3 looks every named parameter up anew for every row."""
 _BY_DRIVER = (bool, bytes, float)
 """Types whose values the sqlite3 driver takes as they are."""
 
@@ -51,11 +55,15 @@ class Compiled:
             if (process := bind.type.dialect_impl(dialect).bind_processor(dialect))
             and not (dialect is _SQLITE and _python_type(bind.type) in _BY_DRIVER)
         }
-        self.values: Callable[[Parameters], Parameters] = _same
+        named: Callable[[Parameters], Parameters] = _same
         if fixed or into:
-            self.values = lambda given: {
+            named = lambda given: {  # noqa: E731
                 name: into[name](value) if name in into else value for name, value in {**fixed, **given}.items()
             }
+        self.values: Callable[[Parameters], Values] = named
+        if compiled.positiontup is not None:
+            ordered = _in_order(compiled.positiontup)
+            self.values = (lambda given: ordered(named(given))) if fixed or into else ordered
         columns = list(core.selected_columns) if isinstance(core, Select) else list(core.exported_columns)
         names = [column.key or f"column_{number}" for number, column in enumerate(columns)]
         make: Callable[[Sequence[Any]], Any] = _row_type(names) if columns else _same
@@ -94,6 +102,7 @@ class _OnConflict(Insert):
     keys: Sequence[str] = ()
     changed: Sequence[str] = ()
     newer = ""
+    same: Sequence[str] = ()
 
 
 @compiles(_OnConflict)
@@ -107,8 +116,10 @@ def _on_conflict(element: _OnConflict, compiler: SQLCompiler, **options: Any) ->
     text = f"{text} DO UPDATE SET {changes}"
     if not element.newer:
         return text
-    held, given = f"{quote(element.table.name)}.{quote(element.newer)}", f"excluded.{quote(element.newer)}"
-    return f"{text} WHERE {held} < {given}"
+    conditions = [(element.newer, "<"), *((name, "=") for name in element.same)]
+    held = quote(element.table.name)
+    wanted = " AND ".join(f"{held}.{quote(name)} {sign} excluded.{quote(name)}" for name, sign in conditions)
+    return f"{text} WHERE {wanted}"
 
 
 def insert(table: Table, *leave_out: str) -> Insert:
@@ -124,16 +135,22 @@ def insert_new(table: Table, keys: Sequence[str], *leave_out: str) -> Insert:
 
 
 def upsert(
-    table: Table, keys: Sequence[str], *, newer: str = "", keep: Iterable[str] = (), leave_out: Sequence[str] = ()
+    table: Table,
+    keys: Sequence[str],
+    *,
+    newer: str = "",
+    same: Sequence[str] = (),
+    keep: Iterable[str] = (),
+    leave_out: Sequence[str] = (),
 ) -> Insert:
     """Insert a row, or change the one with the same keys.
 
-    With `newer`, only if that column of what is held is smaller than the given one. Columns in `keep` are set by the
-    insertion alone; those in `leave_out` are not parameters at all.
+    With `newer`, only if that column of what is held is smaller than the given one, and those in `same` are as given.
+    Columns in `keep` and `same` are set by the insertion alone; those in `leave_out` are not parameters at all.
     """
     statement = _OnConflict(table).values(_parameters(table, leave_out))
-    kept = {*keys, *keep, *leave_out}
-    statement.keys, statement.newer = keys, newer
+    kept = {*keys, *keep, *same, *leave_out}
+    statement.keys, statement.newer, statement.same = keys, newer, same
     statement.changed = [column.name for column in table.columns if column.name not in kept]
     return statement
 
@@ -189,6 +206,12 @@ def _is_in_postgres(element: is_in, compiler: SQLCompiler, **options: Any) -> st
 def _row_type(names: Sequence[str]) -> Callable[[Sequence[Any]], Any]:
     made = namedtuple("Row", names, rename=True)  # pyright: ignore[reportUntypedNamedTuple] - known at run time only
     return made._make
+
+
+def _in_order(names: Sequence[str]) -> Callable[[Parameters], Sequence[Any]]:
+    if len(names) > 1:
+        return itemgetter(*names)
+    return lambda given: [given[name] for name in names]
 
 
 def _same(value: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any, Protocol, TypeVar
 
 from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_DATABASE_BUSY, ERROR_REASON_DATABASE_UNAVAILABLE
 
-from services.runtime.database.statement import Compiled, Parameters, Statement
+from services.runtime.database.statement import Compiled, Parameters, Statement, Values
 from services.runtime.errors import Unavailable
 
 T = TypeVar("T")
@@ -48,11 +48,11 @@ class Driver(Protocol):
     statements: int
     """Statements run so far; a batch counts once."""
 
-    def execute(self, text: str, parameters: Parameters | None = None) -> Any:
+    def execute(self, text: str, parameters: Values | None = None) -> Any:
         """Run a statement and return its cursor."""
         ...
 
-    def execute_many(self, text: str, parameters: Sequence[Parameters]) -> int:
+    def execute_many(self, text: str, parameters: Sequence[Values]) -> int:
         """Run a statement for each of the parameters; return the number of rows that changed."""
         ...
 

@@ -8,7 +8,7 @@ so "what did I miss since n" is one query, and a deleted entity stays as a tombs
 import asyncio
 import heapq
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import compress
 from operator import itemgetter
@@ -92,6 +92,8 @@ _RAISE_HORIZON = Statement(
 _EPOCH = Statement(select(incarnations.c.epoch).where(incarnations.c.number == 1))
 _INCARNATE = Statement(insert_new(incarnations, ["number"]))
 _COLUMNS = ("id", "revision", "change_seq", "deleted", "viewer_id", "task_id", "payload")
+_KEYS = ("scope", "id")
+_ALWAYS_MOVING = (*_KEYS, "revision", "change_seq", "change_time", "payload")
 _CHANGED = itemgetter(*_COLUMNS)
 """What of a row becomes a change."""
 
@@ -104,7 +106,8 @@ class IndexTable:
     """One watched index table, with its statements.
 
     `snapshot_limit` bounds logs: a snapshot holds only the newest entries. `shown` leaves rows out of snapshots.
-    `within` says which rows are an organization's; by default those whose scope it is.
+    `within` says which rows are an organization's; by default those whose scope it is. `moving` are the columns that a
+    new state of an entity often changes: where no other one changes, no other index of the table is written.
     """
 
     def __init__(
@@ -116,6 +119,7 @@ class IndexTable:
         snapshot_limit: int | None = None,
         shown: ColumnElement[bool] | None = None,
         within: Within = _whole_scope,
+        moving: Collection[str] = (),
     ) -> None:
         self.kind = kind
         self.table = table
@@ -131,7 +135,9 @@ class IndexTable:
             or_(c.viewer_id == "", viewer == EVERYBODY, c.viewer_id == viewer),
         )
         ordered = select(*changed).where(*in_range).order_by(c.change_seq).limit(bindparam("most"))
-        self.put = Statement(upsert(table, ["scope", "id"], newer="revision"))
+        steady = [column.name for column in c if column.name not in {*_ALWAYS_MOVING, *moving}]
+        self.put = Statement(upsert(table, _KEYS, newer="revision"))
+        self.put_same = Statement(upsert(table, _KEYS, newer="revision", same=steady))
         self.held = Statement(select(c.id, c.scope, c.change_seq).where(is_in(c.id, "ids")))
         self.changes = Statement(ordered)
         self.snapshot = Statement(ordered.where(c.deleted.is_(False), *([shown] if shown is not None else [])))
@@ -177,6 +183,8 @@ class Entry(NamedTuple):
     task_id: str = ""
     deleted: bool = False
     columns: Mapping[str, Any] = MappingProxyType({})
+    payload: bytes = b""
+    """The state as it was pushed, where it need not be serialized again."""
 
 
 class Index:
@@ -219,7 +227,8 @@ class Index:
         fresh = [entry for entry, _ in numbered]
         now = self._clock.seconds()
         rows = [_row(entry, number, now) for entry, number in numbered]
-        if tx.change_many(spec.put, rows) < len(rows):
+        put = tx.change_many(spec.put_same, rows)
+        if put < len(rows) and put + tx.change_many(spec.put, rows) < len(rows):
             held = _held(tx, spec, fresh)
             stored = [held.get((row["id"], row["scope"])) == row["change_seq"] for row in rows]
             fresh, rows = list(compress(fresh, stored)), list(compress(rows, stored))
@@ -450,7 +459,7 @@ def _row(entry: Entry, seq: int, now: float) -> dict[str, Any]:
         "change_seq": seq,
         "change_time": now,
         "deleted": entry.deleted,
-        "payload": entry.state.SerializeToString(),
+        "payload": entry.payload or entry.state.SerializeToString(),
         "viewer_id": entry.viewer_id,
         "task_id": entry.task_id,
         **entry.columns,

@@ -44,6 +44,8 @@ class Pushed(NamedTuple, Generic[M]):
     revision: int
     deleted: bool
     state: M
+    payload: bytes = b""
+    """The state as it came."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ class Ingest:
         self._database = database
         self._handlers = handlers
         self._places: Mapping[str, tuple[int, type[Message]]] = {
-            one.DESCRIPTOR.full_name: (place, one)
+            f"type.googleapis.com/{one.DESCRIPTOR.full_name}": (place, one)
             for place, handler in enumerate(handlers)
             for one in (handler.types if isinstance(handler.types, tuple) else (handler.types,))
         }
@@ -164,32 +166,26 @@ class Ingest:
     def _apply_together(self, tx: Tx, entries: Entries) -> None:
         pushed: list[list[Pushed[Any]]] = [[] for _ in self._handlers]
         for entry in entries:
-            name = _type_of(entry)
-            if name not in self._places:
-                raise RejectedEntryError(f"this coordinator takes no {name}")
-            place, state = self._places[name]
-            pushed[place].append(_pushed(state, entry))
+            given = entry.state
+            known = self._places.get(given.type_url)
+            if known is None:
+                raise RejectedEntryError(f"this coordinator takes no {given.type_url.rpartition('/')[2]}")
+            place, state = known
+            payload = given.value
+            pushed[place].append(Pushed(entry.id, entry.revision, entry.deleted, state.FromString(payload), payload))
         for handler, found in zip(self._handlers, pushed, strict=True):
             if found:
                 handler.apply(tx, found)
 
     def _rank(self, entry: push_pb2.PushEntry) -> int:
-        known = self._places.get(_type_of(entry))
+        known = self._places.get(entry.state.type_url)
         return known[0] if known is not None else len(self._handlers)
-
-
-def _type_of(entry: push_pb2.PushEntry) -> str:
-    return entry.state.type_url.rpartition("/")[2]
 
 
 def _looked_at(done: "asyncio.Future[Refused]") -> None:
     """Look at a future's error although the stream that waited for it may be gone."""
     if not done.cancelled():
         done.exception()
-
-
-def _pushed(state: type[Message], entry: push_pb2.PushEntry) -> Pushed[Message]:
-    return Pushed(entry.id, entry.revision, entry.deleted, state.FromString(entry.state.value))
 
 
 class PushServicer(push_pb2_grpc.PushServiceServicer):
