@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from branchline.resource.v1.watch_pb2 import WATCH_FRAME_KIND_SYNCED as SYNCED
 from branchline.spine.v1.push_pb2 import WatchSelection
 
 from gateway import replica as replicas
@@ -153,7 +154,7 @@ async def reset_all(backend: Asked) -> None:
         async with backend.running():
             await backend.put(task_entry("old", 1))
             following = [asyncio.create_task(follow(opened(client), view)) for view in views]
-            await eventually(lambda: all(view.held for view in views))
+            await eventually(lambda: all(SYNCED in view.kinds for view in views))
         backend.url = created(metadata, backend.folder / "another.sqlite")
         await backend.put_unheard(task_entry("new", 1))
         backend.most_asking, backend.times = 0, []
