@@ -62,7 +62,7 @@ async def _run(console: Console, source: Path, folder: Path, isolation: str) -> 
     if not remote.exists():
         await _git("clone", "--quiet", "--bare", str(source), str(remote))
     console.print(Rule("start"))
-    local = {"agents": scripted_agents(), "writable_paths": [remote.parent], "isolation": isolation, "user_id": 0}
+    local = {"agents": scripted_agents(), "writable_paths": [remote.parent], "isolation": isolation, "user_ids": (0, 0)}
     settings = load_settings(
         data_dir=folder,
         sandbox={"local": local, "stop_machines": True},

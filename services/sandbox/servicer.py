@@ -17,6 +17,7 @@ from services.runtime.errors import FailedPrecondition
 from services.runtime.logging import get_logger
 from services.runtime.principal import current_principal
 from services.runtime.serving import Context
+from services.sandbox import retention
 from services.sandbox.agent_server import AgentServer
 from services.sandbox.commands import CommandResult, Running, result, run, start
 from services.sandbox.follower import Ground
@@ -144,3 +145,12 @@ class SandboxServicer(sandbox_pb2_grpc.SandboxServiceServicer):
         await self.ground.database.write(self.ground.sessions.want_close, request.session_id)
         self.sync.wake(request.session_id)
         return sandbox_pb2.CloseSessionResponse()
+
+    async def ForgetTask(
+        self, request: sandbox_pb2.ForgetTaskRequest, context: Context
+    ) -> sandbox_pb2.ForgetTaskResponse:
+        """Drop the rows of a task that is deleted, once its machines are gone."""
+        for sandbox_id in await self.ground.database.read(retention.left, request.task_id):
+            await self.ground.machines.destroy(sandbox_id)
+        await self.ground.database.write(retention.forget, request.task_id)
+        return sandbox_pb2.ForgetTaskResponse()

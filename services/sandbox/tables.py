@@ -17,7 +17,7 @@ sandboxes = Table(
     Column("revision", BigInteger, nullable=False),
     Column("payload", LargeBinary, nullable=False),
     Index("sandboxes_task", "task_id"),
-    comment="Every sandbox there ever was",
+    comment="Every sandbox there ever was, of tasks that are not deleted",
 )
 
 agent_sessions = Table(
@@ -46,6 +46,7 @@ agent_sessions = Table(
     Column("revision", BigInteger, nullable=False),
     Index("agent_sessions_sandbox", "sandbox_id"),
     Index("agent_sessions_status", "status"),
+    Index("agent_sessions_task", "task_id"),
     comment="Agent sessions: the ACP connection, how far its events are read, and the turn it works on",
 )
 

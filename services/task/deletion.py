@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
+from branchline.sandbox.v1.sandbox_pb2 import ForgetTaskRequest
 from sqlalchemy import bindparam, delete, select
 
 from services.runtime.database import Database, Statement, Tx, is_in
 from services.runtime.spine.outbox import Mark
+from services.task.destinations import TO_SANDBOX
 from services.task.store import TaskStore
 from services.task.tables import (
     permission_answers,
@@ -52,5 +54,8 @@ class Deletion:
                 tx.change(statement, {"of": task_id})
             tx.change(_DELETE_TASK, {"of": task_id})
             task.task.revision += 1
-        self.store.outbox.mark(tx, [Mark(task_id, task.task.revision, task.task, deleted=True)])
+        revision, forget = task.task.revision, ForgetTaskRequest(task_id=task_id)
+        self.store.outbox.mark(
+            tx, [Mark(task_id, revision, task.task, deleted=True), Mark(task_id, revision, forget, TO_SANDBOX)]
+        )
         return True

@@ -40,6 +40,7 @@ class Downward:
             sandbox_pb2.AnswerPermissionRequest: self.sandbox.AnswerPermission,
             sandbox_pb2.CloseSessionRequest: self.sandbox.CloseSession,
             sandbox_pb2.DestroySandboxRequest: self.sandbox.DestroySandbox,
+            sandbox_pb2.ForgetTaskRequest: self.sandbox.ForgetTask,
         }
         message = next(message for message in calls if row.holds(message))
         with suppress_not_found():

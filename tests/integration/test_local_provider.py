@@ -1,4 +1,4 @@
-"""The `local` provider against the real sandbox-agent server: how starts fail, and what sandboxes cannot reach."""
+"""The `local` provider against the real sandbox-agent server: how starts fail, and what sandboxes see of the host."""
 
 import asyncio
 import os
@@ -60,8 +60,8 @@ def a_provider(root: Path, http: Http, isolation: str = "bubblewrap", **given: o
     return LocalProvider(root, read_config(LocalProviderConfig, config), lambda: http)
 
 
-async def said(provider: LocalProvider, http: Http, script: str) -> CommandResult:
-    machine = await provider.create("sbx_1")
+async def said(provider: LocalProvider, http: Http, script: str, sandbox_id: str = "sbx_1") -> CommandResult:
+    machine = await provider.create(sandbox_id)
     return await run(AgentServer(machine, http), ["sh", "-c", script], machine.home, {}, 20)
 
 

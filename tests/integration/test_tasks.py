@@ -1,10 +1,13 @@
 """A task from its creation to its end, through the gateway alone."""
 
 import asyncio
+import sqlite3
 from collections import Counter
+from contextlib import closing
+from pathlib import Path
 
 import grpc
-from branchline.gateway.v1 import history_pb2, sandboxes_pb2, sessions_pb2, tasks_pb2, users_pb2
+from branchline.gateway.v1 import history_pb2, repositories_pb2, sandboxes_pb2, sessions_pb2, tasks_pb2, users_pb2
 from branchline.resource.v1 import sandbox_pb2, session_pb2, task_pb2
 from branchline.resource.v1 import vocabulary_pb2 as words
 from branchline.resource.v1.user_pb2 import UserPreferences
@@ -12,6 +15,9 @@ from branchline.resource.v1.user_pb2 import UserPreferences
 from tests.support.stack import Stack, eventually, failure, git, make_remote, request_id
 
 IDLE, ERROR = task_pb2.TASK_STATUS_IDLE, task_pb2.TASK_STATUS_ERROR
+
+_OF_A_TASK = {"sandboxes": "id", "agent_sessions": "session_id"}
+"""Tables of the sandbox service that name the task, with their keys."""
 
 
 async def test_an_agent_changes_a_file_commits_and_pushes(stack: Stack) -> None:  # TSK-2, SES-3, SES-4, SBX-2
@@ -51,7 +57,7 @@ async def test_a_task_continues_a_branch_that_the_remote_has(stack: Stack) -> No
 
 async def test_a_task_starts_on_an_empty_repository(stack: Stack) -> None:  # TSK-2
     remote = stack.remotes / "empty.git"
-    git("init", "--quiet", "--bare", "--initial-branch=main", str(remote))
+    git("init", "--quiet", "--bare", "--shared=0666", "--initial-branch=main", str(remote))
     task = await stack.ready_task(await stack.add_repository(remote), branch="start")
 
     await stack.send(task, "write a.txt: first\ncommit First\npush")
@@ -386,3 +392,29 @@ async def test_the_next_call_goes_by_the_preferences_that_were_just_changed(stac
             )
             assert seen.user.preferences == wanted
             assert made.task.sessions[0].agent == agent
+
+
+async def test_a_deleted_task_leaves_nothing_in_the_sandbox_service(stack: Stack) -> None:
+    repository_id = await stack.add_repository()
+    task = await stack.ready_task(repository_id)
+    await stack.send(task, "write a.txt: x")
+    await stack.until(task.id, IDLE, turn=1)
+    folder = stack.installation.settings.data_dir / "sandbox"
+    held = [row for table in _OF_A_TASK for row in _rows_of(folder / "sandbox.sqlite", table, task.id)]
+    assert len(held) == len(_OF_A_TASK)
+
+    await stack.client.repositories.DeleteRepository(
+        repositories_pb2.DeleteRepositoryRequest(request_id=request_id(), repository_id=repository_id)
+    )
+
+    async def gone() -> bool:
+        return not any(_rows_of(folder / "sandbox.sqlite", table, task.id) for table in _OF_A_TASK)
+
+    assert await eventually(gone)
+    assert not (folder / "local" / held[0]).exists()
+
+
+def _rows_of(path: Path, table: str, task_id: str) -> list[str]:
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+        query = f"SELECT {_OF_A_TASK[table]} FROM {table} WHERE task_id = ?"
+        return [str(row[0]) for row in database.execute(query, (task_id,))]

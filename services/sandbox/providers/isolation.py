@@ -1,34 +1,43 @@
-"""How local sandboxes are kept apart from the host: inside bubblewrap, or, if that is chosen, only by their user.
+"""How local sandboxes are kept apart from the host and from each other: by bubblewrap, by users, or by both.
 
-The backend's keys and data are never readable for the user that sandboxes run as. Bubblewrap hides them. Without it a
-backend that runs as root gives sandboxes another user and closes its files to all others; one that does not run as
-root cannot, and says so aloud.
+Inside bubblewrap a sandbox sees the system's programs, what it is shown, and its own home; the rest of the host is not
+there. A backend that runs as root gives each sandbox a user of its own besides (`users.py`), with bubblewrap or without
+it; without it the backend closes its files to all others. One that does not run as root and does without bubblewrap
+can keep nothing apart, and says so aloud.
 """
 
 import asyncio
 import os
 import shutil
 import stat
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from services.runtime.logging import get_logger
 from services.sandbox.providers.base import ProviderError
-from services.sandbox.providers.processes import is_root
+from services.sandbox.providers.users import ACCOUNTS, User
 
 log = get_logger(__name__)
 
 BUBBLEWRAP = "bubblewrap"
 NONE = "none"
 
-_TMP = "/tmp"  # noqa: S108 - each sandbox gets an empty one of its own
 _HOW = (
     'install the Debian package bubblewrap, or choose isolation = "none" deliberately: '
     "agents can then read and change whatever their user can"
 )
+_EMPTY = ("/tmp", "/var/tmp")  # noqa: S108 - each sandbox gets empty ones of its own
+_SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
+_SETTINGS = (
+    *("alternatives", "ca-certificates", "ca-certificates.conf", "crypto-policies", "pki", "ssl"),
+    *("gai.conf", "host.conf", "hosts", "nsswitch.conf", "protocols", "resolv.conf", "services"),
+    *("bash.bashrc", "group", "gitconfig", "inputrc", "localtime", "mime.types", "passwd", "profile", "terminfo"),
+    *("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "timezone"),
+)
+"""What programs need of /etc. Nothing in it is secret where the user may not read it anyway."""
 
-OPEN_FILES = ("sh", "-c", 'umask 022 && exec "$@"', "sh")
-"""Put before a command, so that others may read what it makes. uvloop cannot set the umask of what it starts."""
+_NAMESPACES = ("--unshare-ipc", "--unshare-pid", "--unshare-uts", "--unshare-cgroup-try")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,33 +49,51 @@ class Mounts:
     writable: tuple[Path, ...]
 
 
-async def find_isolation(wanted: str, root: Path, mounts: Mounts) -> str:
-    """Return how sandboxes will be isolated. Raise ProviderError if bubblewrap is needed and does not work."""
+def find_isolation(wanted: str) -> str:
+    """Return how sandboxes will be isolated. Raise ProviderError if bubblewrap is needed and not there."""
     if wanted == NONE:
         return NONE
     if not shutil.which("bwrap"):
         raise ProviderError(f"sandboxes need bubblewrap, which is not installed: {_HOW}")
-    await asyncio.to_thread(root.mkdir, parents=True, exist_ok=True)
-    trial = await asyncio.create_subprocess_exec(
-        *bubblewrap(root, mounts), "true", stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
-    )
-    _, errors = await trial.communicate()
-    if trial.returncode:
-        raise ProviderError(f"bubblewrap does not work here ({errors.decode(errors='replace').strip()}): {_HOW}")
     return BUBBLEWRAP
 
 
-def bubblewrap(home: Path, mounts: Mounts) -> list[str]:
-    """Return the command that a sandbox's server is put behind."""
-    command = ["bwrap", "--unshare-all", "--share-net", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
+async def require(command: list[str], plan: bytes, isolation: str) -> None:
+    """Try to start something as a sandbox's server will be started. Raise ProviderError if that does not work."""
+    pipe = asyncio.subprocess.PIPE
+    environment = {"HOME": "/", "PATH": os.environ.get("PATH", os.defpath)}
+    trial = await asyncio.create_subprocess_exec(
+        *command, env=environment, stdin=pipe, stdout=asyncio.subprocess.DEVNULL, stderr=pipe
+    )
+    _, errors = await trial.communicate(plan)
+    if trial.returncode:
+        words = errors.decode(errors="replace").strip()
+        if isolation == BUBBLEWRAP:
+            raise ProviderError(f"bubblewrap does not work here ({words}): {_HOW}")
+        raise ProviderError(f"sandboxes cannot be started here ({words})")
+
+
+def bubblewrap(home: Path, mounts: Mounts, user: User | None) -> list[str]:
+    """Return the command that a sandbox's launcher is put behind.
+
+    Root makes no user namespace: the launcher needs the power to become another user of the host, and no other.
+    """
+    command = ["bwrap", "--unshare-all", "--share-net"]
+    if user is not None:
+        command = ["bwrap", *_NAMESPACES, "--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    command += ["--dev", "/dev", "--proc", "/proc", "--dir", "/etc"]
+    for path in (*_SYSTEM, *(f"/etc/{name}" for name in _SETTINGS)):
+        command += ["--ro-bind-try", path, path]
+    for name in ACCOUNTS:
+        command += ["--ro-bind-try", str(home.parent / name), f"/etc/{name}"]
     ordered = [
-        *((path, _hide(path)) for path in (Path(_TMP), *mounts.hidden)),
-        *((path, ["--ro-bind", str(path), str(path)]) for path in mounts.readable),
+        *((path, _hide(path)) for path in (*map(Path, _EMPTY), *mounts.hidden)),
+        *((path, ["--ro-bind", str(path), str(path)]) for path in (Path(sys.base_prefix), *mounts.readable)),
         *((path, ["--bind", str(path), str(path)]) for path in (*mounts.writable, home)),
     ]
-    for _, mount in sorted(ordered, key=lambda one: len(one[0].parts)):  # what lies deeper decides
-        command += mount
-    return [*command, "--chdir", str(home)]
+    for path, mount in sorted(ordered, key=lambda one: len(one[0].parts)):  # what lies deeper decides
+        command += ["--dir", str(path.parent), *mount]  # or the way to what is closed would be closed, too
+    return [*command, "--chdir", "/"]
 
 
 def _hide(path: Path) -> list[str]:
@@ -74,25 +101,24 @@ def _hide(path: Path) -> list[str]:
     return ["--ro-bind", os.devnull, str(path)] if path.is_file() else ["--tmpfs", str(path)]
 
 
-def user_of_sandboxes(isolation: str, user_id: int) -> int | None:
-    """Return the user that sandboxes run as, or None if it is the backend's own."""
-    if isolation != NONE:
-        return None
-    if is_root() and user_id != 0:
-        return user_id
+def warn_of_closed(writable: tuple[Path, ...], group_id: int) -> None:
+    """Say which of the folders that sandboxes may change are closed to their group."""
+    for folder in writable:
+        state = folder.stat()
+        if not (state.st_mode & stat.S_IWOTH or (state.st_mode & stat.S_IWGRP and state.st_gid == group_id)):
+            how = f"chgrp -R {group_id} {folder} && chmod -R g+rwX {folder}"
+            log.warning("sandboxes cannot write to a folder that they may change", folder=str(folder), how=how)
+
+
+def warn_of_trust() -> None:
+    """Say that sandboxes are not kept apart at all."""
     log.warning(
         "sandboxes run without isolation and as this user: agents can read the backend's keys and data; "
-        "run it with bubblewrap, or as root with another `user_id`, to prevent that"
+        "run it with bubblewrap, or as root with other `user_ids`, to prevent that"
     )
-    return None
 
 
-def as_user(user_id: int) -> list[str]:
-    """Return what is put before a command so that it runs as another user. uvloop cannot change it."""
-    return ["setpriv", f"--reuid={user_id}", f"--regid={user_id}", "--clear-groups"]
-
-
-def close_to_others(root: Path, mounts: Mounts, user_id: int) -> None:
+def close_to_others(root: Path, mounts: Mounts) -> None:
     """Close the backend's files to all but root, and leave open the sandboxes' homes and what they may see.
 
     What is made later is closed by the process's umask. Raise ProviderError if the way is closed further up, where
@@ -110,7 +136,7 @@ def close_to_others(root: Path, mounts: Mounts, user_id: int) -> None:
     for parent in root.parents:
         if not parent.stat().st_mode & stat.S_IXOTH:
             raise ProviderError(
-                f"sandboxes run as user {user_id}, who may not pass {parent}: keep the data elsewhere, or "
+                f"sandboxes run as other users, who may not pass {parent}: keep the data elsewhere, or "
                 f"allow it with `chmod o+x {parent}`"
             )
 
@@ -124,21 +150,3 @@ def _close(folder: Path, shown: tuple[Path, ...]) -> None:
             _close(inside, shown)
         else:
             inside.chmod(inside.stat().st_mode & 0o700)
-
-
-def give_away(home: Path, user_id: int) -> None:
-    """Make a home the user's, whole."""
-    if home.stat().st_uid == user_id:
-        for path in _furniture(home):
-            os.chown(path, user_id, user_id, follow_symlinks=False)
-        return
-    for folder, folders, files in os.walk(home):
-        for name in (*folders, *files):
-            os.chown(Path(folder, name), user_id, user_id, follow_symlinks=False)
-    os.chown(home, user_id, user_id)
-    home.chmod(0o700)
-
-
-def _furniture(home: Path) -> list[Path]:
-    launchers = home / ".local/share/sandbox-agent/bin/agent_processes"
-    return [home / ".gitconfig", *launchers.iterdir()]

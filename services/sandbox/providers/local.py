@@ -1,4 +1,4 @@
-"""The `local` provider: a sandbox-agent server per sandbox on this host, inside bubblewrap.
+"""The `local` provider: a sandbox-agent server per sandbox on this host, inside bubblewrap and as a user of its own.
 
 The server outlives the service, so that a restart loses no agent. Its processes carry the sandbox's id in their
 environment: that is how they are found again, and how none is left behind.
@@ -11,16 +11,18 @@ import secrets
 import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from services.runtime.config import Config
 from services.runtime.logging import get_logger
 from services.sandbox.agent_server import Unreachable
-from services.sandbox.providers import isolation, ports
+from services.sandbox.providers import isolation, launcher, ports
 from services.sandbox.providers.base import Condition, Machine, Probe, ProviderError
-from services.sandbox.providers.processes import SANDBOX_MARK, SandboxProcesses
+from services.sandbox.providers.processes import SANDBOX_MARK, SandboxProcesses, is_root
+from services.sandbox.providers.users import ACCOUNTS, User, Users
 
 if TYPE_CHECKING:
     from services.sandbox.http import Http
@@ -30,7 +32,8 @@ log = get_logger(__name__)
 _START_SECONDS = 20.0
 _START_ATTEMPTS = 5  # another process may take the port between our look and the server's start
 _PROBE_SECONDS = 2.0
-_LIMITS = ("--core=0", "--nofile=8192", "--nproc=8192")
+_LIMITS = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": 8192, "RLIMIT_NPROC": 8192}
+_UMASK, _SHARED_UMASK = 0o022, 0o002  # what sandboxes push to a folder they share must be open to their group
 _ACP_TIMEOUT_MS = str(24 * 3600 * 1000)
 
 _LAUNCHER = """#!/bin/sh
@@ -67,9 +70,10 @@ class LocalProviderConfig(Config, frozen=True):
     isolation: str = "auto"
     """"auto" and "bubblewrap" need bubblewrap; "none" does without, deliberately."""
 
-    user_id: int = 65534
-    """User that sandboxes run as where isolation is "none" and the backend is root's. `writable_paths` must be
-    writable for it. 0 has them run as root, too: for agents that are trusted like the backend."""
+    user_ids: tuple[int, int] = (40000, 59999)
+    """First and last of the users, unused otherwise, that sandboxes run as where the backend is root's: each has one
+    of its own. Their group is the first one's. 0, 0 has them run as root, too: for agents that are trusted like the
+    backend."""
 
     hidden_paths: Sequence[Path] = ()
     """Folders that sandboxes must not see, such as the backend's data and the user's home."""
@@ -78,7 +82,13 @@ class LocalProviderConfig(Config, frozen=True):
     """Folders that sandboxes may read though they lie inside hidden ones. What is hidden inside these stays hidden."""
 
     writable_paths: Sequence[Path] = ()
-    """Folders that sandboxes may change, such as bare repositories on this host."""
+    """Folders that sandboxes may change, such as bare repositories on this host. They must be writable for the
+    sandboxes' group."""
+
+    def __post_init__(self) -> None:
+        first, last = self.user_ids
+        if not (0 < first <= last or first == last == 0):
+            raise ValueError("user_ids: the first user comes before the last, and neither is root, or both are")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,15 +116,25 @@ class LocalProvider:
             writable=tuple(config.writable_paths),
         )
         self._isolation = ""
-        self._user_id: int | None = None
-        self.processes = SandboxProcesses(self._root, str(self._program))
+        self._users = Users(self._root, *config.user_ids) if is_root() and config.user_ids[0] else None
+        self.processes = SandboxProcesses(self._root, str(self._program), self._users)
 
     async def start(self) -> None:
         """Find out how sandboxes are isolated, and close the backend's files to them."""
-        self._isolation = await isolation.find_isolation(self._config.isolation, self._root, self._mounts)
-        self._user_id = isolation.user_of_sandboxes(self._isolation, self._config.user_id)
-        if self._user_id is not None:
-            await asyncio.to_thread(isolation.close_to_others, self._root, self._mounts, self._user_id)
+        how = isolation.find_isolation(self._config.isolation)
+        await asyncio.to_thread(self._root.mkdir, parents=True, exist_ok=True)
+        user = None
+        if self._users is not None:
+            user = self._users.sample()
+            await asyncio.to_thread(isolation.warn_of_closed, self._mounts.writable, user.group_id)
+            if how == isolation.NONE:
+                await asyncio.to_thread(isolation.close_to_others, self._root, self._mounts)
+        elif how == isolation.NONE:
+            isolation.warn_of_trust()
+        command = self._launcher(self._root, how, user)
+        plan = launcher.plan(**_ground(user), home="/", files={}, command=["true", launcher.HIDDEN], token="")
+        await isolation.require(command, plan, how)
+        self._isolation = how
 
     async def create(self, sandbox_id: str) -> Machine:
         """Start the server in a home of its own, or return it if it runs."""
@@ -127,12 +147,12 @@ class LocalProvider:
             await self.start()
         await self._stop_processes(sandbox_id)
         folder = self._root / sandbox_id
-        await asyncio.to_thread(self._furnish, folder)
+        user = await asyncio.to_thread(self._furnish, folder)
         ended: int | None = None
         for _ in range(_START_ATTEMPTS):
             known = _Known(ports.free_port(), secrets.token_hex(24), self._isolation)
             _write_private(folder / "server.json", json.dumps({name: getattr(known, name) for name in known.__slots__}))
-            server = await self._spawn(sandbox_id, folder, known)
+            server = await self._spawn(sandbox_id, folder, known, user)
             machine = await self._answering(sandbox_id, known, server)
             if machine is not None:
                 return machine
@@ -206,24 +226,38 @@ class LocalProvider:
             await asyncio.sleep(0.05)
         return None
 
-    def _furnish(self, folder: Path) -> None:
+    def _furnish(self, folder: Path) -> User | None:
+        """Make a sandbox's folder, and return who it will run as."""
         home = folder / "home"
-        launchers = home / ".local/share/sandbox-agent/bin/agent_processes"
-        launchers.mkdir(parents=True, exist_ok=True)
-        for agent, command in self._config.agents.items():
-            launcher = launchers / f"{agent}-acp"
-            launcher.write_text(_LAUNCHER.format(command=shlex.join(command)))
-            launcher.chmod(0o755)
-        (home / ".gitconfig").write_text(_GITCONFIG)
-        if self._user_id is not None:
-            folder.chmod(0o711)
-            isolation.give_away(home, self._user_id)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._users is None:
+            home.mkdir(exist_ok=True)
+            return None
+        folder.chmod(0o711)
+        user = self._users.settle(home)
+        for name, accounts in zip(ACCOUNTS, user.accounts(home), strict=True):
+            (folder / name).write_text(accounts)
+            (folder / name).chmod(0o644)
+        return user
 
-    async def _spawn(self, sandbox_id: str, folder: Path, known: _Known) -> asyncio.subprocess.Process:
+    def _furniture(self, home: Path) -> dict[str, tuple[str, int]]:
+        launchers = home / ".local/share/sandbox-agent/bin/agent_processes"
+        agents = {
+            str(launchers / f"{agent}-acp"): (_LAUNCHER.format(command=shlex.join(command)), 0o755)
+            for agent, command in self._config.agents.items()
+        }
+        return {str(home / ".gitconfig"): (_GITCONFIG, 0o644), **agents}
+
+    def _launcher(self, home: Path, how: str, user: User | None) -> list[str]:
+        """Return the command that reads a plan and becomes a sandbox's server."""
+        if how == isolation.NONE:
+            return launcher.arguments()
+        return [*isolation.bubblewrap(home, self._mounts, user), *launcher.arguments()]
+
+    async def _spawn(
+        self, sandbox_id: str, folder: Path, known: _Known, user: User | None
+    ) -> asyncio.subprocess.Process:
         home = folder / "home"
-        prefix = isolation.bubblewrap(home, self._mounts) if known.isolation == isolation.BUBBLEWRAP else []
-        limits = ["prlimit", *_LIMITS] if shutil.which("prlimit") else []
-        user = [] if self._user_id is None else isolation.as_user(self._user_id)
         environment = {
             "HOME": str(home),
             "PATH": os.environ.get("PATH", os.defpath),
@@ -233,27 +267,52 @@ class LocalProvider:
             "SANDBOX_AGENT_ACP_REQUEST_TIMEOUT_MS": _ACP_TIMEOUT_MS,
             SANDBOX_MARK: sandbox_id,
         }
+        if user is not None:
+            environment |= {"USER": "sandbox", "LOGNAME": "sandbox"}
+        command = [
+            *(str(self._program), "server", "--no-telemetry"),
+            *("--token", launcher.HIDDEN, "--host", "127.0.0.1", "--port", str(known.port)),
+        ]
+        plan = launcher.plan(
+            **_ground(user), home=str(home), files=self._furniture(home), command=command, token=known.token
+        )
         log_file = folder / "server.log"
         log_file.touch(mode=0o600)
         with log_file.open("ab") as output:
-            return await asyncio.create_subprocess_exec(
-                *isolation.OPEN_FILES,
-                *limits,
-                *user,
-                *prefix,
-                *(str(self._program), "server", "--no-telemetry"),
-                *("--token", known.token, "--host", "127.0.0.1", "--port", str(known.port)),
-                cwd=home,
+            server = await asyncio.create_subprocess_exec(
+                *self._launcher(home, known.isolation, user),
+                cwd=self._root,
                 env=environment,
-                stdin=asyncio.subprocess.DEVNULL,
+                stdin=asyncio.subprocess.PIPE,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
             )
+        await _hand(server, plan)
+        return server
 
     async def _stop_processes(self, sandbox_id: str) -> None:
         if not await asyncio.to_thread(self.processes.end, sandbox_id):
             raise ProviderError("its processes do not end")
+
+
+def _ground(user: User | None) -> dict[str, Any]:
+    """Return the part of a launcher's plan that is the same for all that a user starts."""
+    return {
+        "limits": _LIMITS,
+        "umask": _UMASK if user is None else _SHARED_UMASK,
+        "user": None if user is None else (user.user_id, user.group_id),
+    }
+
+
+async def _hand(server: asyncio.subprocess.Process, plan: bytes) -> None:
+    """Write a launcher's plan to it. One that has ended already is noticed by its code."""
+    assert server.stdin is not None
+    with suppress(ConnectionError):
+        server.stdin.write(plan)
+        await server.stdin.drain()
+        server.stdin.close()
+        await server.stdin.wait_closed()
 
 
 def _write_private(path: Path, content: str) -> None:

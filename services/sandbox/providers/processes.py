@@ -1,6 +1,7 @@
 """Finds and ends the processes of local sandboxes. Blocking: it is run in threads.
 
-All processes of a sandbox carry its id in their environment. An agent is what the sandbox-agent server has started
+All processes of a sandbox carry its id in their environment, and where it has a user of its own, they are that user's
+whatever they do to their environment. An agent is what the sandbox-agent server has started
 itself and is no command. Its launcher marks what it starts in turn, so that a process is found even if its parents
 have ended.
 """
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from services.sandbox.providers.users import Users
 
 SANDBOX_MARK = "BRANCHLINE_SANDBOX_ID"
 AGENT_MARK = "BRANCHLINE_AGENT"
@@ -62,11 +65,15 @@ class SandboxProcesses:
     server: str
     """The sandbox-agent program."""
 
+    users: Users | None = None
+    """The sandboxes' users, if they have some of their own."""
+
     def all(self) -> list[tuple[str, psutil.Process]]:
         """Return every process with the id of its sandbox."""
         found: list[tuple[str, psutil.Process]] = []
+        owners = self.users.owners() if self.users is not None else {}
         for process in psutil.process_iter():
-            name = self._environment(process).get(SANDBOX_MARK)
+            name = owners.get(_user_id(process)) or self._environment(process).get(SANDBOX_MARK)
             if name:
                 found.append((name, process))
         return found
@@ -146,6 +153,13 @@ def _end(find: Callable[[], Sequence[psutil.Process]]) -> bool:
                 continue
         psutil.wait_procs(found, timeout=patience)
     return not _alive(find())
+
+
+def _user_id(process: psutil.Process) -> int:
+    try:
+        return process.uids().real
+    except psutil.Error:
+        return -1
 
 
 def _command(process: psutil.Process) -> list[str]:

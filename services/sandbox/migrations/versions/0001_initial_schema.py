@@ -45,6 +45,7 @@ def upgrade() -> None:
     with op.batch_alter_table("agent_sessions", schema=None) as batch_op:
         batch_op.create_index("agent_sessions_sandbox", ["sandbox_id"], unique=False)
         batch_op.create_index("agent_sessions_status", ["status"], unique=False)
+        batch_op.create_index("agent_sessions_task", ["task_id"], unique=False)
 
     op.create_table(
         "drafts",
@@ -106,7 +107,7 @@ def upgrade() -> None:
         sa.Column("revision", sa.BigInteger(), nullable=False),
         sa.Column("payload", sa.LargeBinary(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
-        comment="Every sandbox there ever was",
+        comment="Every sandbox there ever was, of tasks that are not deleted",
     )
     with op.batch_alter_table("sandboxes", schema=None) as batch_op:
         batch_op.create_index("sandboxes_task", ["task_id"], unique=False)
@@ -135,6 +136,7 @@ def downgrade() -> None:
 
     op.drop_table("drafts")
     with op.batch_alter_table("agent_sessions", schema=None) as batch_op:
+        batch_op.drop_index("agent_sessions_task")
         batch_op.drop_index("agent_sessions_status")
         batch_op.drop_index("agent_sessions_sandbox")
 

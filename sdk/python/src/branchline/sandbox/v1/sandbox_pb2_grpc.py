@@ -81,6 +81,11 @@ class SandboxServiceStub:
                 request_serializer=branchline_dot_sandbox_dot_v1_dot_sandbox__pb2.CloseSessionRequest.SerializeToString,
                 response_deserializer=branchline_dot_sandbox_dot_v1_dot_sandbox__pb2.CloseSessionResponse.FromString,
                 _registered_method=True)
+        self.ForgetTask = channel.unary_unary(
+                '/branchline.sandbox.v1.SandboxService/ForgetTask',
+                request_serializer=branchline_dot_sandbox_dot_v1_dot_sandbox__pb2.ForgetTaskRequest.SerializeToString,
+                response_deserializer=branchline_dot_sandbox_dot_v1_dot_sandbox__pb2.ForgetTaskResponse.FromString,
+                _registered_method=True)
 
 
 class SandboxServiceServicer:
@@ -156,6 +161,13 @@ class SandboxServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ForgetTask(self, request, context):
+        """Forgets a task that is deleted: its sandboxes, destroyed first where they are not, and its sessions. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SandboxServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -203,6 +215,11 @@ def add_SandboxServiceServicer_to_server(servicer, server):
                     servicer.CloseSession,
                     request_deserializer=branchline_dot_sandbox_dot_v1_dot_sandbox__pb2.CloseSessionRequest.FromString,
                     response_serializer=branchline_dot_sandbox_dot_v1_dot_sandbox__pb2.CloseSessionResponse.SerializeToString,
+            ),
+            'ForgetTask': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForgetTask,
+                    request_deserializer=branchline_dot_sandbox_dot_v1_dot_sandbox__pb2.ForgetTaskRequest.FromString,
+                    response_serializer=branchline_dot_sandbox_dot_v1_dot_sandbox__pb2.ForgetTaskResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -450,6 +467,33 @@ class SandboxService:
             '/branchline.sandbox.v1.SandboxService/CloseSession',
             branchline_dot_sandbox_dot_v1_dot_sandbox__pb2.CloseSessionRequest.SerializeToString,
             branchline_dot_sandbox_dot_v1_dot_sandbox__pb2.CloseSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForgetTask(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.sandbox.v1.SandboxService/ForgetTask',
+            branchline_dot_sandbox_dot_v1_dot_sandbox__pb2.ForgetTaskRequest.SerializeToString,
+            branchline_dot_sandbox_dot_v1_dot_sandbox__pb2.ForgetTaskResponse.FromString,
             options,
             channel_credentials,
             insecure,

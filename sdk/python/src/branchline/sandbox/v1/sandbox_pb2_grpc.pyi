@@ -44,6 +44,8 @@ class SandboxServiceStub:
     """
     CloseSession: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.CloseSessionRequest, _sandbox_pb2.CloseSessionResponse]
     """Records that the agent of a session shall be stopped; it is, until it is confirmed gone. Idempotent."""
+    ForgetTask: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.ForgetTaskRequest, _sandbox_pb2.ForgetTaskResponse]
+    """Forgets a task that is deleted: its sandboxes, destroyed first where they are not, and its sessions. Idempotent."""
 
 class SandboxServiceServicer:
     """What the task coordinator asks of its sandboxes and of the agents in them.
@@ -121,5 +123,12 @@ class SandboxServiceServicer:
         context: _aio.ServicerContext[_sandbox_pb2.CloseSessionRequest, _abc.Awaitable[_sandbox_pb2.CloseSessionResponse]],
     ) -> _abc.Awaitable[_sandbox_pb2.CloseSessionResponse]:
         """Records that the agent of a session shall be stopped; it is, until it is confirmed gone. Idempotent."""
+
+    def ForgetTask(
+        self,
+        request: _sandbox_pb2.ForgetTaskRequest,
+        context: _aio.ServicerContext[_sandbox_pb2.ForgetTaskRequest, _abc.Awaitable[_sandbox_pb2.ForgetTaskResponse]],
+    ) -> _abc.Awaitable[_sandbox_pb2.ForgetTaskResponse]:
+        """Forgets a task that is deleted: its sandboxes, destroyed first where they are not, and its sessions. Idempotent."""
 
 def add_SandboxServiceServicer_to_server(servicer: SandboxServiceServicer, server: _aio.Server) -> None: ...

@@ -1,0 +1,29 @@
+"""What goes when a task is deleted: its sessions and all that belongs to them, and its sandboxes' rows."""
+
+from branchline.resource.v1.sandbox_pb2 import SANDBOX_STATUS_DESTROYED
+from sqlalchemy import bindparam, delete, select
+
+from services.runtime.database import Reader, Statement, Tx
+from services.sandbox.tables import agent_sessions, drafts, permissions, prompts, sandboxes
+
+_SESSIONS = select(agent_sessions.c.session_id).where(agent_sessions.c.task_id == bindparam("task"))
+_FORGET = [
+    *(Statement(delete(table).where(table.c.session_id.in_(_SESSIONS))) for table in (prompts, drafts, permissions)),
+    *(Statement(delete(table).where(table.c.task_id == bindparam("task"))) for table in (agent_sessions, sandboxes)),
+]
+_LEFT = Statement(
+    select(sandboxes.c.id).where(
+        sandboxes.c.task_id == bindparam("task"), sandboxes.c.status != SANDBOX_STATUS_DESTROYED
+    )
+)
+
+
+def left(tx: Reader, task_id: str) -> list[str]:
+    """Return the sandboxes of a task that are not destroyed."""
+    return [row.id for row in tx.rows(_LEFT, {"task": task_id})]
+
+
+def forget(tx: Tx, task_id: str) -> None:
+    """Drop every row of a task, whose sandboxes are destroyed. It can be repeated."""
+    for statement in _FORGET:
+        tx.change(statement, {"task": task_id})
