@@ -63,12 +63,11 @@ class Watcher:
 
     async def take(self, timeout_seconds: float) -> list[WatchChange]:
         """Return what is queued, in order of change; empty when the time ran out or the reader lags."""
-        if not self._pending and not self.lagging:
-            try:
-                async with asyncio.timeout(timeout_seconds):
-                    await self._arrived.wait()
-            except TimeoutError:
-                return []
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await self._arrived.wait()
+        except TimeoutError:
+            return []
         self._arrived.clear()
         changes = list(self._pending.values())
         self._pending.clear()

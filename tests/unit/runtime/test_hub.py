@@ -18,6 +18,7 @@ async def test_a_slow_watcher_gets_the_newest_state_of_each_entity_in_order() ->
     watcher = Watcher()
     for seq, entity in enumerate(["a", "b", "a", "c", "b"], start=1):
         watcher.offer(change(entity, seq))
+    watcher.wake()
 
     taken = await watcher.take(1)
 
@@ -28,6 +29,8 @@ async def test_a_watcher_that_outgrows_its_limit_holds_nothing_and_is_told_to_ca
     watcher = Watcher()
     for seq in range(PENDING_CHANGES + 100):
         watcher.offer(change(f"e{seq}", seq))
+
+    watcher.wake()
 
     assert watcher.lagging
     assert await watcher.take(1) == []
@@ -51,8 +54,19 @@ async def test_a_watcher_that_starts_over_hears_what_comes_after() -> None:
     watcher.offer(change("missed", 1))
     watcher.start_over()
     watcher.offer(change("heard", 2))
+    watcher.wake()
 
     assert [one.id for one in await watcher.take(1)] == ["heard"]
+
+
+async def test_a_watcher_takes_nothing_before_its_turn_although_it_is_ready() -> None:
+    watcher = Watcher()
+    watcher.offer(change("a", 1))
+    before = await watcher.take(0.01)
+    watcher.wake()
+
+    assert before == []
+    assert len(await watcher.take(1)) == 1
 
 
 async def test_a_watcher_that_left_gets_nothing() -> None:
