@@ -40,6 +40,7 @@ from services.runtime.database import Database, Reader, Statement, Tx, insert_ne
 from services.runtime.errors import DeadlineExceeded, Unavailable
 from services.runtime.spine.chunks import PART_BYTES
 from services.runtime.spine.hub import Hub, Kind
+from services.runtime.spine.outbox import type_url_of
 from services.runtime.spine.tables import change_sequences, incarnations
 from services.runtime.spine.tokens import Position
 from services.runtime.spine.watch import EVERYBODY, Page
@@ -121,7 +122,7 @@ class IndexTable:
         self.kind = kind
         self.table = table
         self.snapshot_limit = snapshot_limit
-        self.type_url = f"type.googleapis.com/{resource.DESCRIPTOR.full_name}"
+        self.type_url = type_url_of(resource)
         c = table.c
         changed = [c[name] for name in _COLUMNS]
         viewer: BindParameter[str] = bindparam("viewer", type_=String)
