@@ -18,10 +18,11 @@ from branchline.spine.v1 import push_pb2, push_pb2_grpc
 from google.protobuf.any_pb2 import Any as AnyState
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import select
 
 from services.runtime.admin import AdminServicer
 from services.runtime.clock import Clock
-from services.runtime.database import Database, DatabaseUnavailable, Reader, open_database
+from services.runtime.database import Database, DatabaseUnavailable, Reader, Statement, open_database
 from services.runtime.errors import DeadlineExceeded, FailedPrecondition, ResourceExhausted, Unavailable
 from services.runtime.principal import OPERATOR, Principal, bind_principal
 from services.runtime.spine import outbox as outbox_module
@@ -616,6 +617,35 @@ async def test_numbers_have_no_doubles_and_nobody_hears_of_an_older_revision_beh
         revisions = [revision for entity, revision, _ in heard if entity == name]
         assert revisions == sorted(set(revisions))
         assert revisions[-1] == max(revision for entity, revision in jobs if entity == name)
+
+
+async def test_of_a_batch_the_newer_states_alone_are_stored_whatever_they_change(
+    databases: Databases,
+) -> None:
+    database, index = await opened_index(databases)
+    await database.write(index.put_many, [entry(name, 5) for name in ("same", "leaves", "shown", "old", "lost")])
+    batch = [
+        entry("same", 6),
+        entry("leaves", 6, deleted=True),
+        entry("shown", 6)._replace(viewer_id="user_1"),
+        entry("old", 5),
+        entry("lost", 4, deleted=True),
+        entry("new", 1),
+    ]
+    stored = await database.write(index.put_many, batch)
+    columns = Statement(select(tasks.c.id, tasks.c.revision, tasks.c.deleted, tasks.c.viewer_id))
+    rows = await database.read(lambda tx: tx.rows(columns))
+    await database.close()
+
+    assert [one.id for one in stored] == ["same", "leaves", "shown", "new"]
+    assert sorted(tuple(row) for row in rows) == [
+        ("leaves", 6, True, ""),
+        ("lost", 5, False, ""),
+        ("new", 1, False, ""),
+        ("old", 5, False, ""),
+        ("same", 6, False, ""),
+        ("shown", 6, False, "user_1"),
+    ]
 
 
 async def test_a_snapshot_read_page_by_page_while_rows_change_and_are_forgotten_ends_with_the_truth(

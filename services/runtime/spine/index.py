@@ -41,6 +41,7 @@ from services.runtime.lanes import Turns
 from services.runtime.logging import get_logger
 from services.runtime.spine.chunks import PART_BYTES
 from services.runtime.spine.hub import Hub, Kind
+from services.runtime.spine.outbox import type_url_of
 from services.runtime.spine.tables import change_sequences, incarnations
 from services.runtime.spine.tokens import Position
 from services.runtime.spine.watch import EVERYBODY, Page
@@ -124,7 +125,7 @@ class IndexTable:
         self.kind = kind
         self.table = table
         self.snapshot_limit = snapshot_limit
-        self.type_url = f"type.googleapis.com/{resource.DESCRIPTOR.full_name}"
+        self.type_url = type_url_of(resource)
         c = table.c
         changed = [c[name] for name in _COLUMNS]
         viewer: BindParameter[str] = bindparam("viewer", type_=String)

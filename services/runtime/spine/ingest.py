@@ -19,6 +19,7 @@ from google.protobuf.message import Message
 from services.runtime.database import Database, Tx
 from services.runtime.errors import reason_of
 from services.runtime.logging import get_logger
+from services.runtime.spine.outbox import type_url_of
 
 log = get_logger(__name__)
 
@@ -84,7 +85,7 @@ class Ingest:
         self._database = database
         self._handlers = handlers
         self._places: Mapping[str, tuple[int, type[Message]]] = {
-            f"type.googleapis.com/{one.DESCRIPTOR.full_name}": (place, one)
+            type_url_of(one): (place, one)
             for place, handler in enumerate(handlers)
             for one in (handler.types if isinstance(handler.types, tuple) else (handler.types,))
         }

@@ -12,7 +12,7 @@ import itertools
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any as AnyValue
 from typing import NamedTuple
 
@@ -78,6 +78,12 @@ class OutboxRow(NamedTuple):
     def holds(self, message: type[Message]) -> bool:
         """Say whether the state is such a message."""
         return self.type_url.rpartition("/")[2] == message.DESCRIPTOR.full_name
+
+
+@cache
+def type_url_of(message: type[Message]) -> str:
+    """Return how a type is called where a message travels as Any."""
+    return f"type.googleapis.com/{message.DESCRIPTOR.full_name}"
 
 
 _KEYS = ("destination", "entity_id", "type_url")
@@ -289,7 +295,7 @@ class Outbox:
             OutboxRow(
                 next(self._numbers),
                 mark.destination,
-                f"type.googleapis.com/{mark.state.DESCRIPTOR.full_name}",
+                type_url_of(type(mark.state)),
                 mark.entity_id,
                 mark.revision,
                 mark.deleted,
