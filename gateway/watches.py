@@ -37,6 +37,13 @@ CHECK_SECONDS = 5.0
 STALLED_SECONDS = 60.0
 """How long a frame may wait to be taken before its watcher is cut off; it comes back with its resume token."""
 
+PAUSE_SECONDS = 0.001
+"""How long a watcher waits after a frame of changes for each watcher that there is above `FEW_WATCHERS`, so that all of
+them together leave time for calls.
+"""
+
+FEW_WATCHERS = 20
+
 _CHECK_AGE_SECONDS = 1.0
 _TRUST_SECONDS = 60.0
 _PLACE_SECONDS = 10.0
@@ -150,13 +157,18 @@ class Watches:
             return ask(selection, self.signer.metadata(principal))
 
         check = self._check(caller, wanted, principal)
-        asked = Watch(topic, position, wanted.visible, check=check, check_seconds=CHECK_SECONDS)
+        asked = Watch(
+            topic, position, wanted.visible, check=check, check_seconds=CHECK_SECONDS, pause_seconds=self._pause
+        )
         with self.fan_out.replica(wanted.topic, _own(ask)) as replica:
             view = View(replica, of_caller, caller.user.id, wanted.consistency_token)
             async with aclosing(watch(view, asked)) as frames:
                 async for frame in frames:
                     with _taken_in_time():
                         yield frame
+
+    def _pause(self) -> float:
+        return max(0, self.fan_out.watchers - FEW_WATCHERS) * PAUSE_SECONDS
 
     def _check(self, caller: Caller, wanted: _Wanted, principal: Principal) -> Callable[[], Awaitable[None]]:
         """Return what raises once the caller may no longer watch, or what is watched is gone.

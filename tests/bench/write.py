@@ -41,7 +41,7 @@ _RAISE = Statement(
     .values(value=_sequences.c.value + bindparam("count"))
     .returning(_sequences.c.value)
 )
-_TEXTS = [statement.sqlite.text for statement in (_REMEMBER, _PUT, _MARK, _RAISE)]
+_FOUR = [statement.sqlite for statement in (_REMEMBER, _PUT, _MARK, _RAISE)]
 
 
 def _parameters(number: int) -> list[dict[str, Any]]:
@@ -75,11 +75,8 @@ def _four(tx: Tx, number: int) -> None:
 
 
 def _raw_four(connection: sqlite3.Connection, number: int) -> None:
-    remember, put, mark, sequence = _parameters(number)
-    connection.execute(_TEXTS[0], remember)
-    connection.execute(_TEXTS[1], put)
-    connection.execute(_TEXTS[2], mark)
-    connection.execute(_TEXTS[3], sequence).fetchall()
+    for statement, given in zip(_FOUR, _parameters(number), strict=True):
+        connection.execute(statement.text, statement.values(given)).fetchall()
 
 
 class _Files:

@@ -67,6 +67,10 @@ async def _allowed() -> None:
     return
 
 
+def _none() -> float:
+    return 0.0
+
+
 def _everything(_change: WatchChange) -> bool:
     return True
 
@@ -85,6 +89,8 @@ class Watch:
     check: Callable[[], Awaitable[None]] = _allowed
     """Raises when the watcher may no longer watch; asked every `check_seconds`, busy or not."""
     check_seconds: float = 5.0
+    pause_seconds: Callable[[], float] = _none
+    """How long it waits after a frame of changes before the next: what changes meanwhile comes with it, once."""
 
 
 async def watch(source: Source, wanted: Watch) -> AsyncGenerator[WatchFrame, None]:
@@ -107,7 +113,11 @@ async def watch(source: Source, wanted: Watch) -> AsyncGenerator[WatchFrame, Non
             if wanted.until_synced:
                 return
             sent = clock()
+            told = False
             while not watcher.lagging:
+                if told:
+                    await asyncio.sleep(wanted.pause_seconds())
+                    told = False
                 soonest = min(sent + wanted.heartbeat_seconds, checked + wanted.check_seconds)
                 taken = await watcher.take(max(0.0, soonest - clock()))
                 if clock() - checked >= wanted.check_seconds:
@@ -121,6 +131,7 @@ async def watch(source: Source, wanted: Watch) -> AsyncGenerator[WatchFrame, Non
                     position = Position(position.epoch, chunk[-1].change_seq)
                     yield _frame(wanted, watch_pb2.WATCH_FRAME_KIND_CHANGES, position, chunk)
                     sent = clock()
+                    told = True
                 if fresh:
                     position = Position(position.epoch, fresh[-1].change_seq)
                 if clock() - sent >= wanted.heartbeat_seconds:

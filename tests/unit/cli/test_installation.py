@@ -34,7 +34,7 @@ from services.runtime.config import Secret
 
 async def serve(service, folder):
     addresses = {name: f"unix:{folder}/{name}.sock" for name in SERVICES}
-    local = {"sandbox_agent": "/bin/false", "isolation": "none", "user_id": 0}
+    local = {"sandbox_agent": "/bin/false", "isolation": "none", "user_ids": [0, 0]}
     settings = Settings(data_dir=Path(folder), sandbox={"local": local})
     installation = Installation(settings, addresses, Secret("a key for tests, long enough for HS256"))
     async with installation.build(service).running():

@@ -133,3 +133,20 @@ async def test_a_watcher_that_reads_too_slowly_catches_up_and_is_synced_again() 
         again = await anext(frames)
 
     assert (again.kind, again.change_seq) == (SYNCED, 2001)
+
+
+async def test_what_changes_while_a_watcher_pauses_comes_with_its_next_frame_once() -> None:
+    source = Source()
+    wanted = Watch(TOPIC, Position("epoch", 0), pause_seconds=lambda: 0.5)
+    async with asyncio.timeout(5), aclosing(watch(source, wanted)) as frames:
+        assert (await anext(frames)).kind == SYNCED
+        source.publish("first")
+        assert [change.id for change in (await anext(frames)).changes] == ["first"]
+        following = asyncio.create_task(anext(frames))
+        for _ in range(20):
+            source.publish("busy")
+            await asyncio.sleep(0.01)
+        source.publish("other")
+        frame = await following
+
+    assert [(change.id, change.change_seq) for change in frame.changes] == [("busy", 21), ("other", 22)]
