@@ -12,6 +12,7 @@ from cachetools import TTLCache
 from services.runtime.errors import ResourceExhausted
 
 _MINUTE_SECONDS = 60.0
+_GATHERED_SECONDS = 10.0
 _CALLERS = 100_000
 
 RUNNING = 16
@@ -22,7 +23,7 @@ LONG_SECONDS = 1.0
 
 
 class Allowance:
-    """So many calls a minute for each caller: unused ones gather up to a minute's worth.
+    """So many calls a minute for each caller: unused ones gather up to ten seconds' worth, at least one.
 
     One number for each caller: when all that was taken will have grown back (the generic cell rate algorithm,
     ITU-T I.371).
@@ -31,6 +32,7 @@ class Allowance:
     def __init__(self, calls_per_minute: int, now: Callable[[], float] = monotonic) -> None:
         self._calls = calls_per_minute
         self._each_seconds = _MINUTE_SECONDS / calls_per_minute
+        self._most_seconds = max(_GATHERED_SECONDS, self._each_seconds)
         self._now = now
         self._whole_again = TTLCache[str, float](_CALLERS, _MINUTE_SECONDS, now)
 
@@ -38,7 +40,7 @@ class Allowance:
         """Take one call; raise ResourceExhausted if there is none left."""
         now = self._now()
         whole_again = max(now, self._whole_again.get(caller, now)) + self._each_seconds
-        wait = whole_again - now - _MINUTE_SECONDS
+        wait = whole_again - now - self._most_seconds
         if wait > 1e-6:
             sentence = f"more than {self._calls} calls in a minute; go on in {wait:.1f} s"
             raise ResourceExhausted(ERROR_REASON_RATE_LIMITED, sentence)

@@ -1,6 +1,7 @@
 """Who calls: bearer tokens, checked against the organization's auth index and remembered for seconds."""
 
 import asyncio
+import random
 from contextvars import ContextVar
 from dataclasses import dataclass
 from time import monotonic
@@ -22,7 +23,7 @@ CACHE_SECONDS = 5.0
 _TIMEOUT_SECONDS = 5.0
 _CACHED = 10_000
 
-REFUSAL_SECONDS = 2.0
+REFUSAL_SECONDS = 4.0
 """How long a refusal for too many calls is held back: the call keeps its place on its connection, which carries few."""
 
 _current: ContextVar["Caller"] = ContextVar("caller")
@@ -112,6 +113,6 @@ class Door:
         try:
             self._allowance.take(caller.user.id)
         except ResourceExhausted:
-            await asyncio.sleep(REFUSAL_SECONDS)
+            await asyncio.sleep(random.uniform(0.5, 1.5) * REFUSAL_SECONDS)  # not all at once
             raise
         _current.set(caller)

@@ -36,7 +36,7 @@ PUBLIC = {
 """Every method of the public contract, by its name within the package."""
 
 
-CALLS_PER_CONNECTION = 1000
+CALLS_PER_CONNECTION = 250
 """Calls and watches that one connection carries at once; its others wait at the client, and not here before others'.
 
 The server takes calls in the order in which they come, whoever makes them.
