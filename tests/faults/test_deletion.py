@@ -58,6 +58,10 @@ async def test_a_repository_is_deleted_with_its_tasks_though_all_are_killed_in_i
             return len(repositories) == 1 and task.repository_id not in repositories and task.id not in tasks
 
         await eventually(told, 20)
-        destroyed = books.rows("sandbox", "SELECT status FROM sandboxes ORDER BY status")
-        assert len(destroyed) == 2
+
+        async def forgotten() -> bool:
+            return not books.rows("sandbox", f"SELECT id FROM sandboxes WHERE task_id = '{task.id}'")
+
+        await eventually(forgotten, 20)
+        assert len(books.rows("sandbox", "SELECT id FROM sandboxes")) == 1
         assert not list((tmp_path / "data" / "sandbox" / "local").glob(f"{task.active_sandbox_id}*"))
