@@ -57,7 +57,7 @@ async def test_a_task_continues_a_branch_that_the_remote_has(stack: Stack) -> No
 
 async def test_a_task_starts_on_an_empty_repository(stack: Stack) -> None:  # TSK-2
     remote = stack.remotes / "empty.git"
-    git("init", "--quiet", "--bare", "--shared=0666", "--initial-branch=main", str(remote))
+    git("init", "--quiet", "--bare", "--initial-branch=main", str(remote))
     task = await stack.ready_task(await stack.add_repository(remote), branch="start")
 
     await stack.send(task, "write a.txt: first\ncommit First\npush")

@@ -58,7 +58,7 @@ def git(*arguments: str, cwd: Path | None = None) -> str:
 def make_remote(folder: Path, name: str = "") -> Path:
     """Make a bare repository with one commit on main."""
     remote = folder / f"{name or uuid.uuid4().hex[:8]}.git"
-    git("init", "--quiet", "--bare", "--shared=0666", "--initial-branch=main", str(remote))
+    git("init", "--quiet", "--bare", "--initial-branch=main", str(remote))
     work = folder / f"work-{uuid.uuid4().hex[:8]}"
     git("clone", "--quiet", str(remote), str(work))
     (work / "README.md").write_text("hello\n")

@@ -101,15 +101,6 @@ def _hide(path: Path) -> list[str]:
     return ["--ro-bind", os.devnull, str(path)] if path.is_file() else ["--tmpfs", str(path)]
 
 
-def warn_of_closed(writable: tuple[Path, ...], group_id: int) -> None:
-    """Say which of the folders that sandboxes may change are closed to their group."""
-    for folder in writable:
-        state = folder.stat()
-        if not (state.st_mode & stat.S_IWOTH or (state.st_mode & stat.S_IWGRP and state.st_gid == group_id)):
-            how = f"chgrp -R {group_id} {folder} && chmod -R g+rwX {folder}"
-            log.warning("sandboxes cannot write to a folder that they may change", folder=str(folder), how=how)
-
-
 def warn_of_trust() -> None:
     """Say that sandboxes are not kept apart at all."""
     log.warning(

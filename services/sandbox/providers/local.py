@@ -22,6 +22,7 @@ from services.sandbox.agent_server import Unreachable
 from services.sandbox.providers import isolation, launcher, ports
 from services.sandbox.providers.base import Condition, Machine, Probe, ProviderError
 from services.sandbox.providers.processes import SANDBOX_MARK, SandboxProcesses, is_root
+from services.sandbox.providers.sharing import share
 from services.sandbox.providers.users import ACCOUNTS, User, Users
 
 if TYPE_CHECKING:
@@ -82,8 +83,8 @@ class LocalProviderConfig(Config, frozen=True):
     """Folders that sandboxes may read though they lie inside hidden ones. What is hidden inside these stays hidden."""
 
     writable_paths: Sequence[Path] = ()
-    """Folders that sandboxes may change, such as bare repositories on this host. They must be writable for the
-    sandboxes' group."""
+    """Folders that sandboxes may change, such as bare repositories on this host. Where the backend is root's they are
+    opened to the sandboxes' group, with what is in them."""
 
     def __post_init__(self) -> None:
         first, last = self.user_ids
@@ -126,7 +127,6 @@ class LocalProvider:
         user = None
         if self._users is not None:
             user = self._users.sample()
-            await asyncio.to_thread(isolation.warn_of_closed, self._mounts.writable, user.group_id)
             if how == isolation.NONE:
                 await asyncio.to_thread(isolation.close_to_others, self._root, self._mounts)
         elif how == isolation.NONE:
@@ -148,6 +148,8 @@ class LocalProvider:
         await self._stop_processes(sandbox_id)
         folder = self._root / sandbox_id
         user = await asyncio.to_thread(self._furnish, folder)
+        if user is not None:
+            await asyncio.to_thread(share, self._mounts.writable, user.group_id)
         ended: int | None = None
         for _ in range(_START_ATTEMPTS):
             known = _Known(ports.free_port(), secrets.token_hex(24), self._isolation)
