@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test test-faults test-needs check generate generate-check bench format lock clean
+.PHONY: setup demo test test-faults test-needs check breaking generate generate-check bench format lock clean
 
 setup: $(VENV)/.installed node_modules/.installed
 
@@ -44,15 +44,24 @@ check: setup
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code protos
-	$(MAKE) generate-check
+	$(MAKE) breaking generate-check
+
+breaking: setup
+	@release=$$(git describe --tags --abbrev=0 --match 'v[0-9]*' 2>/dev/null) || \
+	{ echo "no release yet to break"; exit 0; }; \
+	echo "buf breaking --against $$release"; \
+	$(BIN)/buf breaking --against "$$(git rev-parse --git-common-dir)#tag=$$release"
 
 generate: setup
 	$(BIN)/buf generate
+	$(BIN)/buf generate --template buf.gen.internal.yaml
 
 generate-check: setup
 	rm -rf build/generated && mkdir -p build/generated
 	$(BIN)/buf generate --output build/generated 2>/dev/null
+	$(BIN)/buf generate --template buf.gen.internal.yaml --output build/generated 2>/dev/null
 	diff -r -x __pycache__ -x client.py -x __init__.py -x py.typed build/generated/sdk/python/src sdk/python/src
+	diff -r -x __pycache__ build/generated/stubs stubs
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from branchline.client import Client
-from branchline.gateway.v1 import users_pb2
+from branchline.v1 import users_pb2
 
 from cli.installation import Installation, known_installation
 from cli.settings import SettingsError, load_settings, read_token

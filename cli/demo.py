@@ -11,11 +11,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from branchline.client import Client
-from branchline.gateway.v1 import repositories_pb2, sessions_pb2, tasks_pb2
-from branchline.resource.v1 import watch_pb2
-from branchline.resource.v1.history_pb2 import HistoryEvent
-from branchline.resource.v1.task_pb2 import TASK_STATUS_ERROR, TASK_STATUS_IDLE, Task, TaskSummary
-from branchline.resource.v1.vocabulary_pb2 import (
+from branchline.v1 import repositories_pb2, sessions_pb2, tasks_pb2, watches_pb2
+from branchline.v1.history_pb2 import HistoryEvent
+from branchline.v1.tasks_pb2 import TASK_STATUS_ERROR, TASK_STATUS_IDLE, Task, TaskSummary
+from branchline.v1.vocabulary_pb2 import (
     ENTITY_KIND_TASK,
     ENTITY_KIND_TRANSCRIPT_ENTRY,
     EVENT_KIND_BRANCH_MOVED,
@@ -134,7 +133,7 @@ async def _history(client: Client, organization_id: str) -> AsyncGenerator[list[
 
     async def collect() -> None:
         async for frame in client.watch_history(organization_id):
-            if frame.kind == watch_pb2.WATCH_FRAME_KIND_RESET:
+            if frame.kind == watches_pb2.WATCH_FRAME_KIND_RESET:
                 events.clear()
             events.extend(HistoryEvent.FromString(change.resource.value) for change in frame.changes)
 

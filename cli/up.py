@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from branchline.organization.v1 import organization_pb2, organization_pb2_grpc
+from branchline_internal.organization.v1 import organization_pb2, organization_pb2_grpc
 from rich.console import Console
 
 from cli import views

@@ -3,13 +3,12 @@
 from collections.abc import Iterable, Mapping
 
 from branchline.client import Client
-from branchline.gateway.v1.tasks_pb2 import GetTaskResponse
-from branchline.resource.v1 import session_pb2, watch_pb2
-from branchline.resource.v1.history_pb2 import HistoryEvent
-from branchline.resource.v1.repository_pb2 import Repository
-from branchline.resource.v1.session_pb2 import TranscriptEntry, TranscriptEntryKind
-from branchline.resource.v1.task_pb2 import ProvisioningStage, Task, TaskStatus, TaskSummary
-from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_TASK, ENTITY_KIND_TRANSCRIPT_ENTRY, EventKind
+from branchline.v1 import sessions_pb2, watches_pb2
+from branchline.v1.history_pb2 import HistoryEvent
+from branchline.v1.repositories_pb2 import Repository
+from branchline.v1.sessions_pb2 import TranscriptEntry, TranscriptEntryKind
+from branchline.v1.tasks_pb2 import GetTaskResponse, ProvisioningStage, Task, TaskStatus, TaskSummary
+from branchline.v1.vocabulary_pb2 import ENTITY_KIND_TASK, ENTITY_KIND_TRANSCRIPT_ENTRY, EventKind
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
@@ -17,14 +16,14 @@ from rich.table import Table
 
 _COLOURS = {"running": "green", "error": "red", "waiting": "yellow", "idle": "cyan", "provisioning": "blue"}
 _MARKS = {
-    session_pb2.TRANSCRIPT_ENTRY_KIND_USER_MESSAGE: "[bold blue]you[/bold blue]   ",
-    session_pb2.TRANSCRIPT_ENTRY_KIND_AGENT_MESSAGE: "[green]agent[/green] ",
-    session_pb2.TRANSCRIPT_ENTRY_KIND_REASONING: "[dim]think[/dim] ",
-    session_pb2.TRANSCRIPT_ENTRY_KIND_TOOL_CALL: "[magenta]tool[/magenta]  ",
-    session_pb2.TRANSCRIPT_ENTRY_KIND_PLAN: "[cyan]plan[/cyan]  ",
-    session_pb2.TRANSCRIPT_ENTRY_KIND_PERMISSION: "[yellow]asks[/yellow]  ",
-    session_pb2.TRANSCRIPT_ENTRY_KIND_STATUS: "[dim]state[/dim] ",
-    session_pb2.TRANSCRIPT_ENTRY_KIND_ERROR: "[red]error[/red] ",
+    sessions_pb2.TRANSCRIPT_ENTRY_KIND_USER_MESSAGE: "[bold blue]you[/bold blue]   ",
+    sessions_pb2.TRANSCRIPT_ENTRY_KIND_AGENT_MESSAGE: "[green]agent[/green] ",
+    sessions_pb2.TRANSCRIPT_ENTRY_KIND_REASONING: "[dim]think[/dim] ",
+    sessions_pb2.TRANSCRIPT_ENTRY_KIND_TOOL_CALL: "[magenta]tool[/magenta]  ",
+    sessions_pb2.TRANSCRIPT_ENTRY_KIND_PLAN: "[cyan]plan[/cyan]  ",
+    sessions_pb2.TRANSCRIPT_ENTRY_KIND_PERMISSION: "[yellow]asks[/yellow]  ",
+    sessions_pb2.TRANSCRIPT_ENTRY_KIND_STATUS: "[dim]state[/dim] ",
+    sessions_pb2.TRANSCRIPT_ENTRY_KIND_ERROR: "[red]error[/red] ",
 }
 
 
@@ -62,7 +61,7 @@ def task_details(answer: GetTaskResponse) -> Table:
     table.add_row("status", status_words(task) + (f": {escape(task.status_reason)}" if task.status_reason else ""))
     table.add_row("commit", task.head_commit)
     for session in answer.sessions:
-        status = session_pb2.SessionStatus.Name(session.status).removeprefix("SESSION_STATUS_").lower()
+        status = sessions_pb2.SessionStatus.Name(session.status).removeprefix("SESSION_STATUS_").lower()
         table.add_row("session", f"{session.id} {escape(session.name)} ({session.agent}): {status}")
     for sandbox in answer.sandboxes:
         table.add_row("sandbox", f"{sandbox.id} {sandbox.provider}, isolation {sandbox.isolation}")
@@ -100,10 +99,10 @@ class TranscriptPrinter:
 
     def show(self, entry: TranscriptEntry) -> None:
         """Take a new state of an entry."""
-        if entry.kind == session_pb2.TRANSCRIPT_ENTRY_KIND_AGENT_MESSAGE:
+        if entry.kind == sessions_pb2.TRANSCRIPT_ENTRY_KIND_AGENT_MESSAGE:
             self._stream(entry)
             return
-        asks = entry.kind == session_pb2.TRANSCRIPT_ENTRY_KIND_PERMISSION
+        asks = entry.kind == sessions_pb2.TRANSCRIPT_ENTRY_KIND_PERMISSION
         if (not entry.streaming or asks) and self._shown.get(entry.id) != entry.revision:
             self._break()
             self._shown[entry.id] = entry.revision
@@ -145,7 +144,7 @@ async def follow_task(console: Console, client: Client, task_id: str, *, until_i
                     console.print(f"[bold]▸[/bold] {words}{reason}")
                     shown = words
         settled = TaskStatus.Name(task.status).removeprefix("TASK_STATUS_") in ("IDLE", "ERROR", "KILLED", "ARCHIVED")
-        if until_idle and settled and frame.kind != watch_pb2.WATCH_FRAME_KIND_SNAPSHOT:
+        if until_idle and settled and frame.kind != watches_pb2.WATCH_FRAME_KIND_SNAPSHOT:
             return task
     return task
 
@@ -155,7 +154,7 @@ async def follow_sidebar(console: Console, client: Client, organization_id: str)
     tasks: dict[str, TaskSummary] = {}
     with Live(console=console, refresh_per_second=10) as live:
         async for frame in client.watch_organization(organization_id):
-            if frame.kind == watch_pb2.WATCH_FRAME_KIND_RESET:
+            if frame.kind == watches_pb2.WATCH_FRAME_KIND_RESET:
                 tasks.clear()
             for change in frame.changes:
                 if change.kind == ENTITY_KIND_TASK and change.deleted:

@@ -6,10 +6,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from time import monotonic
 
-from branchline.organization.v1.organization_pb2 import AuthenticateRequest
-from branchline.organization.v1.organization_pb2_grpc import OrganizationServiceStub
-from branchline.resource.v1.user_pb2 import User
-from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_TOKEN_MISSING
+from branchline.v1.users_pb2 import User
+from branchline.v1.vocabulary_pb2 import ERROR_REASON_TOKEN_MISSING
+from branchline_internal.organization.v1.organization_pb2 import AuthenticateRequest
+from branchline_internal.organization.v1.organization_pb2_grpc import OrganizationServiceStub
 from cachetools import TTLCache
 
 from gateway.allowance import Allowance

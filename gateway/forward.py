@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any, cast
 
 import grpc
-from branchline.organization.v1.organization_pb2 import AwaitConsistencyRequest
-from branchline.organization.v1.organization_pb2_grpc import OrganizationServiceStub
-from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_NOT_READY, ERROR_REASON_TOKEN_LIMITED
+from branchline.v1.vocabulary_pb2 import ERROR_REASON_NOT_READY, ERROR_REASON_TOKEN_LIMITED
+from branchline_internal.organization.v1.organization_pb2 import AwaitConsistencyRequest
+from branchline_internal.organization.v1.organization_pb2_grpc import OrganizationServiceStub
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass

@@ -4,9 +4,9 @@ import asyncio
 from time import monotonic
 
 import grpc
-from branchline.organization.v1 import organization_pb2
-from branchline.organization.v1.organization_pb2_grpc import OrganizationServiceStub
-from branchline.resource.v1.organization_pb2 import OrganizationSettings
+from branchline.v1.organizations_pb2 import OrganizationSettings
+from branchline_internal.organization.v1 import organization_pb2
+from branchline_internal.organization.v1.organization_pb2_grpc import OrganizationServiceStub
 from cachetools import LRUCache
 
 from gateway.caller import Caller

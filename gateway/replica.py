@@ -14,15 +14,15 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import grpc
-from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_INDEX_UNREACHABLE
-from branchline.resource.v1.watch_pb2 import (
+from branchline.v1.vocabulary_pb2 import ERROR_REASON_INDEX_UNREACHABLE
+from branchline.v1.watches_pb2 import (
     WATCH_FRAME_KIND_RESET,
     WATCH_FRAME_KIND_SNAPSHOT,
     WATCH_FRAME_KIND_SYNCED,
     WatchChange,
     WatchFrame,
 )
-from branchline.spine.v1.push_pb2 import WatchSelection
+from branchline_internal.spine.v1.push_pb2 import WatchSelection
 from grpc_status import rpc_status
 
 from gateway.ring import Ring

@@ -6,9 +6,9 @@ named here is not reachable from outside.
 
 from dataclasses import dataclass
 
-from branchline.resource.v1.organization_pb2 import ROLE_ADMIN, ROLE_MEMBER, ROLE_OWNER, ROLE_VIEWER, Role
+from branchline.v1.organizations_pb2 import ROLE_ADMIN, ROLE_MEMBER, ROLE_OWNER, ROLE_VIEWER, Role
 
-PACKAGE = "branchline.gateway.v1"
+PACKAGE = "branchline.v1"
 
 ORGANIZATION, REPOSITORY, TASK, SANDBOX, USER = "organization", "repository", "task", "sandbox", "user"
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
-from branchline.gateway.v1 import (
+from branchline.v1 import (
     history_pb2,
     organizations_pb2,
     repositories_pb2,
@@ -12,8 +12,8 @@ from branchline.gateway.v1 import (
     tasks_pb2,
     users_pb2,
 )
-from branchline.organization.v1 import organization_pb2_grpc
-from branchline.repository.v1 import repository_pb2_grpc
+from branchline_internal.organization.v1 import organization_pb2_grpc
+from branchline_internal.repository.v1 import repository_pb2_grpc
 from msgspec import Meta
 
 from gateway.caller import Authenticator, Door

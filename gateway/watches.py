@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from branchline.gateway.v1 import history_pb2, organizations_pb2, tasks_pb2
-from branchline.organization.v1 import organization_pb2
-from branchline.organization.v1.organization_pb2_grpc import OrganizationServiceStub
-from branchline.repository.v1 import repository_pb2
-from branchline.repository.v1.repository_pb2_grpc import RepositoryServiceStub
-from branchline.resource.v1.session_pb2 import TranscriptEntry
-from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_SESSION, ENTITY_KIND_TRANSCRIPT_ENTRY
-from branchline.resource.v1.watch_pb2 import WatchChange, WatchFrame
-from branchline.spine.v1.push_pb2 import WatchSelection
+from branchline.v1 import history_pb2, organizations_pb2, tasks_pb2
+from branchline.v1.sessions_pb2 import TranscriptEntry
+from branchline.v1.vocabulary_pb2 import ENTITY_KIND_SESSION, ENTITY_KIND_TRANSCRIPT_ENTRY
+from branchline.v1.watches_pb2 import WatchChange, WatchFrame
+from branchline_internal.organization.v1 import organization_pb2
+from branchline_internal.organization.v1.organization_pb2_grpc import OrganizationServiceStub
+from branchline_internal.repository.v1 import repository_pb2
+from branchline_internal.repository.v1.repository_pb2_grpc import RepositoryServiceStub
+from branchline_internal.spine.v1.push_pb2 import WatchSelection
 
 from gateway.caller import Authenticator, Caller, current_caller
 from gateway.fanout import FanOut

@@ -3,8 +3,8 @@
 from typing import Annotated
 
 import typer
-from branchline.organization.v1 import organization_pb2
-from branchline.organization.v1.organization_pb2_grpc import OrganizationServiceStub
+from branchline_internal.organization.v1 import organization_pb2
+from branchline_internal.organization.v1.organization_pb2_grpc import OrganizationServiceStub
 
 from cli.calls import operated, operating
 from cli.terminal import DEFAULT_DATA, DataDir, console, run

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 from branchline.client import Client
-from branchline.gateway.v1 import history_pb2
+from branchline.v1 import history_pb2
 from google.protobuf.json_format import MessageToJson
 
 from cli import views

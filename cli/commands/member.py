@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 from branchline.client import Client
-from branchline.gateway.v1 import organizations_pb2
-from branchline.resource.v1.organization_pb2 import Role
+from branchline.v1 import organizations_pb2
+from branchline.v1.organizations_pb2 import Role
 
 from cli.calls import request_id, run_as_client
 from cli.terminal import DEFAULT_DATA, DataDir, console

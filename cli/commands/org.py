@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 from branchline.client import Client
-from branchline.gateway.v1 import organizations_pb2
+from branchline.v1 import organizations_pb2
 
 from cli.calls import request_id, run_as_client
 from cli.settings import SettingsError

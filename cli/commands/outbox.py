@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import grpc
 import typer
-from branchline.admin.v1 import admin_pb2
-from branchline.admin.v1.admin_pb2_grpc import AdminServiceStub
+from branchline_internal.admin.v1 import admin_pb2
+from branchline_internal.admin.v1.admin_pb2_grpc import AdminServiceStub
 from google.protobuf.json_format import MessageToDict
 from rich.markup import escape
 from rich.table import Table

@@ -2,7 +2,7 @@
 
 import typer
 from branchline.client import Client
-from branchline.gateway.v1 import repositories_pb2
+from branchline.v1 import repositories_pb2
 
 from cli import views
 from cli.calls import pages, request_id, run_as_client

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 from branchline.client import Client
-from branchline.gateway.v1 import sessions_pb2, tasks_pb2
+from branchline.v1 import sessions_pb2, tasks_pb2
 
 from cli import views
 from cli.calls import pages, request_id, run_as_client

@@ -4,10 +4,10 @@ from typing import Annotated
 
 import typer
 from branchline.client import Client
-from branchline.gateway.v1 import users_pb2
-from branchline.organization.v1 import organization_pb2
-from branchline.organization.v1.organization_pb2_grpc import OrganizationServiceStub
-from branchline.resource.v1.organization_pb2 import ROLE_UNSPECIFIED, ROLE_VIEWER
+from branchline.v1 import users_pb2
+from branchline.v1.organizations_pb2 import ROLE_UNSPECIFIED, ROLE_VIEWER
+from branchline_internal.organization.v1 import organization_pb2
+from branchline_internal.organization.v1.organization_pb2_grpc import OrganizationServiceStub
 
 from cli.calls import operated, operating, run_as_client
 from cli.terminal import DEFAULT_DATA, DataDir, console, run

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import TypeVar
 
-from branchline.github_data.v1.github_data_pb2 import GithubRepository
-from branchline.resource.v1.repository_pb2 import Branch, PullRequest
+from branchline.v1.repositories_pb2 import Branch, PullRequest
+from branchline_internal.github_data.v1.github_data_pb2 import GithubRepository
 
 REPORT_BYTES = 512 * 1024
 """Most that branches and pull requests take; well below the 1 MiB at which batches, frames and pages end."""

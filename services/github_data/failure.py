@@ -1,7 +1,7 @@
 """How a sync fails, and what is said of it."""
 
-from branchline.resource.v1 import organization_pb2
-from branchline.resource.v1.organization_pb2 import GithubStatus
+from branchline.v1 import organizations_pb2
+from branchline.v1.organizations_pb2 import GithubStatus
 
 _FORBIDDEN = frozenset({401, 403})
 _WORDS = 500
@@ -17,9 +17,9 @@ class GithubRefused(Exception):
 
 def explain(status: GithubStatus, error: Exception) -> None:
     """Say in the status why a sync failed."""
-    status.connection = organization_pb2.GITHUB_CONNECTION_FAILING
+    status.connection = organizations_pb2.GITHUB_CONNECTION_FAILING
     status.detail = f"{type(error).__name__}: {error}"[:_WORDS]
     if isinstance(error, GithubRefused):
         status.detail = str(error)
         if error.status_code in _FORBIDDEN:
-            status.connection = organization_pb2.GITHUB_CONNECTION_RECONNECT_REQUIRED
+            status.connection = organizations_pb2.GITHUB_CONNECTION_RECONNECT_REQUIRED

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from branchline.github_data.v1.github_data_pb2 import GithubRepository
-from branchline.resource.v1.repository_pb2 import Branch, PullRequest
+from branchline.v1.repositories_pb2 import Branch, PullRequest
+from branchline_internal.github_data.v1.github_data_pb2 import GithubRepository
 from githubkit import GitHub, Response
 from githubkit.exception import RequestFailed
 

@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from branchline.github_data.v1 import github_data_pb2
+from branchline_internal.github_data.v1 import github_data_pb2
 
 from services.github_data.servicer import GithubDataServicer
 from services.github_data.store import GithubStore

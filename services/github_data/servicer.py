@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from branchline.github_data.v1 import github_data_pb2, github_data_pb2_grpc
+from branchline_internal.github_data.v1 import github_data_pb2, github_data_pb2_grpc
 
 from services.github_data.store import GithubStore
 from services.github_data.sync import GithubSync

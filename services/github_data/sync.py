@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from branchline.resource.v1 import organization_pb2
-from branchline.resource.v1.organization_pb2 import GithubStatus
+from branchline.v1 import organizations_pb2
+from branchline.v1.organizations_pb2 import GithubStatus
 
 from services.github_data.failure import explain
 from services.github_data.store import GithubStore, Wish
@@ -89,7 +89,7 @@ class GithubSync:
         try:
             async with asyncio.timeout(self.sync_seconds):
                 status.repository_count = await self._read_account(wish)
-            status.connection = organization_pb2.GITHUB_CONNECTION_CONNECTED
+            status.connection = organizations_pb2.GITHUB_CONNECTION_CONNECTED
         except TimeoutError:
             explain(status, TimeoutError(f"reading GitHub took longer than {self.sync_seconds:.0f} s"))
         except Exception as error:  # whatever GitHub answers, it is said

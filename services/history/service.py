@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from branchline.history.v1 import history_pb2
+from branchline_internal.history.v1 import history_pb2
 
 from services.history.servicer import HistoryServicer
 from services.history.store import HistoryStore

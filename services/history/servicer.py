@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from branchline.history.v1 import history_pb2, history_pb2_grpc
+from branchline_internal.history.v1 import history_pb2, history_pb2_grpc
 
 from services.history.store import HistoryStore
 from services.runtime.database import Database

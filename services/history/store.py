@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from branchline.resource.v1.history_pb2 import HistoryEvent
+from branchline.v1.history_pb2 import HistoryEvent
 from sqlalchemy import bindparam, delete, func, select, update
 
 from services.history.tables import events, feeds

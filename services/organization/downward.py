@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from branchline.github_data.v1.github_data_pb2 import DeleteOrganizationRequest, SyncOrganizationRequest
-from branchline.github_data.v1.github_data_pb2_grpc import GithubDataServiceStub
-from branchline.history.v1.history_pb2 import AppendEventsRequest, DeleteFeedRequest
-from branchline.history.v1.history_pb2_grpc import HistoryServiceStub
-from branchline.repository.v1.repository_pb2 import DeleteRepositoryRequest, EnsureRepositoryRequest
-from branchline.repository.v1.repository_pb2_grpc import RepositoryServiceStub
-from branchline.resource.v1.history_pb2 import HistoryEvent
-from branchline.user.v1.user_pb2 import ForgetTaskStatesRequest, MarkUnreadRequest
-from branchline.user.v1.user_pb2_grpc import UserServiceStub
+from branchline.v1.history_pb2 import HistoryEvent
+from branchline_internal.github_data.v1.github_data_pb2 import DeleteOrganizationRequest, SyncOrganizationRequest
+from branchline_internal.github_data.v1.github_data_pb2_grpc import GithubDataServiceStub
+from branchline_internal.history.v1.history_pb2 import AppendEventsRequest, DeleteFeedRequest
+from branchline_internal.history.v1.history_pb2_grpc import HistoryServiceStub
+from branchline_internal.repository.v1.repository_pb2 import DeleteRepositoryRequest, EnsureRepositoryRequest
+from branchline_internal.repository.v1.repository_pb2_grpc import RepositoryServiceStub
+from branchline_internal.user.v1.user_pb2 import ForgetTaskStatesRequest, MarkUnreadRequest
+from branchline_internal.user.v1.user_pb2_grpc import UserServiceStub
 
 from services.organization.destinations import TO_GITHUB_DATA, TO_HISTORY, TO_REPOSITORY, TO_USER
 from services.organization.repositories import REPOSITORIES

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from branchline.resource.v1.history_pb2 import ACTOR_KIND_SYSTEM, ACTOR_KIND_USER, HistoryEvent
-from branchline.resource.v1.organization_pb2 import Organization
-from branchline.resource.v1.vocabulary_pb2 import EventKind
+from branchline.v1.history_pb2 import ACTOR_KIND_SYSTEM, ACTOR_KIND_USER, HistoryEvent
+from branchline.v1.organizations_pb2 import Organization
+from branchline.v1.vocabulary_pb2 import EventKind
 from sqlalchemy import Float, bindparam, select
 
 from services.organization.destinations import TO_HISTORY

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from branchline.github_data.v1.github_data_pb2 import GithubRepository
-from branchline.repository.v1.repository_pb2 import EnsureRepositoryRequest
-from branchline.resource.v1.organization_pb2 import GithubStatus
-from branchline.resource.v1.repository_pb2 import REPOSITORY_SOURCE_GITHUB, Repository
-from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_GITHUB_STATUS
+from branchline.v1.organizations_pb2 import GithubStatus
+from branchline.v1.repositories_pb2 import REPOSITORY_SOURCE_GITHUB, Repository
+from branchline.v1.vocabulary_pb2 import ENTITY_KIND_GITHUB_STATUS
+from branchline_internal.github_data.v1.github_data_pb2 import GithubRepository
+from branchline_internal.repository.v1.repository_pb2 import EnsureRepositoryRequest
 from sqlalchemy import bindparam, delete, select
 
 from services.organization.destinations import TO_REPOSITORY

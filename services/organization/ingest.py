@@ -3,19 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from branchline.github_data.v1.github_data_pb2 import GithubRepository
-from branchline.resource.v1.history_pb2 import HistoryEvent
-from branchline.resource.v1.organization_pb2 import GithubStatus
-from branchline.resource.v1.repository_pb2 import Repository
-from branchline.resource.v1.task_pb2 import TaskSummary
-from branchline.resource.v1.user_pb2 import User, UserTaskState
-from branchline.resource.v1.vocabulary_pb2 import (
+from branchline.v1.history_pb2 import HistoryEvent
+from branchline.v1.organizations_pb2 import GithubStatus
+from branchline.v1.repositories_pb2 import Repository
+from branchline.v1.tasks_pb2 import TaskSummary
+from branchline.v1.users_pb2 import User, UserTaskState
+from branchline.v1.vocabulary_pb2 import (
     EVENT_KIND_AGENT_ASKED,
     EVENT_KIND_AGENT_FAILED,
     EVENT_KIND_AGENT_FINISHED,
     EVENT_KIND_TASK_FAILED,
 )
-from branchline.user.v1.user_pb2 import ApiTokenState, MarkUnreadRequest
+from branchline_internal.github_data.v1.github_data_pb2 import GithubRepository
+from branchline_internal.user.v1.user_pb2 import ApiTokenState, MarkUnreadRequest
 
 from services.organization.destinations import TO_USER
 from services.organization.stores import Stores

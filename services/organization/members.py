@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from branchline.resource.v1.organization_pb2 import ROLE_ADMIN, ROLE_OWNER, Member, Role
-from branchline.resource.v1.user_pb2 import User
-from branchline.resource.v1.vocabulary_pb2 import (
+from branchline.v1.organizations_pb2 import ROLE_ADMIN, ROLE_OWNER, Member, Role
+from branchline.v1.users_pb2 import User
+from branchline.v1.vocabulary_pb2 import (
     ENTITY_KIND_MEMBER,
     ERROR_REASON_ALREADY_MEMBER,
     ERROR_REASON_LAST_OWNER,
@@ -14,7 +14,7 @@ from branchline.resource.v1.vocabulary_pb2 import (
     EVENT_KIND_MEMBER_REMOVED,
     EVENT_KIND_MEMBER_UPDATED,
 )
-from branchline.user.v1.user_pb2 import ForgetTaskStatesRequest
+from branchline_internal.user.v1.user_pb2 import ForgetTaskStatesRequest
 from sqlalchemy import bindparam, func, select
 
 from services.organization.destinations import TO_USER

@@ -4,9 +4,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from branchline.resource.v1.organization_pb2 import ROLE_OWNER, ROLE_UNSPECIFIED, Organization, Role
-from branchline.resource.v1.user_pb2 import User
-from branchline.resource.v1.vocabulary_pb2 import (
+from branchline.v1.organizations_pb2 import ROLE_OWNER, ROLE_UNSPECIFIED, Organization, Role
+from branchline.v1.users_pb2 import User
+from branchline.v1.vocabulary_pb2 import (
     ENTITY_KIND_ORGANIZATION,
     ERROR_REASON_BEING_DELETED,
     ERROR_REASON_GITHUB_LOGIN_TAKEN,

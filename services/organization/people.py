@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from branchline.resource.v1.user_pb2 import ApiToken, User
-from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_API_TOKEN, ENTITY_KIND_USER
-from branchline.user.v1.user_pb2 import ApiTokenState
+from branchline.v1.users_pb2 import ApiToken, User
+from branchline.v1.vocabulary_pb2 import ENTITY_KIND_API_TOKEN, ENTITY_KIND_USER
+from branchline_internal.user.v1.user_pb2 import ApiTokenState
 from sqlalchemy import bindparam, select
 
 from services.organization.tables import auth_email_index, auth_session_index, users

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from branchline.gateway.v1 import organizations_pb2 as api
-from branchline.gateway.v1 import organizations_pb2_grpc
-from branchline.resource.v1.organization_pb2 import ROLE_ADMIN, ROLE_OWNER, Member, Organization
-from branchline.resource.v1.user_pb2 import User
-from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_MEMBER, ENTITY_KIND_ORGANIZATION
-from branchline.user.v1.user_pb2 import CreateUserRequest
-from branchline.user.v1.user_pb2_grpc import UserServiceStub
+from branchline.v1 import organizations_pb2 as api
+from branchline.v1 import organizations_pb2_grpc
+from branchline.v1.organizations_pb2 import ROLE_ADMIN, ROLE_OWNER, Member, Organization
+from branchline.v1.users_pb2 import User
+from branchline.v1.vocabulary_pb2 import ENTITY_KIND_MEMBER, ENTITY_KIND_ORGANIZATION
+from branchline_internal.user.v1.user_pb2 import CreateUserRequest
+from branchline_internal.user.v1.user_pb2_grpc import UserServiceStub
 
 from services.organization.github import status_of
 from services.organization.members import MEMBERSHIPS_OF, member_id

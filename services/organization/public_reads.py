@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from branchline.gateway.v1 import (
+from branchline.v1 import (
     history_pb2,
     history_pb2_grpc,
     tasks_pb2,
@@ -10,7 +10,7 @@ from branchline.gateway.v1 import (
     users_pb2,
     users_pb2_grpc,
 )
-from branchline.resource.v1.vocabulary_pb2 import EventKind
+from branchline.v1.vocabulary_pb2 import EventKind
 
 from services.organization.feed import FeedFilter
 from services.organization.members import MEMBERSHIPS_OF

@@ -3,12 +3,12 @@
 import asyncio
 from dataclasses import dataclass
 
-from branchline.gateway.v1 import repositories_pb2 as api
-from branchline.gateway.v1 import repositories_pb2_grpc
-from branchline.github_data.v1.github_data_pb2 import SyncOrganizationRequest
-from branchline.resource.v1.organization_pb2 import ROLE_ADMIN
-from branchline.resource.v1.repository_pb2 import REPOSITORY_SOURCE_URL, Repository
-from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_REPOSITORY, ERROR_REASON_GITHUB_NOT_CONNECTED
+from branchline.v1 import repositories_pb2 as api
+from branchline.v1 import repositories_pb2_grpc
+from branchline.v1.organizations_pb2 import ROLE_ADMIN
+from branchline.v1.repositories_pb2 import REPOSITORY_SOURCE_URL, Repository
+from branchline.v1.vocabulary_pb2 import ENTITY_KIND_REPOSITORY, ERROR_REASON_GITHUB_NOT_CONNECTED
+from branchline_internal.github_data.v1.github_data_pb2 import SyncOrganizationRequest
 
 from services.organization.destinations import TO_GITHUB_DATA, TO_REPOSITORY
 from services.organization.reading import Context, Reading

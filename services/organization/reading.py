@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_API_TOKEN, ENTITY_KIND_USER
-from branchline.spine.v1.push_pb2 import ConsistencyPoint
+from branchline.v1.vocabulary_pb2 import ENTITY_KIND_API_TOKEN, ENTITY_KIND_USER
+from branchline_internal.spine.v1.push_pb2 import ConsistencyPoint
 
 from services.organization.stores import Stores
 from services.runtime.database import Database

@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from branchline.repository.v1.repository_pb2 import DeleteRepositoryRequest, EnsureRepositoryRequest
-from branchline.resource.v1.repository_pb2 import Repository
-from branchline.resource.v1.vocabulary_pb2 import (
+from branchline.v1.repositories_pb2 import Repository
+from branchline.v1.vocabulary_pb2 import (
     ENTITY_KIND_REPOSITORY,
     ERROR_REASON_REPOSITORY_EXISTS,
     EVENT_KIND_REPOSITORY_ADDED,
     EVENT_KIND_REPOSITORY_DELETED,
     EVENT_KIND_REPOSITORY_DELETING,
 )
+from branchline_internal.repository.v1.repository_pb2 import DeleteRepositoryRequest, EnsureRepositoryRequest
 from sqlalchemy import String, bindparam, delete, select, tuple_
 
 from services.organization.destinations import TO_REPOSITORY

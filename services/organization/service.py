@@ -3,12 +3,12 @@
 from functools import partial
 from pathlib import Path
 
-from branchline.gateway.v1 import history_pb2, organizations_pb2, repositories_pb2, tasks_pb2, users_pb2
-from branchline.github_data.v1.github_data_pb2_grpc import GithubDataServiceStub
-from branchline.history.v1.history_pb2_grpc import HistoryServiceStub
-from branchline.organization.v1 import organization_pb2
-from branchline.repository.v1.repository_pb2_grpc import RepositoryServiceStub
-from branchline.user.v1.user_pb2_grpc import UserServiceStub
+from branchline.v1 import history_pb2, organizations_pb2, repositories_pb2, tasks_pb2, users_pb2
+from branchline_internal.github_data.v1.github_data_pb2_grpc import GithubDataServiceStub
+from branchline_internal.history.v1.history_pb2_grpc import HistoryServiceStub
+from branchline_internal.organization.v1 import organization_pb2
+from branchline_internal.repository.v1.repository_pb2_grpc import RepositoryServiceStub
+from branchline_internal.user.v1.user_pb2_grpc import UserServiceStub
 
 from services.organization.downward import Children
 from services.organization.ingest import OrganizationIngest

@@ -3,20 +3,20 @@
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from branchline.organization.v1 import organization_pb2, organization_pb2_grpc
-from branchline.resource.v1.organization_pb2 import ORGANIZATION_KIND_TEAM, Member, Organization
-from branchline.resource.v1.user_pb2 import User
-from branchline.resource.v1.vocabulary_pb2 import (
+from branchline.v1.organizations_pb2 import ORGANIZATION_KIND_TEAM, Member, Organization
+from branchline.v1.users_pb2 import User
+from branchline.v1.vocabulary_pb2 import (
     ENTITY_KIND_ORGANIZATION,
     ENTITY_KIND_REPOSITORY,
     ENTITY_KIND_TASK,
     ENTITY_KIND_USER,
     ERROR_REASON_TOKEN_INVALID,
 )
-from branchline.user.v1.user_pb2 import CreateUserRequest
-from branchline.user.v1.user_pb2 import GetGitCredentialRequest as UserGitCredentialRequest
-from branchline.user.v1.user_pb2 import IssueTokenRequest as UserIssueTokenRequest
-from branchline.user.v1.user_pb2_grpc import UserServiceStub
+from branchline_internal.organization.v1 import organization_pb2, organization_pb2_grpc
+from branchline_internal.user.v1.user_pb2 import CreateUserRequest
+from branchline_internal.user.v1.user_pb2 import GetGitCredentialRequest as UserGitCredentialRequest
+from branchline_internal.user.v1.user_pb2 import IssueTokenRequest as UserIssueTokenRequest
+from branchline_internal.user.v1.user_pb2_grpc import UserServiceStub
 
 from services.organization.members import MEMBERSHIPS_OF
 from services.organization.organizations import ORGANIZATIONS

@@ -1,11 +1,11 @@
 """Tables of the organization service: its own, and the index of everything below it."""
 
-from branchline.resource.v1.history_pb2 import HistoryEvent
-from branchline.resource.v1.organization_pb2 import GithubStatus, Member, Organization
-from branchline.resource.v1.repository_pb2 import Repository
-from branchline.resource.v1.task_pb2 import TaskSummary
-from branchline.resource.v1.user_pb2 import UserTaskState
-from branchline.resource.v1.vocabulary_pb2 import (
+from branchline.v1.history_pb2 import HistoryEvent
+from branchline.v1.organizations_pb2 import GithubStatus, Member, Organization
+from branchline.v1.repositories_pb2 import Repository
+from branchline.v1.tasks_pb2 import TaskSummary
+from branchline.v1.users_pb2 import UserTaskState
+from branchline.v1.vocabulary_pb2 import (
     ENTITY_KIND_API_TOKEN,
     ENTITY_KIND_GITHUB_STATUS,
     ENTITY_KIND_HISTORY_EVENT,

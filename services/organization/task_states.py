@@ -7,9 +7,9 @@ the user service is told to forget it, or it would stay for ever.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from branchline.resource.v1.user_pb2 import UserTaskState
-from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_USER_TASK_STATE
-from branchline.user.v1.user_pb2 import ForgetTaskStatesRequest
+from branchline.v1.users_pb2 import UserTaskState
+from branchline.v1.vocabulary_pb2 import ENTITY_KIND_USER_TASK_STATE
+from branchline_internal.user.v1.user_pb2 import ForgetTaskStatesRequest
 from sqlalchemy import select
 
 from services.organization.destinations import TO_USER

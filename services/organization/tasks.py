@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from branchline.resource.v1.task_pb2 import TaskStatus, TaskSummary
-from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_TASK
-from branchline.user.v1.user_pb2 import ForgetTaskStatesRequest
+from branchline.v1.tasks_pb2 import TaskStatus, TaskSummary
+from branchline.v1.vocabulary_pb2 import ENTITY_KIND_TASK
+from branchline_internal.user.v1.user_pb2 import ForgetTaskStatesRequest
 from sqlalchemy import Boolean, String, bindparam, delete, func, or_, select, tuple_
 
 from services.organization.destinations import TO_USER

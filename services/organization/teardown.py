@@ -7,9 +7,9 @@ forgotten), and by a sweep.
 
 from dataclasses import dataclass
 
-from branchline.github_data.v1.github_data_pb2 import DeleteOrganizationRequest
-from branchline.history.v1.history_pb2 import DeleteFeedRequest
-from branchline.user.v1.user_pb2 import ForgetTaskStatesRequest
+from branchline_internal.github_data.v1.github_data_pb2 import DeleteOrganizationRequest
+from branchline_internal.history.v1.history_pb2 import DeleteFeedRequest
+from branchline_internal.user.v1.user_pb2 import ForgetTaskStatesRequest
 from sqlalchemy import Table, bindparam, delete, select, update
 
 from services.organization.destinations import TO_GITHUB_DATA, TO_HISTORY, TO_USER

@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass
 
-from branchline.gateway.v1 import tasks_pb2
-from branchline.resource.v1 import session_pb2, task_pb2
-from branchline.resource.v1 import vocabulary_pb2 as words
-from branchline.resource.v1.history_pb2 import ACTOR_KIND_USER, HistoryEvent
-from branchline.resource.v1.repository_pb2 import Repository
-from branchline.resource.v1.session_pb2 import Session, SessionSummary
-from branchline.resource.v1.task_pb2 import Task
-from branchline.task.v1.task_pb2 import CreateTaskRequest, GitIdentity
+from branchline.v1 import sessions_pb2, tasks_pb2
+from branchline.v1 import vocabulary_pb2 as words
+from branchline.v1.history_pb2 import ACTOR_KIND_USER, HistoryEvent
+from branchline.v1.repositories_pb2 import Repository
+from branchline.v1.sessions_pb2 import Session, SessionSummary
+from branchline.v1.tasks_pb2 import Task
+from branchline_internal.task.v1.task_pb2 import CreateTaskRequest, GitIdentity
 
 from services.repository.downward import TO_TASK
 from services.repository.naming import derive_branch, derive_title, unique_branch
@@ -91,7 +90,7 @@ class Creation:
             name="Session 1",
             agent=agent,
             model=request.model or principal.default_model,
-            status=session_pb2.SESSION_STATUS_PENDING,
+            status=sessions_pb2.SESSION_STATUS_PENDING,
             status_time=now,
             create_time=now,
             revision=1,
@@ -114,7 +113,7 @@ class Creation:
             title=title,
             text=request.text,
             branch=branch,
-            status=task_pb2.TASK_STATUS_PENDING,
+            status=tasks_pb2.TASK_STATUS_PENDING,
             status_time=now,
             owner_user_id=principal.user_id,
             sessions=[SessionSummary(id=session.id, name=session.name, status=session.status, agent=session.agent)],

@@ -6,8 +6,8 @@ where it was.
 
 from dataclasses import dataclass, field
 
-from branchline.resource.v1.repository_pb2 import Repository
-from branchline.task.v1.task_pb2 import DeleteTaskRequest
+from branchline.v1.repositories_pb2 import Repository
+from branchline_internal.task.v1.task_pb2 import DeleteTaskRequest
 from sqlalchemy import bindparam, delete, exists, select, update
 
 from services.repository.downward import TO_TASK

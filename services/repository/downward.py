@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import grpc
-from branchline.task.v1.task_pb2 import CreateTaskRequest, DeleteTaskRequest, SetPullRequestRequest
-from branchline.task.v1.task_pb2_grpc import TaskServiceStub
+from branchline_internal.task.v1.task_pb2 import CreateTaskRequest, DeleteTaskRequest, SetPullRequestRequest
+from branchline_internal.task.v1.task_pb2_grpc import TaskServiceStub
 
 from services.runtime.database import Database, Tx
 from services.runtime.spine.outbox import OutboxRow

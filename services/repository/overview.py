@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from branchline.resource.v1.repository_pb2 import Branch, BranchOverview, PullRequest, Repository
+from branchline.v1.repositories_pb2 import Branch, BranchOverview, PullRequest, Repository
 
 
 def overview(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from branchline.gateway.v1 import (
+from branchline.v1 import (
     repositories_pb2,
     repositories_pb2_grpc,
     sessions_pb2,

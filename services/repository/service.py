@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from branchline.gateway.v1 import repositories_pb2, sessions_pb2, tasks_pb2
-from branchline.organization.v1.organization_pb2_grpc import OrganizationServiceStub
-from branchline.repository.v1 import repository_pb2
-from branchline.task.v1.task_pb2_grpc import TaskServiceStub
+from branchline.v1 import repositories_pb2, sessions_pb2, tasks_pb2
+from branchline_internal.organization.v1.organization_pb2_grpc import OrganizationServiceStub
+from branchline_internal.repository.v1 import repository_pb2
+from branchline_internal.task.v1.task_pb2_grpc import TaskServiceStub
 
 from services.repository.creation import Creation
 from services.repository.deletion import Deletion

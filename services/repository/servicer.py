@@ -3,11 +3,13 @@
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from branchline.organization.v1.organization_pb2 import GetGitCredentialRequest as OrganizationGitCredentialRequest
-from branchline.organization.v1.organization_pb2_grpc import OrganizationServiceStub
-from branchline.repository.v1 import repository_pb2, repository_pb2_grpc
-from branchline.resource.v1.repository_pb2 import Repository
-from branchline.resource.v1.task_pb2 import Task
+from branchline.v1.repositories_pb2 import Repository
+from branchline.v1.tasks_pb2 import Task
+from branchline_internal.organization.v1.organization_pb2 import (
+    GetGitCredentialRequest as OrganizationGitCredentialRequest,
+)
+from branchline_internal.organization.v1.organization_pb2_grpc import OrganizationServiceStub
+from branchline_internal.repository.v1 import repository_pb2, repository_pb2_grpc
 
 from services.repository.deletion import Deletion
 from services.repository.store import RepositoryStore

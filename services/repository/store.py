@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
-from branchline.repository.v1.repository_pb2 import EnsureRepositoryRequest
-from branchline.resource.v1.repository_pb2 import Branch, PullRequest, Repository
-from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_REPOSITORY
-from branchline.task.v1.task_pb2 import SetPullRequestRequest
+from branchline.v1.repositories_pb2 import Branch, PullRequest, Repository
+from branchline.v1.vocabulary_pb2 import ENTITY_KIND_REPOSITORY
+from branchline_internal.repository.v1.repository_pb2 import EnsureRepositoryRequest
+from branchline_internal.task.v1.task_pb2 import SetPullRequestRequest
 from sqlalchemy import bindparam, delete, func, select, update
 
 from services.repository.downward import TO_TASK

@@ -1,6 +1,6 @@
 """What of a task goes on to the organization, for the sidebar. Pure."""
 
-from branchline.resource.v1.task_pb2 import Task, TaskSummary
+from branchline.v1.tasks_pb2 import Task, TaskSummary
 
 REASON_LENGTH = 200
 MOST_SESSIONS = 8

@@ -1,9 +1,9 @@
 """Tables of the repository service: its own, the caches of GitHub, and the index of its tasks."""
 
-from branchline.resource.v1.sandbox_pb2 import Sandbox
-from branchline.resource.v1.session_pb2 import Session, TranscriptEntry
-from branchline.resource.v1.task_pb2 import Task
-from branchline.resource.v1.vocabulary_pb2 import (
+from branchline.v1.sandboxes_pb2 import Sandbox
+from branchline.v1.sessions_pb2 import Session, TranscriptEntry
+from branchline.v1.tasks_pb2 import Task
+from branchline.v1.vocabulary_pb2 import (
     ENTITY_KIND_SANDBOX,
     ENTITY_KIND_SESSION,
     ENTITY_KIND_TASK,

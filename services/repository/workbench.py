@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from branchline.resource.v1.sandbox_pb2 import Sandbox
-from branchline.resource.v1.session_pb2 import Session, TranscriptEntry
-from branchline.resource.v1.task_pb2 import Task
-from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_SANDBOX, ENTITY_KIND_SESSION, ENTITY_KIND_TASK
+from branchline.v1.sandboxes_pb2 import Sandbox
+from branchline.v1.sessions_pb2 import Session, TranscriptEntry
+from branchline.v1.tasks_pb2 import Task
+from branchline.v1.vocabulary_pb2 import ENTITY_KIND_SANDBOX, ENTITY_KIND_SESSION, ENTITY_KIND_TASK
 from sqlalchemy import Column, bindparam, select, update
 
 from services.repository.tables import (

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from branchline.admin.v1 import admin_pb2, admin_pb2_grpc
+from branchline_internal.admin.v1 import admin_pb2, admin_pb2_grpc
 
 from services.runtime.principal import current_principal
 from services.runtime.serving import Context

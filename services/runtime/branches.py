@@ -2,7 +2,7 @@
 
 import re
 
-from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_BRANCH_NAME_INVALID
+from branchline.v1.vocabulary_pb2 import ERROR_REASON_BRANCH_NAME_INVALID
 
 from services.runtime.errors import InvalidArgument
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 import grpc
-from branchline.resource.v1 import vocabulary_pb2 as words
-from branchline.resource.v1.vocabulary_pb2 import EntityKind, ErrorReason
+from branchline.v1 import vocabulary_pb2 as words
+from branchline.v1.vocabulary_pb2 import EntityKind, ErrorReason
 from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2

@@ -9,8 +9,8 @@ import time
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 
-from branchline.resource.v1 import organization_pb2
-from branchline.resource.v1.vocabulary_pb2 import (
+from branchline.v1 import organizations_pb2
+from branchline.v1.vocabulary_pb2 import (
     ERROR_REASON_OPERATOR_REQUIRED,
     ERROR_REASON_PRINCIPAL_INVALID,
     ERROR_REASON_PRINCIPAL_MISSING,
@@ -54,11 +54,11 @@ class Principal:
         """Name whose request ids are told apart."""
         return self.user_id or f"service/{self.service}"
 
-    def require(self, role: organization_pb2.Role.ValueType) -> None:
+    def require(self, role: organizations_pb2.Role.ValueType) -> None:
         """Raise PermissionDenied unless the caller has this role; services may do everything."""
         if self.service or self.role >= role:
             return
-        wanted = organization_pb2.Role.Name(role).removeprefix("ROLE_").lower()
+        wanted = organizations_pb2.Role.Name(role).removeprefix("ROLE_").lower()
         raise PermissionDenied(ERROR_REASON_ROLE_REQUIRED, f"this needs the role {wanted}", required_role=wanted)
 
     def require_operator(self) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
-from branchline.admin.v1 import admin_pb2
-from branchline.spine.v1 import push_pb2, push_pb2_grpc
+from branchline_internal.admin.v1 import admin_pb2
+from branchline_internal.spine.v1 import push_pb2, push_pb2_grpc
 from google.protobuf.descriptor import FileDescriptor, ServiceDescriptor
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
@@ -45,8 +45,8 @@ SERVER_OPTIONS = (
     ("grpc.server.max_pending_requests_hard_limit", 100_000),
 )
 
-PUBLIC_PACKAGE = "branchline.gateway.v1"
-SPINE_PACKAGE = "branchline.spine.v1"
+PUBLIC_PACKAGE = "branchline.v1"
+SPINE_PACKAGE = "branchline.internal.spine.v1"
 
 OUTBOX_PART = "branchline.outbox"
 """Under which name health checks are told whether anything is parked."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import grpc
-from branchline.resource.v1.vocabulary_pb2 import (
+from branchline.v1.vocabulary_pb2 import (
     ERROR_REASON_DRAINING,
     ERROR_REASON_INTERNAL,
     ERROR_REASON_MALFORMED_REQUEST,
@@ -37,7 +37,7 @@ class Call:
     """One call being served."""
 
     method: str
-    """Full name, such as "/branchline.gateway.v1.TaskService/GetTask"."""
+    """Full name, such as "/branchline.v1.TaskService/GetTask"."""
 
     context: Context
 

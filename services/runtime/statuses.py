@@ -1,6 +1,6 @@
 """Statuses of a task by what they mean, for all who read them. Pure."""
 
-from branchline.resource.v1.task_pb2 import (
+from branchline.v1.tasks_pb2 import (
     TASK_STATUS_ARCHIVED,
     TASK_STATUS_ARCHIVING,
     TASK_STATUS_KILLED,

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from branchline.resource.v1.vocabulary_pb2 import (
+from branchline.v1.vocabulary_pb2 import (
     ENTITY_KIND_FILE,
     ERROR_REASON_COMMAND_NOT_STARTED,
     ERROR_REASON_FILE_TOO_LARGE,

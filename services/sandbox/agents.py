@@ -7,7 +7,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
-from branchline.resource.v1.vocabulary_pb2 import (
+from branchline.v1.vocabulary_pb2 import (
     ERROR_REASON_AGENT_NOT_STARTED,
     ERROR_REASON_SANDBOX_UNREACHABLE,
 )

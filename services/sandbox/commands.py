@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_COMMAND_NOT_STARTED
+from branchline.v1.vocabulary_pb2 import ERROR_REASON_COMMAND_NOT_STARTED
 
 from services.runtime.errors import DomainError, FailedPrecondition
 from services.runtime.logging import get_logger

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-from branchline.sandbox.v1.sandbox_pb2 import StartTurnRequest
+from branchline_internal.sandbox.v1.sandbox_pb2 import StartTurnRequest
 
 from services.runtime.clock import Clock
 from services.runtime.database import Database

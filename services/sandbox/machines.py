@@ -9,9 +9,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from branchline.resource.v1 import sandbox_pb2
-from branchline.resource.v1.sandbox_pb2 import Sandbox
-from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_SANDBOX_NOT_STARTED, ERROR_REASON_SANDBOX_UNREACHABLE
+from branchline.v1 import sandboxes_pb2
+from branchline.v1.sandboxes_pb2 import Sandbox
+from branchline.v1.vocabulary_pb2 import ERROR_REASON_SANDBOX_NOT_STARTED, ERROR_REASON_SANDBOX_UNREACHABLE
 
 from services.runtime.clock import Clock
 from services.runtime.database import Database
@@ -70,7 +70,7 @@ class Machines:
             id=sandbox_id,
             task_id=task_id,
             provider=provider,
-            status=sandbox_pb2.SANDBOX_STATUS_CREATING,
+            status=sandboxes_pb2.SANDBOX_STATUS_CREATING,
             status_time=now,
             create_time=now,
         )
@@ -117,17 +117,17 @@ class Machines:
 
     async def destroy(self, sandbox_id: str) -> None:
         """Destroy a sandbox and its files, once."""
-        await self.database.write(self.store.move, sandbox_id, sandbox_pb2.SANDBOX_STATUS_DESTROYING)
+        await self.database.write(self.store.move, sandbox_id, sandboxes_pb2.SANDBOX_STATUS_DESTROYING)
         async with self._lanes.hold(sandbox_id):
             sandbox = await self.database.read(self.store.get, sandbox_id)
-            if sandbox.status == sandbox_pb2.SANDBOX_STATUS_DESTROYED:
+            if sandbox.status == sandboxes_pb2.SANDBOX_STATUS_DESTROYED:
                 return
             self._servers.pop(sandbox_id, None)
             try:
                 await self.providers[sandbox.provider].destroy(sandbox_id)
             except ProviderError as error:
                 raise Unavailable(ERROR_REASON_SANDBOX_UNREACHABLE, f"it is not destroyed yet: {error}") from error
-            await self.database.write(self.store.move, sandbox_id, sandbox_pb2.SANDBOX_STATUS_DESTROYED)
+            await self.database.write(self.store.move, sandbox_id, sandboxes_pb2.SANDBOX_STATUS_DESTROYED)
 
     async def reconcile(self) -> None:
         """Put right what a stop in between left.
@@ -147,12 +147,12 @@ class Machines:
         await for_each(held.values(), "look at a sandbox", self._note_stopped, _PARALLEL)
 
     async def _note_stopped(self, sandbox: Sandbox) -> None:
-        if sandbox.status != sandbox_pb2.SANDBOX_STATUS_RUNNING:
+        if sandbox.status != sandboxes_pb2.SANDBOX_STATUS_RUNNING:
             return
         if (await self.providers[sandbox.provider].probe(sandbox.id)).condition is Condition.GONE:
             log.warning("machine of a running sandbox is missing", sandbox=sandbox.id)
             reason = "its machine stopped; it starts again when it is needed"
-            await self.database.write(self.store.move, sandbox.id, sandbox_pb2.SANDBOX_STATUS_PAUSED, reason)
+            await self.database.write(self.store.move, sandbox.id, sandboxes_pb2.SANDBOX_STATUS_PAUSED, reason)
 
     async def sweep(self) -> None:
         """Move on what is in a passing state and nobody is at work on."""
@@ -161,24 +161,24 @@ class Machines:
     async def _move_on(self, sandbox: Sandbox) -> None:
         if self._lanes.busy(sandbox.id):
             return
-        if sandbox.status == sandbox_pb2.SANDBOX_STATUS_DESTROYING:
+        if sandbox.status == sandboxes_pb2.SANDBOX_STATUS_DESTROYING:
             async with asyncio.timeout(_DESTROY_SECONDS):
                 await self.destroy(sandbox.id)
-        elif sandbox.status == sandbox_pb2.SANDBOX_STATUS_CREATING:
+        elif sandbox.status == sandboxes_pb2.SANDBOX_STATUS_CREATING:
             since = self.clock.seconds() - sandbox.status_time.seconds
             if since > _INTERRUPTED_SECONDS:
                 reason = "its creation was interrupted; it is tried again when the sandbox is needed"
-                await self.database.write(self.store.move, sandbox.id, sandbox_pb2.SANDBOX_STATUS_ERROR, reason)
+                await self.database.write(self.store.move, sandbox.id, sandboxes_pb2.SANDBOX_STATUS_ERROR, reason)
 
     async def stop_all(self) -> None:
         """Stop every running machine and keep the files."""
         held = await self.database.read(self.store.there)
-        running = [sandbox for sandbox in held if sandbox.status == sandbox_pb2.SANDBOX_STATUS_RUNNING]
+        running = [sandbox for sandbox in held if sandbox.status == sandboxes_pb2.SANDBOX_STATUS_RUNNING]
         await for_each(running, "stop a machine", self._stop, _PARALLEL)
 
     async def _stop(self, sandbox: Sandbox) -> None:
         await self.providers[sandbox.provider].pause(sandbox.id)
-        paused = sandbox_pb2.SANDBOX_STATUS_PAUSED
+        paused = sandboxes_pb2.SANDBOX_STATUS_PAUSED
         await self.database.write(self.store.move, sandbox.id, paused, "the backend stopped")
 
     async def _wake(self, sandbox_id: str) -> AgentServer:
@@ -212,5 +212,5 @@ class Machines:
             return await (provider.resume(sandbox.id) if sandbox.workspace else provider.create(sandbox.id))
         except (ProviderError, OSError) as error:
             reason = f"the machine did not start: {error}"
-            await self.database.write(self.store.move, sandbox.id, sandbox_pb2.SANDBOX_STATUS_ERROR, reason)
+            await self.database.write(self.store.move, sandbox.id, sandboxes_pb2.SANDBOX_STATUS_ERROR, reason)
             raise FailedPrecondition(ERROR_REASON_SANDBOX_NOT_STARTED, reason) from error

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from branchline.sandbox.v1.sandbox_pb2 import StartTurnRequest
+from branchline_internal.sandbox.v1.sandbox_pb2 import StartTurnRequest
 
 
 def prompt_blocks(request: StartTurnRequest) -> list[dict[str, Any]]:

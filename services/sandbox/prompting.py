@@ -8,7 +8,7 @@ posted again. One of which it is not known is withdrawn first, so that it is not
 import asyncio
 from dataclasses import dataclass
 
-from branchline.sandbox.v1.sandbox_pb2 import StartTurnRequest
+from branchline_internal.sandbox.v1.sandbox_pb2 import StartTurnRequest
 
 from services.runtime.database import Database
 from services.runtime.logging import get_logger

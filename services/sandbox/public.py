@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TypeVar
 
-from branchline.gateway.v1 import sandboxes_pb2, sandboxes_pb2_grpc
-from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_FILE_TOO_LARGE, ERROR_REASON_NO_SANDBOX
+from branchline.v1 import sandboxes_pb2, sandboxes_pb2_grpc
+from branchline.v1.vocabulary_pb2 import ERROR_REASON_FILE_TOO_LARGE, ERROR_REASON_NO_SANDBOX
 
 from services.runtime.database import Database
 from services.runtime.errors import FailedPrecondition, InvalidArgument

@@ -1,6 +1,6 @@
 """What goes when a task is deleted: its sessions and all that belongs to them, and its sandboxes' rows."""
 
-from branchline.resource.v1.sandbox_pb2 import SANDBOX_STATUS_DESTROYED
+from branchline.v1.sandboxes_pb2 import SANDBOX_STATUS_DESTROYED
 from sqlalchemy import bindparam, delete, select
 
 from services.runtime.database import Reader, Statement, Tx

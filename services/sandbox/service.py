@@ -6,8 +6,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from branchline.gateway.v1 import sandboxes_pb2
-from branchline.sandbox.v1 import sandbox_pb2
+from branchline.v1 import sandboxes_pb2
+from branchline_internal.sandbox.v1 import sandbox_pb2
 
 from services.runtime.config import ServiceConfig
 from services.runtime.lanes import Lanes

@@ -7,11 +7,11 @@ import stat
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from branchline.resource.v1.vocabulary_pb2 import (
+from branchline.v1.vocabulary_pb2 import (
     ERROR_REASON_FILE_NOT_WRITTEN,
     ERROR_REASON_SESSION_WORKING,
 )
-from branchline.sandbox.v1 import sandbox_pb2, sandbox_pb2_grpc
+from branchline_internal.sandbox.v1 import sandbox_pb2, sandbox_pb2_grpc
 
 from services.runtime.errors import FailedPrecondition
 from services.runtime.logging import get_logger

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from branchline.resource.v1 import session_pb2
-from branchline.resource.v1.session_pb2 import TranscriptEntry
-from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_SESSION
-from branchline.sandbox.v1.sandbox_pb2 import AgentSession, StartTurnRequest
+from branchline.v1 import sessions_pb2
+from branchline.v1.sessions_pb2 import TranscriptEntry
+from branchline.v1.vocabulary_pb2 import ENTITY_KIND_SESSION
+from branchline_internal.sandbox.v1.sandbox_pb2 import AgentSession, StartTurnRequest
 from google.protobuf.timestamp_pb2 import Timestamp
 from sqlalchemy import bindparam, case, delete, or_, select, update
 
@@ -22,9 +22,9 @@ from services.runtime.spine.outbox import Mark, Outbox
 from services.sandbox.tables import agent_sessions, drafts, permissions, prompts
 from services.sandbox.transcript import Draft, TranscriptBuilder, cut
 
-Status = session_pb2.SessionStatus.ValueType
+Status = sessions_pb2.SessionStatus.ValueType
 
-WORKING = (session_pb2.SESSION_STATUS_RUNNING, session_pb2.SESSION_STATUS_WAITING)
+WORKING = (sessions_pb2.SESSION_STATUS_RUNNING, sessions_pb2.SESSION_STATUS_WAITING)
 
 _s = agent_sessions.c
 _WORKS = or_(*(_s.status == status for status in WORKING))
@@ -165,7 +165,7 @@ _REOPEN = Statement(update(agent_sessions).where(_THIS).values(closing=False))
 _STAND_IDLE = Statement(
     update(agent_sessions)
     .where(_THIS, _s.status != WORKING[0], _s.status != WORKING[1])
-    .values(status=session_pb2.SESSION_STATUS_IDLE)
+    .values(status=sessions_pb2.SESSION_STATUS_IDLE)
 )
 _START_TURN = Statement(
     update(agent_sessions)
@@ -180,7 +180,7 @@ _START_TURN = Statement(
         cancel_turn=0,
         ending=case((or_(_s.ending, _s.closing, _WORKS), True), else_=False),
         closing=False,
-        status=session_pb2.SESSION_STATUS_RUNNING,
+        status=sessions_pb2.SESSION_STATUS_RUNNING,
     )
     .returning(_s.ending)
 )
@@ -192,7 +192,7 @@ _WANT_CANCEL = Statement(
     .values(cancel_turn=bindparam("of_turn"))
 )
 _WANT_CLOSE = Statement(
-    update(agent_sessions).where(_THIS, _s.status != session_pb2.SESSION_STATUS_CLOSED).values(closing=True)
+    update(agent_sessions).where(_THIS, _s.status != sessions_pb2.SESSION_STATUS_CLOSED).values(closing=True)
 )
 _POST = Statement(
     update(agent_sessions)
@@ -247,7 +247,7 @@ _CLOSED = _returning(
         process="",
         acp_session_id="",
         cancel_turn=0,
-        status=session_pb2.SESSION_STATUS_CLOSED,
+        status=sessions_pb2.SESSION_STATUS_CLOSED,
         entry_count=bindparam("to_count"),
         revision=_s.revision + 1,
     )
@@ -480,7 +480,7 @@ def _new(session_id: str) -> dict[str, Any]:
         **dict.fromkeys(numbers, 0),
         **dict.fromkeys(("ending", "closing", "accepted"), False),
         "turn_time": 0.0,
-        "status": session_pb2.SESSION_STATUS_PENDING,
+        "status": sessions_pb2.SESSION_STATUS_PENDING,
         "revision": 0,
     }
 

@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from branchline.resource.v1.sandbox_pb2 import (
+from branchline.v1.sandboxes_pb2 import (
     SANDBOX_STATUS_DESTROYED,
     SANDBOX_STATUS_DESTROYING,
     SANDBOX_STATUS_RUNNING,
     Sandbox,
     SandboxStatus,
 )
-from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_SANDBOX, ERROR_REASON_SANDBOX_GONE
+from branchline.v1.vocabulary_pb2 import ENTITY_KIND_SANDBOX, ERROR_REASON_SANDBOX_GONE
 from sqlalchemy import bindparam, select, update
 
 from services.runtime.clock import Clock

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from branchline.resource.v1 import session_pb2
-from branchline.resource.v1.session_pb2 import PermissionOption, TranscriptEntry
+from branchline.v1 import sessions_pb2
+from branchline.v1.sessions_pb2 import PermissionOption, TranscriptEntry
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.sandbox.members import member, members
@@ -21,8 +21,8 @@ _WORD_CHARACTERS = 256
 _MOST_OPTIONS = 32
 
 _CHUNKS = {
-    "agent_message_chunk": session_pb2.TRANSCRIPT_ENTRY_KIND_AGENT_MESSAGE,
-    "agent_thought_chunk": session_pb2.TRANSCRIPT_ENTRY_KIND_REASONING,
+    "agent_message_chunk": sessions_pb2.TRANSCRIPT_ENTRY_KIND_AGENT_MESSAGE,
+    "agent_thought_chunk": sessions_pb2.TRANSCRIPT_ENTRY_KIND_REASONING,
 }
 _PLAN_MARKS = {"completed": "[x]", "in_progress": "[~]"}
 _ENDED_TOOL_STATES = frozenset({"completed", "failed"})
@@ -63,7 +63,7 @@ class TranscriptBuilder:
         """Take a permission request; return its entry."""
         self.seal_messages()
         call = member(params, "toolCall")
-        draft = self._begin(session_pb2.TRANSCRIPT_ENTRY_KIND_PERMISSION)
+        draft = self._begin(sessions_pb2.TRANSCRIPT_ENTRY_KIND_PERMISSION)
         draft.entry.text = cut(str(call.get("title") or "The agent asks for permission"))
         draft.entry.state = "pending"
         for option in members(params, "options")[:_MOST_OPTIONS]:
@@ -72,7 +72,7 @@ class TranscriptBuilder:
                 draft.entry.options.append(PermissionOption(id=option_id, name=name[:_WORD_CHARACTERS]))
         return draft.entry
 
-    def note(self, kind: session_pb2.TranscriptEntryKind.ValueType, text: str, state: str = "") -> None:
+    def note(self, kind: sessions_pb2.TranscriptEntryKind.ValueType, text: str, state: str = "") -> None:
         """Add an entry that is complete at once."""
         draft = self._begin(kind)
         draft.entry.text = cut(text)
@@ -120,7 +120,7 @@ class TranscriptBuilder:
         self.changed.clear()
         return taken
 
-    def _chunk(self, kind: session_pb2.TranscriptEntryKind.ValueType, text: str) -> None:
+    def _chunk(self, kind: sessions_pb2.TranscriptEntryKind.ValueType, text: str) -> None:
         if not text:
             return
         draft = next((draft for draft in self.open.values() if draft.entry.kind == kind), None)
@@ -144,7 +144,7 @@ class TranscriptBuilder:
         draft = next((draft for draft in self.open.values() if draft.tool_call_id == call_id), None)
         if draft is None:
             self.seal_messages()
-            draft = self._begin(session_pb2.TRANSCRIPT_ENTRY_KIND_TOOL_CALL, call_id)
+            draft = self._begin(sessions_pb2.TRANSCRIPT_ENTRY_KIND_TOOL_CALL, call_id)
             draft.entry.state = "pending"
         if update.get("title"):
             draft.entry.text = cut(str(update["title"]))
@@ -158,7 +158,7 @@ class TranscriptBuilder:
             self._seal(draft)
 
     def _plan(self, update: dict[str, Any]) -> None:
-        kind = session_pb2.TRANSCRIPT_ENTRY_KIND_PLAN
+        kind = sessions_pb2.TRANSCRIPT_ENTRY_KIND_PLAN
         draft = next((draft for draft in self.open.values() if draft.entry.kind == kind), None) or self._begin(kind)
         lines = [
             f"{_PLAN_MARKS.get(str(step.get('status')), '[ ]')} {step.get('content', '')}"
@@ -167,7 +167,7 @@ class TranscriptBuilder:
         draft.entry.text = cut("\n".join(lines))
         self.changed[draft.entry.id] = draft
 
-    def _begin(self, kind: session_pb2.TranscriptEntryKind.ValueType, tool_call_id: str = "") -> Draft:
+    def _begin(self, kind: sessions_pb2.TranscriptEntryKind.ValueType, tool_call_id: str = "") -> Draft:
         self.count += 1
         entry = TranscriptEntry(
             id=f"ent_{self.session_id.removeprefix('ses_')}_{self.count}",

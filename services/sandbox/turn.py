@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from branchline.resource.v1 import session_pb2
+from branchline.v1 import sessions_pb2
 
 from services.sandbox.agent_server import AgentEvent, rpc_error
 from services.sandbox.members import member
@@ -108,7 +108,7 @@ class Turn:
     @property
     def status(self) -> Status:
         """Where the session stands while the turn runs."""
-        return session_pb2.SESSION_STATUS_WAITING if self.open_questions else session_pb2.SESSION_STATUS_RUNNING
+        return sessions_pb2.SESSION_STATUS_WAITING if self.open_questions else sessions_pb2.SESSION_STATUS_RUNNING
 
     def next_post(self, mark: int) -> None:
         """Prepare the next request with the prompt, behind a mark."""
@@ -145,7 +145,7 @@ class Turn:
         """Say that messages of the agent are missing."""
         if self.rpc_id:  # what is missing from before the turn is nobody's loss
             words = f"{count} messages of the agent were lost"
-            self.builder.note(session_pb2.TRANSCRIPT_ENTRY_KIND_STATUS, words, "messages_lost")
+            self.builder.note(sessions_pb2.TRANSCRIPT_ENTRY_KIND_STATUS, words, "messages_lost")
 
     def answered(self, message: Mapping[str, Any]) -> None:
         """Take the answer that came on the prompt's request itself."""
@@ -165,7 +165,7 @@ class Turn:
     def fail(self, reason: str, *, end_first: bool = False) -> None:
         """End the turn in error, and its agent with it."""
         if not self.over:
-            self.end = End(session_pb2.SESSION_STATUS_ERROR, reason, end_agent=True, end_first=end_first)
+            self.end = End(sessions_pb2.SESSION_STATUS_ERROR, reason, end_agent=True, end_first=end_first)
 
     def agent_gone(self, reason: str) -> None:
         """End the turn in error, or, if its prompt never arrived, give it to another agent."""
@@ -180,9 +180,9 @@ class Turn:
         """End a turn that was cancelled before its agent had it, or whose agent does not obey."""
         if not self.over:
             had_it = self.rpc_id > 0
-            self.end = End(session_pb2.SESSION_STATUS_IDLE, end_agent=had_it, end_first=had_it, abandoned="cancelled")
+            self.end = End(sessions_pb2.SESSION_STATUS_IDLE, end_agent=had_it, end_first=had_it, abandoned="cancelled")
             words = "The turn ended: cancelled; the agent did not stop and was ended" if had_it else _CANCELLED
-            self.builder.note(session_pb2.TRANSCRIPT_ENTRY_KIND_STATUS, words, "cancelled")
+            self.builder.note(sessions_pb2.TRANSCRIPT_ENTRY_KIND_STATUS, words, "cancelled")
 
     def close(self) -> None:
         """Close what the end leaves open, and say why it ended."""
@@ -195,12 +195,12 @@ class Turn:
                 self.settle_answered(answer)
         self.builder.seal_all(self.end.abandoned)
         if self.end.reason:
-            self.builder.note(session_pb2.TRANSCRIPT_ENTRY_KIND_ERROR, self.end.reason)
+            self.builder.note(sessions_pb2.TRANSCRIPT_ENTRY_KIND_ERROR, self.end.reason)
 
     def restarted(self) -> None:
         """Say that the agent does not remember earlier turns."""
         words = "The agent was started afresh; it does not remember what was said before"
-        self.builder.note(session_pb2.TRANSCRIPT_ENTRY_KIND_STATUS, words, "agent_restarted")
+        self.builder.note(sessions_pb2.TRANSCRIPT_ENTRY_KIND_STATUS, words, "agent_restarted")
 
     @property
     def worth_storing(self) -> bool:
@@ -256,9 +256,9 @@ class Turn:
         reason = "cancelled" if "error" in message else str(result.get("stopReason", "end_turn"))
         if reason != "end_turn":
             words = f"The turn ended: {reason[:100]}"
-            self.builder.note(session_pb2.TRANSCRIPT_ENTRY_KIND_STATUS, words, reason)
+            self.builder.note(sessions_pb2.TRANSCRIPT_ENTRY_KIND_STATUS, words, reason)
         abandoned = "cancelled" if self.cancelled else "interrupted"
-        self.end = End(session_pb2.SESSION_STATUS_IDLE, abandoned=abandoned)
+        self.end = End(sessions_pb2.SESSION_STATUS_IDLE, abandoned=abandoned)
 
 
 _CANCELLED = "The turn ended: cancelled"

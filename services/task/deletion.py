@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from branchline.sandbox.v1.sandbox_pb2 import ForgetTaskRequest
+from branchline_internal.sandbox.v1.sandbox_pb2 import ForgetTaskRequest
 from sqlalchemy import bindparam, delete, select
 
 from services.runtime.database import Database, Statement, Tx, is_in

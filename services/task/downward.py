@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from branchline.sandbox.v1 import sandbox_pb2
-from branchline.sandbox.v1.sandbox_pb2_grpc import SandboxServiceStub
-from branchline.task.v1.task_pb2 import StartWorkflow
+from branchline_internal.sandbox.v1 import sandbox_pb2
+from branchline_internal.sandbox.v1.sandbox_pb2_grpc import SandboxServiceStub
+from branchline_internal.task.v1.task_pb2 import StartWorkflow
 
 from services.runtime.database import Database, Reader, Tx
 from services.runtime.errors import is_permanent, reason_of

@@ -2,8 +2,8 @@
 
 from urllib.parse import quote, urlsplit
 
-from branchline.resource.v1.repository_pb2 import Repository
-from branchline.resource.v1.task_pb2 import Task
+from branchline.v1.repositories_pb2 import Repository
+from branchline.v1.tasks_pb2 import Task
 
 OUTPUT_TAIL = 2000
 CREDENTIALS_FILE = ".git-credentials"

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from branchline.resource.v1 import sandbox_pb2
-from branchline.resource.v1.sandbox_pb2 import Sandbox
-from branchline.resource.v1.session_pb2 import TranscriptEntry
-from branchline.sandbox.v1.sandbox_pb2 import AgentSession
+from branchline.v1 import sandboxes_pb2
+from branchline.v1.sandboxes_pb2 import Sandbox
+from branchline.v1.sessions_pb2 import TranscriptEntry
+from branchline_internal.sandbox.v1.sandbox_pb2 import AgentSession
 from sqlalchemy import bindparam, select, update
 
 from services.runtime.database import Database, Statement, Tx, is_in
@@ -22,7 +22,7 @@ log = get_logger(__name__)
 ENTRY_BYTES = 512 * 1024
 """Most that a transcript entry has."""
 
-_FAILED = frozenset({sandbox_pb2.SANDBOX_STATUS_ERROR, sandbox_pb2.SANDBOX_STATUS_DESTROYED})
+_FAILED = frozenset({sandboxes_pb2.SANDBOX_STATUS_ERROR, sandboxes_pb2.SANDBOX_STATUS_DESTROYED})
 
 _sessions = task_workbench_sessions
 _HELD_SANDBOXES = Statement(

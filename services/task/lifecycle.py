@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from branchline.resource.v1 import sandbox_pb2, session_pb2, task_pb2
-from branchline.sandbox.v1.sandbox_pb2 import DestroySandboxRequest
+from branchline.v1 import sandboxes_pb2, sessions_pb2, tasks_pb2
+from branchline_internal.sandbox.v1.sandbox_pb2 import DestroySandboxRequest
 
 from services.runtime.database import Tx
 from services.runtime.statuses import ENDING
@@ -16,7 +16,7 @@ from services.task.turns import Turns
 PROVISION = "provision"
 END = "end"
 
-_GONE = frozenset({sandbox_pb2.SANDBOX_STATUS_DESTROYING, sandbox_pb2.SANDBOX_STATUS_DESTROYED})
+_GONE = frozenset({sandboxes_pb2.SANDBOX_STATUS_DESTROYING, sandboxes_pb2.SANDBOX_STATUS_DESTROYED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Lifecycle:
     def retry(self, tx: Tx, task: OpenTask, agent: str, model: str) -> None:
         """Provision a task in error again. Raise FailedPrecondition for any other."""
         status = task.task.status
-        if status != task_pb2.TASK_STATUS_ERROR:
+        if status != tasks_pb2.TASK_STATUS_ERROR:
             raise refused(status, f"only a task in error can be retried; this one is {status_name(status)}")
         session = task.first_session
         if session is not None and (agent or model):
@@ -37,7 +37,7 @@ class Lifecycle:
             task.change_session(session)
         self._leave_dead_sandbox(tx, task)
         task.row.provisioned = False
-        task.move(task_pb2.TASK_STATUS_PENDING, "retried")
+        task.move(tasks_pb2.TASK_STATUS_PENDING, "retried")
         task.start(PROVISION)
 
     def _leave_dead_sandbox(self, tx: Tx, task: OpenTask) -> None:
@@ -47,7 +47,7 @@ class Lifecycle:
         if sandbox is None:
             return
         unused = not any(session.turn for session in task.sessions)
-        failed = sandbox.status == sandbox_pb2.SANDBOX_STATUS_ERROR
+        failed = sandbox.status == sandboxes_pb2.SANDBOX_STATUS_ERROR
         if sandbox.status in _GONE or (failed and unused):
             task.task.active_sandbox_id = ""
             task.change()
@@ -57,7 +57,7 @@ class Lifecycle:
         """Archive or kill a task, once."""
         if task.task.status in (status, ENDED[status]):
             return
-        if task.task.status == task_pb2.TASK_STATUS_ARCHIVED:
+        if task.task.status == tasks_pb2.TASK_STATUS_ARCHIVED:
             task.move(ENDED[status])
             return
         task.move(status)
@@ -69,7 +69,7 @@ class Lifecycle:
         if task.row.workflow == DELETE:
             return
         if task.task.status not in ENDING:
-            task.move(task_pb2.TASK_STATUS_KILLING, "the task is being deleted")
+            task.move(tasks_pb2.TASK_STATUS_KILLING, "the task is being deleted")
         self._settle(tx, task, "the task is being deleted")
         task.start(DELETE)
 
@@ -77,5 +77,5 @@ class Lifecycle:
         """Close what works, and settle what waits: nobody will send or answer it."""
         for session in task.sessions:
             if session.status in SESSION_WORKING:
-                task.stand(session, session_pb2.SESSION_STATUS_CLOSED, reason)
+                task.stand(session, sessions_pb2.SESSION_STATUS_CLOSED, reason)
         self.turns.drop_queued(tx, task)

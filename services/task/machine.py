@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import grpc
-from branchline.repository.v1.repository_pb2 import GetGitCredentialRequest, GetGitCredentialResponse
-from branchline.repository.v1.repository_pb2_grpc import RepositoryServiceStub
-from branchline.resource.v1.session_pb2 import Session
-from branchline.resource.v1.task_pb2 import Task
-from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_COMMAND_FAILED, ERROR_REASON_COMMAND_TIMED_OUT
-from branchline.sandbox.v1 import sandbox_pb2
-from branchline.sandbox.v1.sandbox_pb2_grpc import SandboxServiceStub
+from branchline.v1.sessions_pb2 import Session
+from branchline.v1.tasks_pb2 import Task
+from branchline.v1.vocabulary_pb2 import ERROR_REASON_COMMAND_FAILED, ERROR_REASON_COMMAND_TIMED_OUT
+from branchline_internal.repository.v1.repository_pb2 import GetGitCredentialRequest, GetGitCredentialResponse
+from branchline_internal.repository.v1.repository_pb2_grpc import RepositoryServiceStub
+from branchline_internal.sandbox.v1 import sandbox_pb2
+from branchline_internal.sandbox.v1.sandbox_pb2_grpc import SandboxServiceStub
 
 from services.runtime.config import Config
 from services.runtime.errors import FailedPrecondition

@@ -7,11 +7,11 @@ that must leave the service goes into the outbox at once.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from branchline.resource.v1.history_pb2 import ACTOR_KIND_AGENT, ACTOR_KIND_SYSTEM, ACTOR_KIND_USER, HistoryEvent
-from branchline.resource.v1.repository_pb2 import Repository
-from branchline.resource.v1.session_pb2 import SESSION_STATUS_CLOSED, Session, SessionSummary, TranscriptEntry
-from branchline.resource.v1.task_pb2 import PROVISIONING_STAGE_UNSPECIFIED, Task
-from branchline.resource.v1.vocabulary_pb2 import (
+from branchline.v1.history_pb2 import ACTOR_KIND_AGENT, ACTOR_KIND_SYSTEM, ACTOR_KIND_USER, HistoryEvent
+from branchline.v1.repositories_pb2 import Repository
+from branchline.v1.sessions_pb2 import SESSION_STATUS_CLOSED, Session, SessionSummary, TranscriptEntry
+from branchline.v1.tasks_pb2 import PROVISIONING_STAGE_UNSPECIFIED, Task
+from branchline.v1.vocabulary_pb2 import (
     ENTITY_KIND_SESSION,
     ENTITY_KIND_TASK,
     ENTITY_KIND_TRANSCRIPT_ENTRY,
@@ -19,7 +19,7 @@ from branchline.resource.v1.vocabulary_pb2 import (
     EVENT_KIND_TASK_STATUS_CHANGED,
     EventKind,
 )
-from branchline.task.v1.task_pb2 import StartWorkflow
+from branchline_internal.task.v1.task_pb2 import StartWorkflow
 from google.protobuf.message import Message
 
 from services.runtime.clock import Clock

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-from branchline.resource.v1.session_pb2 import TRANSCRIPT_ENTRY_KIND_PERMISSION, Session, TranscriptEntry
-from branchline.resource.v1.vocabulary_pb2 import (
+from branchline.v1.sessions_pb2 import TRANSCRIPT_ENTRY_KIND_PERMISSION, Session, TranscriptEntry
+from branchline.v1.vocabulary_pb2 import (
     ENTITY_KIND_TRANSCRIPT_ENTRY,
     ERROR_REASON_ALREADY_ANSWERED,
     ERROR_REASON_NO_LONGER_WAITING,
     EVENT_KIND_PERMISSION_ANSWERED,
 )
-from branchline.sandbox.v1.sandbox_pb2 import AnswerPermissionRequest
+from branchline_internal.sandbox.v1.sandbox_pb2 import AnswerPermissionRequest
 from sqlalchemy import bindparam, delete
 
 from services.runtime.clock import Clock

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from branchline.gateway.v1 import sessions_pb2, sessions_pb2_grpc, tasks_pb2, tasks_pb2_grpc
-from branchline.resource.v1 import task_pb2
+from branchline.v1 import sessions_pb2, sessions_pb2_grpc, tasks_pb2, tasks_pb2_grpc
 
 from services.runtime.database import Tx
 from services.runtime.principal import current_principal
@@ -39,7 +38,7 @@ class PublicTaskServicer(tasks_pb2_grpc.TaskServiceServicer):
 
     def _archive(self, tx: Tx, request: tasks_pb2.ArchiveTaskRequest) -> tasks_pb2.ArchiveTaskResponse:
         with self.store.open_for(tx, request.task_id, current_principal()) as task:
-            self.lifecycle.end(tx, task, task_pb2.TASK_STATUS_ARCHIVING)
+            self.lifecycle.end(tx, task, tasks_pb2.TASK_STATUS_ARCHIVING)
         return tasks_pb2.ArchiveTaskResponse(task=task.task, consistency_token=task.token())
 
     async def KillTask(self, request: tasks_pb2.KillTaskRequest, context: Context) -> tasks_pb2.KillTaskResponse:
@@ -48,7 +47,7 @@ class PublicTaskServicer(tasks_pb2_grpc.TaskServiceServicer):
 
     def _kill(self, tx: Tx, request: tasks_pb2.KillTaskRequest) -> tasks_pb2.KillTaskResponse:
         with self.store.open_for(tx, request.task_id, current_principal()) as task:
-            self.lifecycle.end(tx, task, task_pb2.TASK_STATUS_KILLING)
+            self.lifecycle.end(tx, task, tasks_pb2.TASK_STATUS_KILLING)
         return tasks_pb2.KillTaskResponse(task=task.task, consistency_token=task.token())
 
 

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from branchline.gateway.v1 import sessions_pb2, tasks_pb2
-from branchline.repository.v1.repository_pb2_grpc import RepositoryServiceStub
-from branchline.sandbox.v1.sandbox_pb2_grpc import SandboxServiceStub
-from branchline.task.v1 import task_pb2
+from branchline.v1 import sessions_pb2, tasks_pb2
+from branchline_internal.repository.v1.repository_pb2_grpc import RepositoryServiceStub
+from branchline_internal.sandbox.v1.sandbox_pb2_grpc import SandboxServiceStub
+from branchline_internal.task.v1 import task_pb2
 
 from services.runtime.config import ServiceConfig
 from services.runtime.service import Chassis, Service

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from branchline.task.v1 import task_pb2, task_pb2_grpc
+from branchline_internal.task.v1 import task_pb2, task_pb2_grpc
 
 from services.runtime.database import Database, Tx
 from services.runtime.serving import Context

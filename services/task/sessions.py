@@ -3,10 +3,9 @@
 import uuid
 from dataclasses import dataclass
 
-from branchline.gateway.v1 import sessions_pb2
-from branchline.resource.v1 import session_pb2
-from branchline.resource.v1.session_pb2 import Session, TranscriptEntry
-from branchline.resource.v1.vocabulary_pb2 import (
+from branchline.v1 import sessions_pb2
+from branchline.v1.sessions_pb2 import Session, TranscriptEntry
+from branchline.v1.vocabulary_pb2 import (
     ERROR_REASON_QUOTA_EXCEEDED,
     ERROR_REASON_SESSION_NOT_WORKING,
     ERROR_REASON_SESSION_WORKING,
@@ -17,7 +16,7 @@ from branchline.resource.v1.vocabulary_pb2 import (
     EVENT_KIND_SESSION_REOPENED,
     EVENT_KIND_TURN_CANCELLED,
 )
-from branchline.sandbox.v1.sandbox_pb2 import CancelTurnRequest, CloseSessionRequest
+from branchline_internal.sandbox.v1.sandbox_pb2 import CancelTurnRequest, CloseSessionRequest
 
 from services.runtime.clock import Clock
 from services.runtime.database import Database, Tx
@@ -64,7 +63,7 @@ class Sessions:
             name=request.name or f"Session {len(task.sessions) + 1}",
             agent=request.agent or task.sessions[0].agent,
             model=request.model,
-            status=session_pb2.SESSION_STATUS_IDLE,
+            status=sessions_pb2.SESSION_STATUS_IDLE,
             status_time=now,
             create_time=now,
         )
@@ -98,8 +97,8 @@ class Sessions:
             session = task.session(request.session_id)
             if session.status in SESSION_WORKING:
                 raise FailedPrecondition(ERROR_REASON_SESSION_WORKING, "the agent works; cancel its turn first")
-            if session.status != session_pb2.SESSION_STATUS_CLOSED:
-                task.stand(session, session_pb2.SESSION_STATUS_CLOSED)
+            if session.status != sessions_pb2.SESSION_STATUS_CLOSED:
+                task.stand(session, sessions_pb2.SESSION_STATUS_CLOSED)
                 self.turns.drop_queued(tx, task, session.id)
                 task.send(TO_SANDBOX, session.id, session.turn, CloseSessionRequest(session_id=session.id))
                 task.tell(EVENT_KIND_SESSION_CLOSED, f"{session.name} closed", session.id)
@@ -109,8 +108,8 @@ class Sessions:
         """Open a closed session again; its next message starts the agent."""
         with self.store.open_for(tx, request.task_id, current_principal()) as task:
             session = task.session(request.session_id)
-            if session.status == session_pb2.SESSION_STATUS_CLOSED:
-                task.stand(session, session_pb2.SESSION_STATUS_IDLE)
+            if session.status == sessions_pb2.SESSION_STATUS_CLOSED:
+                task.stand(session, sessions_pb2.SESSION_STATUS_IDLE)
                 task.tell(EVENT_KIND_SESSION_REOPENED, f"{session.name} reopened", session.id)
         return sessions_pb2.ReopenSessionResponse(session=session, consistency_token=task.token(session))
 
@@ -124,7 +123,7 @@ class Sessions:
                 id=self.clock.new_id("ent"),
                 session_id=session.id,
                 task_id=request.task_id,
-                kind=session_pb2.TRANSCRIPT_ENTRY_KIND_USER_MESSAGE,
+                kind=sessions_pb2.TRANSCRIPT_ENTRY_KIND_USER_MESSAGE,
                 text=request.text,
                 user_id=caller.user_id,
                 attachments=request.attachments,

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Set
 
-from branchline.resource.v1.session_pb2 import SESSION_STATUS_RUNNING, SESSION_STATUS_WAITING, SessionStatus
-from branchline.resource.v1.task_pb2 import (
+from branchline.v1.sessions_pb2 import SESSION_STATUS_RUNNING, SESSION_STATUS_WAITING, SessionStatus
+from branchline.v1.tasks_pb2 import (
     TASK_STATUS_ARCHIVED,
     TASK_STATUS_ARCHIVING,
     TASK_STATUS_ERROR,
@@ -16,7 +16,7 @@ from branchline.resource.v1.task_pb2 import (
     TASK_STATUS_WAITING,
     TaskStatus,
 )
-from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_TASK_STATUS
+from branchline.v1.vocabulary_pb2 import ERROR_REASON_TASK_STATUS
 
 from services.runtime.errors import FailedPrecondition
 from services.runtime.statuses import Status

@@ -5,18 +5,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from branchline.resource.v1.organization_pb2 import ROLE_MEMBER
-from branchline.resource.v1.repository_pb2 import Repository
-from branchline.resource.v1.sandbox_pb2 import Sandbox
-from branchline.resource.v1.session_pb2 import TRANSCRIPT_ENTRY_KIND_USER_MESSAGE, Session, TranscriptEntry
-from branchline.resource.v1.task_pb2 import Task
-from branchline.resource.v1.vocabulary_pb2 import (
+from branchline.v1.organizations_pb2 import ROLE_MEMBER
+from branchline.v1.repositories_pb2 import Repository
+from branchline.v1.sandboxes_pb2 import Sandbox
+from branchline.v1.sessions_pb2 import TRANSCRIPT_ENTRY_KIND_USER_MESSAGE, Session, TranscriptEntry
+from branchline.v1.tasks_pb2 import Task
+from branchline.v1.vocabulary_pb2 import (
     ENTITY_KIND_SANDBOX,
     ENTITY_KIND_TASK,
     ENTITY_KIND_TRANSCRIPT_ENTRY,
     ERROR_REASON_BEING_DELETED,
 )
-from branchline.task.v1.task_pb2 import CreateTaskRequest
+from branchline_internal.task.v1.task_pb2 import CreateTaskRequest
 from sqlalchemy import bindparam, func, literal_column, select, update
 
 from services.runtime.clock import Clock

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from branchline.sandbox.v1.sandbox_pb2 import StartTurnRequest
+from branchline_internal.sandbox.v1.sandbox_pb2 import StartTurnRequest
 
 from services.runtime.database import Database, Tx
 from services.runtime.logging import get_logger

@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from branchline.resource.v1 import session_pb2, task_pb2
-from branchline.resource.v1.session_pb2 import Attachment, Session, TranscriptEntry
-from branchline.resource.v1.vocabulary_pb2 import (
+from branchline.v1 import sessions_pb2, tasks_pb2
+from branchline.v1.sessions_pb2 import Attachment, Session, TranscriptEntry
+from branchline.v1.vocabulary_pb2 import (
     ERROR_REASON_SESSION_CLOSED,
     ERROR_REASON_SESSION_WORKING,
     ERROR_REASON_TASK_NOT_READY,
@@ -14,7 +14,7 @@ from branchline.resource.v1.vocabulary_pb2 import (
     EVENT_KIND_AGENT_FINISHED,
     EVENT_KIND_TASK_FAILED,
 )
-from branchline.sandbox.v1.sandbox_pb2 import AgentSession, CancelTurnRequest, StartTurnRequest
+from branchline_internal.sandbox.v1.sandbox_pb2 import AgentSession, CancelTurnRequest, StartTurnRequest
 
 from services.runtime.database import Tx
 from services.runtime.errors import FailedPrecondition, InvalidArgument
@@ -30,7 +30,7 @@ log = get_logger(__name__)
 ATTACHMENTS_BYTES = 256 * 1024
 """Most that the attachments of one message have in sum."""
 
-_ENDS = frozenset({session_pb2.SESSION_STATUS_IDLE, session_pb2.SESSION_STATUS_ERROR})
+_ENDS = frozenset({sessions_pb2.SESSION_STATUS_IDLE, sessions_pb2.SESSION_STATUS_ERROR})
 _FOLLOWED = _ENDS | SESSION_WORKING
 
 
@@ -43,11 +43,11 @@ class Turns:
     def begin(self, task: OpenTask, session: Session, entry: TranscriptEntry) -> None:
         """Give the agent a message now. The task is ready, and no session of it works."""
         session.turn += 1
-        task.stand(session, session_pb2.SESSION_STATUS_RUNNING)
+        task.stand(session, sessions_pb2.SESSION_STATUS_RUNNING)
         entry.turn = session.turn
         entry.state = ""
         task.entry(entry)
-        task.move(task_pb2.TASK_STATUS_RUNNING, session_id=session.id)
+        task.move(tasks_pb2.TASK_STATUS_RUNNING, session_id=session.id)
         request = StartTurnRequest(
             session_id=session.id, turn=session.turn, text=entry.text, attachments=entry.attachments
         )
@@ -60,11 +60,11 @@ class Turns:
 
     def begin_next(self, tx: Tx, tasks: Iterable[OpenTask]) -> None:
         """In tasks that have become free, send the message that has waited longest, if there is one."""
-        free = {task.task.id: task for task in tasks if task.task.status == task_pb2.TASK_STATUS_IDLE}
+        free = {task.task.id: task for task in tasks if task.task.status == tasks_pb2.TASK_STATUS_IDLE}
         for entry in self.store.first_queued(tx, free) if free else []:
             task = free[entry.task_id]
             session = task.session(entry.session_id)
-            if session.status == session_pb2.SESSION_STATUS_CLOSED:
+            if session.status == sessions_pb2.SESSION_STATUS_CLOSED:
                 self.drop_queued(tx, task, session.id)
             else:
                 self.begin(task, session, entry)
@@ -89,9 +89,9 @@ class Turns:
         worked = session.status in SESSION_WORKING
         if (
             state.turn != session.turn
-            or session.status == session_pb2.SESSION_STATUS_CLOSED
+            or session.status == sessions_pb2.SESSION_STATUS_CLOSED
             or status not in (_FOLLOWED if worked else _ENDS)
-            or (not session.turn and status != session_pb2.SESSION_STATUS_IDLE)
+            or (not session.turn and status != sessions_pb2.SESSION_STATUS_IDLE)
         ):
             log.info("report of an agent ignored", session=session.id, turn=state.turn, status=status)
             return False
@@ -105,19 +105,19 @@ class Turns:
         return free
 
     def _follow(self, task: OpenTask, session: Session, status: SessionStanding, reason: str) -> bool:
-        if status == session_pb2.SESSION_STATUS_ERROR:
+        if status == sessions_pb2.SESSION_STATUS_ERROR:
             self.fail(task, session, reason)
             return False
         task.stand(session, status, reason)
-        if status == session_pb2.SESSION_STATUS_WAITING:
-            if task.follow(task_pb2.TASK_STATUS_WAITING, "the agent asks for permission", session.id):
+        if status == sessions_pb2.SESSION_STATUS_WAITING:
+            if task.follow(tasks_pb2.TASK_STATUS_WAITING, "the agent asks for permission", session.id):
                 words = f"{session.name}: the agent asks for permission"
                 task.tell(EVENT_KIND_AGENT_ASKED, words, session.id, by_agent=True)
             return False
-        if status == session_pb2.SESSION_STATUS_RUNNING:
-            task.follow(task_pb2.TASK_STATUS_RUNNING, session_id=session.id)
+        if status == sessions_pb2.SESSION_STATUS_RUNNING:
+            task.follow(tasks_pb2.TASK_STATUS_RUNNING, session_id=session.id)
             return False
-        free = task.follow(task_pb2.TASK_STATUS_IDLE, session_id=session.id)
+        free = task.follow(tasks_pb2.TASK_STATUS_IDLE, session_id=session.id)
         task.tell(EVENT_KIND_AGENT_FINISHED, f"{session.name}: the agent finished", session.id, by_agent=True)
         return free
 
@@ -129,8 +129,8 @@ class Turns:
 
     def fail(self, task: OpenTask, session: Session, reason: str) -> None:
         """End the turn of a session that works in error."""
-        task.stand(session, session_pb2.SESSION_STATUS_ERROR, reason)
-        task.follow(task_pb2.TASK_STATUS_ERROR, reason, session.id)
+        task.stand(session, sessions_pb2.SESSION_STATUS_ERROR, reason)
+        task.follow(tasks_pb2.TASK_STATUS_ERROR, reason, session.id)
         task.tell(EVENT_KIND_AGENT_FAILED, f"{session.name}: {reason}", session.id, by_agent=True)
 
     def fail_all(self, task: OpenTask, reason: str) -> None:
@@ -139,9 +139,9 @@ class Turns:
             return
         for session in task.sessions:
             if session.status in SESSION_WORKING:
-                task.stand(session, session_pb2.SESSION_STATUS_ERROR, reason)
+                task.stand(session, sessions_pb2.SESSION_STATUS_ERROR, reason)
         task.row.provisioned, task.row.touched = False, True
-        if task.follow(task_pb2.TASK_STATUS_ERROR, reason):
+        if task.follow(tasks_pb2.TASK_STATUS_ERROR, reason):
             task.tell(EVENT_KIND_TASK_FAILED, reason)
 
 
@@ -150,7 +150,7 @@ def must_wait(task: OpenTask, session: Session, *, may_queue: bool) -> bool:
     status = task.task.status
     if status in ENDING:
         raise refused(status, f"the task is {status_name(status)}")
-    if session.status == session_pb2.SESSION_STATUS_CLOSED:
+    if session.status == sessions_pb2.SESSION_STATUS_CLOSED:
         raise FailedPrecondition(ERROR_REASON_SESSION_CLOSED, "the session is closed; reopen it first")
     if status not in WORKING and is_ready(task):
         return False
@@ -164,7 +164,7 @@ def must_wait(task: OpenTask, session: Session, *, may_queue: bool) -> bool:
 
 def is_ready(task: OpenTask) -> bool:
     """Say whether the task has a sandbox that takes messages."""
-    provisioned = (task_pb2.TASK_STATUS_IDLE, task_pb2.TASK_STATUS_ERROR, *WORKING)
+    provisioned = (tasks_pb2.TASK_STATUS_IDLE, tasks_pb2.TASK_STATUS_ERROR, *WORKING)
     return task.row.provisioned and task.task.status in provisioned
 
 

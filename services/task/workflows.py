@@ -4,10 +4,10 @@ Each step can be repeated, and is tried several times. A service that is killed 
 the restart. A workflow that was overtaken, by a retry or by the task's end, stops at its next step.
 """
 
-from branchline.resource.v1 import session_pb2, task_pb2
-from branchline.resource.v1.session_pb2 import Session, TranscriptEntry
-from branchline.resource.v1.vocabulary_pb2 import EVENT_KIND_BRANCH_MOVED, EVENT_KIND_TASK_FAILED
-from branchline.task.v1.task_pb2 import StartWorkflow
+from branchline.v1 import sessions_pb2, tasks_pb2
+from branchline.v1.sessions_pb2 import Session, TranscriptEntry
+from branchline.v1.vocabulary_pb2 import EVENT_KIND_BRANCH_MOVED, EVENT_KIND_TASK_FAILED
+from branchline_internal.task.v1.task_pb2 import StartWorkflow
 from dbos import DBOS, DBOSConfiguredInstance, SetWorkflowID
 
 from services.runtime.database import Reader, Tx
@@ -26,14 +26,14 @@ from services.task.store import DELETE, SANDBOXES_OF_TASK, TaskStore
 from services.task.turns import Turns
 
 _WHAT = {
-    task_pb2.PROVISIONING_STAGE_SANDBOX: "the sandbox could not be created",
-    task_pb2.PROVISIONING_STAGE_REPOSITORY: "the repository could not be checked out",
-    task_pb2.PROVISIONING_STAGE_SESSION: "the agent could not be started",
+    tasks_pb2.PROVISIONING_STAGE_SANDBOX: "the sandbox could not be created",
+    tasks_pb2.PROVISIONING_STAGE_REPOSITORY: "the repository could not be checked out",
+    tasks_pb2.PROVISIONING_STAGE_SESSION: "the agent could not be started",
 }
 _PAUSES_SECONDS = (5.0, 30.0, 120.0, 600.0, 1800.0)
 """Between attempts to destroy a machine. After the last the sweep begins anew."""
 
-Stage = task_pb2.ProvisioningStage.ValueType
+Stage = tasks_pb2.ProvisioningStage.ValueType
 
 
 def workflow_id(task: OpenTask) -> str:
@@ -114,7 +114,7 @@ class TaskWorkflows(DBOSConfiguredInstance):
                 return False
             if not task.task.active_sandbox_id:
                 task.task.active_sandbox_id = self._clock.new_id("sbx")
-            task.move(task_pb2.TASK_STATUS_PROVISIONING)
+            task.move(tasks_pb2.TASK_STATUS_PROVISIONING)
             task.task.stage = stage
             task.change()
             return True
@@ -125,9 +125,9 @@ class TaskWorkflows(DBOSConfiguredInstance):
         task = await self._read(task_id)
         try:
             match stage:
-                case task_pb2.PROVISIONING_STAGE_SANDBOX:
+                case tasks_pb2.PROVISIONING_STAGE_SANDBOX:
                     await self._machine.create(task.task)
-                case task_pb2.PROVISIONING_STAGE_REPOSITORY:
+                case tasks_pb2.PROVISIONING_STAGE_REPOSITORY:
                     branch = await self._check_out(task)
                     await self._database.write(self._take_branch, task_id, attempt, branch)
                 case _:
@@ -165,7 +165,7 @@ class TaskWorkflows(DBOSConfiguredInstance):
         """Start the agents of all sessions. Where that of the first fails, the stage does."""
         first = task.first_session
         for session in task.sessions:
-            if session.status == session_pb2.SESSION_STATUS_CLOSED:
+            if session.status == sessions_pb2.SESSION_STATUS_CLOSED:
                 continue
             try:
                 await self._machine.open_session(task.task.active_sandbox_id, session)
@@ -177,7 +177,7 @@ class TaskWorkflows(DBOSConfiguredInstance):
     def _session_failed(self, tx: Tx, task_id: str, attempt: int, session_id: str, reason: str) -> None:
         with self._store.open(tx, task_id) as task:
             if task.row.attempt == attempt:
-                task.stand(task.session(session_id), session_pb2.SESSION_STATUS_ERROR, reason)
+                task.stand(task.session(session_id), sessions_pb2.SESSION_STATUS_ERROR, reason)
 
     @durable_step
     async def fail(self, task_id: str, attempt: int, reason: str) -> None:
@@ -190,7 +190,7 @@ class TaskWorkflows(DBOSConfiguredInstance):
             task = opened.get(task_id)
             if task is None or task.row.attempt != attempt or task.task.status not in PROVISIONING:
                 return
-            task.move(task_pb2.TASK_STATUS_ERROR, reason)
+            task.move(tasks_pb2.TASK_STATUS_ERROR, reason)
             task.tell(EVENT_KIND_TASK_FAILED, reason)
             task.arrive()
 
@@ -208,9 +208,9 @@ class TaskWorkflows(DBOSConfiguredInstance):
             session = task.first_session
             task.row.provisioned = True
             task.arrive()
-            task.move(task_pb2.TASK_STATUS_IDLE)
-            if session is not None and session.status != session_pb2.SESSION_STATUS_IDLE:
-                task.stand(session, session_pb2.SESSION_STATUS_IDLE)
+            task.move(tasks_pb2.TASK_STATUS_IDLE)
+            if session is not None and session.status != sessions_pb2.SESSION_STATUS_IDLE:
+                task.stand(session, sessions_pb2.SESSION_STATUS_IDLE)
             if session is None or task.row.hold_prompt or prompted:
                 self._turns.begin_next(tx, [task])
             else:
@@ -221,7 +221,7 @@ class TaskWorkflows(DBOSConfiguredInstance):
             id=f"ent_{task.task.id.removeprefix('task_')}_0",
             session_id=session.id,
             task_id=task.task.id,
-            kind=session_pb2.TRANSCRIPT_ENTRY_KIND_USER_MESSAGE,
+            kind=sessions_pb2.TRANSCRIPT_ENTRY_KIND_USER_MESSAGE,
             text=task.task.text,
             user_id=task.task.owner_user_id,
             create_time=self._clock.timestamp(),

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from branchline.resource.v1.organization_pb2 import ROLE_UNSPECIFIED, Role
-from branchline.resource.v1.user_pb2 import ApiToken, User
-from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_API_TOKEN, ENTITY_KIND_USER
-from branchline.user.v1.user_pb2 import ApiTokenState
+from branchline.v1.organizations_pb2 import ROLE_UNSPECIFIED, Role
+from branchline.v1.users_pb2 import ApiToken, User
+from branchline.v1.vocabulary_pb2 import ENTITY_KIND_API_TOKEN, ENTITY_KIND_USER
+from branchline_internal.user.v1.user_pb2 import ApiTokenState
 from google.protobuf.timestamp_pb2 import Timestamp
 from sqlalchemy import bindparam, delete, select, update
 

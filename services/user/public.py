@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from branchline.gateway.v1 import users_pb2, users_pb2_grpc
-from branchline.resource.v1.user_pb2 import UserTaskState
-from branchline.resource.v1.vocabulary_pb2 import (
+from branchline.v1 import users_pb2, users_pb2_grpc
+from branchline.v1.users_pb2 import UserTaskState
+from branchline.v1.vocabulary_pb2 import (
     ENTITY_KIND_API_TOKEN,
     ENTITY_KIND_USER,
     ENTITY_KIND_USER_TASK_STATE,

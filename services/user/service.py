@@ -3,8 +3,8 @@
 from functools import partial
 from pathlib import Path
 
-from branchline.gateway.v1 import users_pb2
-from branchline.user.v1 import user_pb2
+from branchline.v1 import users_pb2
+from branchline_internal.user.v1 import user_pb2
 
 from services.runtime.config import ServiceConfig
 from services.runtime.secrets import read_or_create_key

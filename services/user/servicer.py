@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from branchline.resource.v1.user_pb2 import User, UserTaskState
-from branchline.resource.v1.vocabulary_pb2 import (
+from branchline.v1.users_pb2 import User, UserTaskState
+from branchline.v1.vocabulary_pb2 import (
     ENTITY_KIND_API_TOKEN,
     ENTITY_KIND_USER,
     ERROR_REASON_OPERATOR_REQUIRED,
 )
-from branchline.user.v1 import user_pb2, user_pb2_grpc
+from branchline_internal.user.v1 import user_pb2, user_pb2_grpc
 
 from services.runtime.database import Database, Tx
 from services.runtime.errors import PermissionDenied

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from branchline.resource.v1.user_pb2 import Draft, UserTaskState
-from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_QUOTA_EXCEEDED
+from branchline.v1.users_pb2 import Draft, UserTaskState
+from branchline.v1.vocabulary_pb2 import ERROR_REASON_QUOTA_EXCEEDED
 from sqlalchemy import ColumnElement, String, bindparam, delete, func, or_, select
 
 from services.runtime.clock import Clock

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from branchline.spine.v1.push_pb2_grpc import PushServiceStub
+from branchline_internal.spine.v1.push_pb2_grpc import PushServiceStub
 from google.protobuf.message import Message
 from sqlalchemy import create_engine
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import grpc
 import uvloop
-from branchline.spine.v1.push_pb2 import PushRequest, PushResponse
+from branchline_internal.spine.v1.push_pb2 import PushRequest, PushResponse
 
 PUSH, WATCH, STREAM, GET, PUT, HANG = (f"/floor/{name}" for name in ("Push", "Watch", "Stream", "Get", "Put", "Hang"))
 OPTIONS = (("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 64 * 1024 * 1024))

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from branchline.gateway.v1 import (
+from branchline.v1 import (
     organizations_pb2,
     sandboxes_pb2,
     sessions_pb2,
@@ -34,10 +34,10 @@ from branchline.gateway.v1 import (
     tasks_pb2,
     tasks_pb2_grpc,
 )
-from branchline.organization.v1 import organization_pb2, organization_pb2_grpc
-from branchline.resource.v1.organization_pb2 import ROLE_MEMBER
-from branchline.resource.v1.task_pb2 import TASK_STATUS_IDLE, Task
-from branchline.spine.v1 import push_pb2, push_pb2_grpc
+from branchline.v1.organizations_pb2 import ROLE_MEMBER
+from branchline.v1.tasks_pb2 import TASK_STATUS_IDLE, Task
+from branchline_internal.organization.v1 import organization_pb2, organization_pb2_grpc
+from branchline_internal.spine.v1 import push_pb2, push_pb2_grpc
 from google.protobuf.message import Message
 
 from cli.installation import SERVICES
@@ -295,7 +295,7 @@ def _client(kind: str, method: str, request: Message, amount: float, *, changing
         async with AsyncExitStack() as stack:
             request_bytes = _for(field, request).SerializeToString().hex()
             address, token = field.installation.address, field.installation.token
-            full_name = f"/branchline.gateway.v1.{method}"
+            full_name = f"/branchline.v1.{method}"
             await field.start_load(stack, kind, address, full_name, request_bytes, str(amount), token, str(most))
             if changing:
                 await stack.enter_async_context(_changes(field))

@@ -9,9 +9,8 @@ from typing import Any
 import grpc
 import psutil
 from branchline.client import Client
-from branchline.gateway.v1 import organizations_pb2, repositories_pb2
-from branchline.resource.v1 import organization_pb2, task_pb2
-from branchline.resource.v1.task_pb2 import Task
+from branchline.v1 import organizations_pb2, repositories_pb2, tasks_pb2
+from branchline.v1.tasks_pb2 import Task
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.runtime.client import CHANNEL_OPTIONS
@@ -41,7 +40,7 @@ def a_task(organization_id: str, repository_id: str, number: int) -> Task:
         title=f"Mend the thing number {number * 7919 % 100_003} that nobody wanted",
         text="Please mend the thing. " * 6,
         branch=f"fix/mend-the-thing-number-{number}",
-        status=task_pb2.TASK_STATUS_IDLE,
+        status=tasks_pb2.TASK_STATUS_IDLE,
         owner_user_id="usr_" + "0" * 32,
         active_sandbox_id="sbx_" + "0" * 32,
         sandbox_provider="local",
@@ -139,7 +138,7 @@ async def _furnished(processes: Processes, stack: AsyncExitStack, services: Sequ
             request_id=request_id(),
             slug="other",
             display_name="Other",
-            kind=organization_pb2.ORGANIZATION_KIND_TEAM,
+            kind=organizations_pb2.ORGANIZATION_KIND_TEAM,
         )
     )
     remotes = processes.folder / "remotes"

@@ -5,7 +5,7 @@ import gc
 import statistics
 from pathlib import Path
 
-from branchline.resource.v1.task_pb2 import TASK_STATUS_IDLE
+from branchline.v1.tasks_pb2 import TASK_STATUS_IDLE
 
 from services.runtime.database import Database
 from tests.bench.result import Options, Row, within

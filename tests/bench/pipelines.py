@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from branchline.gateway.v1 import organizations_pb2, organizations_pb2_grpc
-from branchline.resource.v1.task_pb2 import Task
-from branchline.spine.v1.push_pb2 import PushEntry, PushRequest
+from branchline.v1 import organizations_pb2, organizations_pb2_grpc
+from branchline.v1.tasks_pb2 import Task
+from branchline_internal.spine.v1.push_pb2 import PushEntry, PushRequest
 
 from services.sandbox.providers.ports import free_port
 from tests.bench.child import Child

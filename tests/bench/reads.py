@@ -12,13 +12,13 @@ from typing import Any
 
 import grpc
 import psutil
-from branchline.gateway.v1 import (
+from branchline.v1 import (
     organizations_pb2,
     organizations_pb2_grpc,
     tasks_pb2,
     tasks_pb2_grpc,
 )
-from branchline.resource.v1.watch_pb2 import WATCH_FRAME_KIND_SYNCED
+from branchline.v1.watches_pb2 import WATCH_FRAME_KIND_SYNCED
 
 from tests.bench.floor import GET, OPTIONS
 from tests.bench.installation import Installed, installed, task_id

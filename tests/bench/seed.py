@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from branchline.resource.v1.session_pb2 import Session
-from branchline.resource.v1.task_pb2 import Task
+from branchline.v1.sessions_pb2 import Session
+from branchline.v1.tasks_pb2 import Task
 
 from services.repository.summary import summary_of
 from services.repository.tables import WATCHED

@@ -47,7 +47,7 @@ _FOUR = [statement.sqlite for statement in (_REMEMBER, _PUT, _MARK, _RAISE)]
 def _parameters(number: int) -> list[dict[str, Any]]:
     entity = f"task_{number % _ENTITIES:032d}"
     request = {"caller": "usr_1", "method": "Write", "request_id": f"{number:032d}", "fingerprint": "0" * 64}
-    mark = {"destination": "coordinator", "type_url": "type.googleapis.com/branchline.resource.v1.Task"}
+    mark = {"destination": "coordinator", "type_url": "type.googleapis.com/branchline.v1.Task"}
     return [
         {**request, "response": b"", "create_time": float(number)},
         {"id": entity, "revision": number, "payload": _PAYLOAD},

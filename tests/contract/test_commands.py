@@ -5,9 +5,9 @@ from collections.abc import AsyncGenerator
 
 import pytest
 import pytest_asyncio
-from branchline.gateway.v1 import tasks_pb2
-from branchline.resource.v1 import vocabulary_pb2 as words
-from branchline.resource.v1.task_pb2 import Task
+from branchline.v1 import tasks_pb2
+from branchline.v1 import vocabulary_pb2 as words
+from branchline.v1.tasks_pb2 import Task
 from sqlalchemy import func, select
 
 from services.runtime.clock import Clock

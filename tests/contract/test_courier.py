@@ -7,10 +7,10 @@ from contextlib import asynccontextmanager
 
 import grpc
 import pytest
-from branchline.resource.v1 import vocabulary_pb2 as words
-from branchline.resource.v1.session_pb2 import Session
-from branchline.resource.v1.task_pb2 import Task
-from branchline.resource.v1.vocabulary_pb2 import ErrorReason
+from branchline.v1 import vocabulary_pb2 as words
+from branchline.v1.sessions_pb2 import Session
+from branchline.v1.tasks_pb2 import Task
+from branchline.v1.vocabulary_pb2 import ErrorReason
 from grpc_status import rpc_status
 
 from services.runtime.clock import Clock

@@ -13,13 +13,13 @@ from typing import Any, cast
 
 import grpc
 import pytest
-from branchline.github_data.v1 import github_data_pb2
-from branchline.history.v1 import history_pb2
-from branchline.repository.v1 import repository_pb2
-from branchline.resource.v1.history_pb2 import HistoryEvent
-from branchline.sandbox.v1 import sandbox_pb2
-from branchline.task.v1 import task_pb2
-from branchline.user.v1 import user_pb2
+from branchline.v1.history_pb2 import HistoryEvent
+from branchline_internal.github_data.v1 import github_data_pb2
+from branchline_internal.history.v1 import history_pb2
+from branchline_internal.repository.v1 import repository_pb2
+from branchline_internal.sandbox.v1 import sandbox_pb2
+from branchline_internal.task.v1 import task_pb2
+from branchline_internal.user.v1 import user_pb2
 from google.protobuf.message import Message
 
 from cli.installation import SERVICES, Installation, local_installation

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from branchline.resource.v1 import watch_pb2
-from branchline.resource.v1.task_pb2 import Task
-from branchline.resource.v1.watch_pb2 import WatchFrame
-from branchline.spine.v1 import push_pb2
+from branchline.v1 import watches_pb2
+from branchline.v1.tasks_pb2 import Task
+from branchline.v1.watches_pb2 import WatchFrame
+from branchline_internal.spine.v1 import push_pb2
 from google.protobuf.any_pb2 import Any as AnyState
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -127,10 +127,10 @@ class Watcher:
                 self.remembered.append((self.token, dict(self.view)))
 
     def _take(self, frame: WatchFrame) -> None:
-        if frame.kind == watch_pb2.WATCH_FRAME_KIND_RESET:
+        if frame.kind == watches_pb2.WATCH_FRAME_KIND_RESET:
             self.view.clear()
             self.token = ""
-        self.synced = self.synced or frame.kind == watch_pb2.WATCH_FRAME_KIND_SYNCED
+        self.synced = self.synced or frame.kind == watches_pb2.WATCH_FRAME_KIND_SYNCED
         for change in frame.changes:
             if change.revision < self.view.get(change.id, (0, False))[0]:
                 self.wrong.append(f"{change.id} went back to revision {change.revision}")

@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from branchline.github_data.v1.github_data_pb2 import GithubRepository
-from branchline.resource.v1.history_pb2 import HistoryEvent
-from branchline.resource.v1.organization_pb2 import GithubStatus
-from branchline.resource.v1.repository_pb2 import Repository
-from branchline.resource.v1.sandbox_pb2 import Sandbox
-from branchline.resource.v1.session_pb2 import Session, TranscriptEntry
-from branchline.resource.v1.task_pb2 import Task, TaskSummary
-from branchline.resource.v1.user_pb2 import User, UserTaskState
-from branchline.sandbox.v1.sandbox_pb2 import AgentSession
-from branchline.spine.v1 import push_pb2, push_pb2_grpc
-from branchline.user.v1.user_pb2 import ApiTokenState
+from branchline.v1.history_pb2 import HistoryEvent
+from branchline.v1.organizations_pb2 import GithubStatus
+from branchline.v1.repositories_pb2 import Repository
+from branchline.v1.sandboxes_pb2 import Sandbox
+from branchline.v1.sessions_pb2 import Session, TranscriptEntry
+from branchline.v1.tasks_pb2 import Task, TaskSummary
+from branchline.v1.users_pb2 import User, UserTaskState
+from branchline_internal.github_data.v1.github_data_pb2 import GithubRepository
+from branchline_internal.sandbox.v1.sandbox_pb2 import AgentSession
+from branchline_internal.spine.v1 import push_pb2, push_pb2_grpc
+from branchline_internal.user.v1.user_pb2 import ApiTokenState
 from google.protobuf.message import Message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

@@ -10,15 +10,15 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
-from branchline.github_data.v1.github_data_pb2 import GithubRepository
-from branchline.repository.v1.repository_pb2 import EnsureRepositoryRequest
-from branchline.resource.v1 import organization_pb2, sandbox_pb2
-from branchline.resource.v1.organization_pb2 import Organization
-from branchline.resource.v1.repository_pb2 import Branch, Repository
-from branchline.resource.v1.sandbox_pb2 import Sandbox
-from branchline.resource.v1.task_pb2 import Task
-from branchline.resource.v1.user_pb2 import Draft, User, UserTaskState
-from branchline.spine.v1.push_pb2 import PushEntry, PushRequest
+from branchline.v1 import organizations_pb2, sandboxes_pb2
+from branchline.v1.organizations_pb2 import Organization
+from branchline.v1.repositories_pb2 import Branch, Repository
+from branchline.v1.sandboxes_pb2 import Sandbox
+from branchline.v1.tasks_pb2 import Task
+from branchline.v1.users_pb2 import Draft, User, UserTaskState
+from branchline_internal.github_data.v1.github_data_pb2 import GithubRepository
+from branchline_internal.repository.v1.repository_pb2 import EnsureRepositoryRequest
+from branchline_internal.spine.v1.push_pb2 import PushEntry, PushRequest
 from cryptography.fernet import Fernet
 from sqlalchemy import MetaData, select
 
@@ -122,7 +122,7 @@ async def test_a_repository_that_is_added_and_imported_at_once_is_one(
         outbox = Outbox(database, Clock())
         stores = open_stores(database, outbox, Clock())
         await stores.index.start()
-        organization = Organization(slug="acme", kind=organization_pb2.ORGANIZATION_KIND_TEAM)
+        organization = Organization(slug="acme", kind=organizations_pb2.ORGANIZATION_KIND_TEAM)
         await database.write(stores.organizations.found, organization, User(id="u", display_name="u", revision=1))
         reported = GithubRepository(organization_id=organization.id, github_id=7, clone_url=url, revision=1)
         entry = PushEntry(id="7", revision=1)
@@ -150,7 +150,7 @@ async def test_two_reports_of_a_new_repository_import_it_once(
         outbox = Outbox(database, Clock())
         stores = open_stores(database, outbox, Clock())
         await stores.index.start()
-        organization = Organization(slug="acme", kind=organization_pb2.ORGANIZATION_KIND_TEAM)
+        organization = Organization(slug="acme", kind=organizations_pb2.ORGANIZATION_KIND_TEAM)
         await database.write(stores.organizations.found, organization, User(id="u", display_name="u", revision=1))
         look_together(Github, "_ours")
         ingests = [OrganizationIngest(outbox, stores).ingest(database) for _ in range(2)]
@@ -191,12 +191,12 @@ async def test_a_sandbox_is_either_made_or_buried_and_told_so(
     async with opened(databases, sandbox_metadata) as database:
         store = SandboxStore(Outbox(database, Clock()), Clock())
         look_together(Held, "find")
-        sandbox = Sandbox(id="s", task_id="t", status=sandbox_pb2.SANDBOX_STATUS_CREATING)
+        sandbox = Sandbox(id="s", task_id="t", status=sandboxes_pb2.SANDBOX_STATUS_CREATING)
         _, buried = await asyncio.gather(database.write(store.add, sandbox, "o"), database.write(store.bury, "s"))
         held = await database.read(SANDBOXES.get, "s")
         marked = await database.read(lambda tx: tx.rows(_MARKED))
 
-    assert (held.status == sandbox_pb2.SANDBOX_STATUS_DESTROYED) == buried
+    assert (held.status == sandboxes_pb2.SANDBOX_STATUS_DESTROYED) == buried
     assert [Sandbox.FromString(row.payload) for row in marked] == ([] if buried else [held])
 
 

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from branchline.resource.v1.history_pb2 import HistoryEvent
-from branchline.resource.v1.organization_pb2 import Organization
-from branchline.resource.v1.user_pb2 import User
-from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_HISTORY_EVENT
+from branchline.v1.history_pb2 import HistoryEvent
+from branchline.v1.organizations_pb2 import Organization
+from branchline.v1.users_pb2 import User
+from branchline.v1.vocabulary_pb2 import ENTITY_KIND_HISTORY_EVENT
 
 from services.organization.feed import FORGOTTEN_AT_ONCE
 from services.organization.stores import Stores, open_stores

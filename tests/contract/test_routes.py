@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-import branchline.gateway.v1 as gateway_v1
-from branchline.resource.v1.organization_pb2 import ROLE_ADMIN, ROLE_OWNER, ROLE_VIEWER
+import branchline.v1 as gateway_v1
+from branchline.v1.organizations_pb2 import ROLE_ADMIN, ROLE_OWNER, ROLE_VIEWER
 
 from gateway.routes import ORGANIZATION, PACKAGE, REPOSITORY, ROUTES, SANDBOX, TASK, USER
 from gateway.service import PUBLIC as METHODS
@@ -32,7 +32,7 @@ def test_nothing_internal_can_be_reached_through_it() -> None:  # operators call
 
 def test_the_whole_public_contract_is_known_to_it() -> None:
     package = Path(gateway_v1.__path__[0])
-    files = {path.stem.removesuffix("_pb2") for path in package.glob("*_pb2.py")}
+    files = {path.stem.removesuffix("_pb2_grpc") for path in package.glob("*_pb2_grpc.py")}
     known = {
         method.containing_service.file.name.rpartition("/")[2].removesuffix(".proto") for method in METHODS.values()
     }

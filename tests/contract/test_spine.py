@@ -10,11 +10,11 @@ from typing import Any, cast
 
 import grpc
 import pytest
-from branchline.admin.v1 import admin_pb2
-from branchline.resource.v1 import vocabulary_pb2 as words
-from branchline.resource.v1.session_pb2 import Session
-from branchline.resource.v1.task_pb2 import Task
-from branchline.spine.v1 import push_pb2, push_pb2_grpc
+from branchline.v1 import vocabulary_pb2 as words
+from branchline.v1.sessions_pb2 import Session
+from branchline.v1.tasks_pb2 import Task
+from branchline_internal.admin.v1 import admin_pb2
+from branchline_internal.spine.v1 import push_pb2, push_pb2_grpc
 from google.protobuf.any_pb2 import Any as AnyState
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

@@ -3,9 +3,9 @@
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 
-from branchline.resource.v1 import session_pb2
-from branchline.resource.v1.history_pb2 import HistoryEvent
-from branchline.sandbox.v1.sandbox_pb2 import StartTurnRequest
+from branchline.v1 import sessions_pb2
+from branchline.v1.history_pb2 import HistoryEvent
+from branchline_internal.sandbox.v1.sandbox_pb2 import StartTurnRequest
 from sqlalchemy import MetaData
 
 from services.history.store import HistoryStore
@@ -104,13 +104,13 @@ async def test_what_is_opened_has_its_entries_and_of_its_questions_the_open_ones
         await database.write(sessions.start_turn, StartTurnRequest(session_id="ses_1", turn=1, text="go"), 10.0)
         record = await database.read(sessions.get, "ses_1")
         ids = [f"ent_1_{number}" for number in (1, 2, 3)]
-        options = [session_pb2.PermissionOption(id="allow")]
+        options = [sessions_pb2.PermissionOption(id="allow")]
         drafts = [
-            Draft(session_pb2.TranscriptEntry(id=one, session_id="ses_1", streaming=True, options=options), number)
+            Draft(sessions_pb2.TranscriptEntry(id=one, session_id="ses_1", streaming=True, options=options), number)
             for number, one in enumerate(ids)
         ]
         asked = (Asked(ids[1], "7"), Asked(ids[2], "8"))
-        waiting = session_pb2.SESSION_STATUS_WAITING
+        waiting = sessions_pb2.SESSION_STATUS_WAITING
         said = Progress(1, 3, accepted=True, drafts=drafts, asked=asked, settled=(), status=waiting)
         await database.write(sessions.progress, record, said)
         await database.write(sessions.answer, "ses_1", ids[2], "allow", "usr_ada")

@@ -4,10 +4,10 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from branchline.gateway.v1 import users_pb2
-from branchline.repository.v1.repository_pb2 import EnsureRepositoryRequest
-from branchline.resource.v1.repository_pb2 import Repository
-from branchline.resource.v1.user_pb2 import User, UserTaskState
+from branchline.v1 import users_pb2
+from branchline.v1.repositories_pb2 import Repository
+from branchline.v1.users_pb2 import User, UserTaskState
+from branchline_internal.repository.v1.repository_pb2 import EnsureRepositoryRequest
 from cryptography.fernet import Fernet
 
 from services.repository.deletion import Deletion

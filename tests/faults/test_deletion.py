@@ -5,9 +5,8 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
-from branchline.gateway.v1 import repositories_pb2, tasks_pb2
-from branchline.resource.v1 import task_pb2
-from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_REPOSITORY, ENTITY_KIND_TASK
+from branchline.v1 import repositories_pb2, tasks_pb2
+from branchline.v1.vocabulary_pb2 import ENTITY_KIND_REPOSITORY, ENTITY_KIND_TASK
 
 from tests.faults.test_kills import Books, settled
 from tests.faults.test_restart import COUNT, create_task, send, some_words, until
@@ -29,7 +28,7 @@ async def test_a_repository_is_deleted_with_its_tasks_though_all_are_killed_in_i
         await processes.start("bootstrap", "bootstrap", "--agent", "mock")
         client, organization_id = await processes.client(stack)
         task = await create_task(client, organization_id, tmp_path, "go")
-        task = await until(client, task.id, task_pb2.TASK_STATUS_IDLE)
+        task = await until(client, task.id, tasks_pb2.TASK_STATUS_IDLE)
         await create_task(client, organization_id, tmp_path, "go", hold=False)
         view = View("organization", client.watch_organization(organization_id)).open()
         stack.push_async_callback(view.close)

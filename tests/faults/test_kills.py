@@ -19,12 +19,11 @@ import grpc
 import psutil
 import pytest
 from branchline.client import Client
-from branchline.gateway.v1 import history_pb2, repositories_pb2, tasks_pb2
-from branchline.resource.v1 import sandbox_pb2, session_pb2, task_pb2
-from branchline.resource.v1.history_pb2 import HistoryEvent
-from branchline.resource.v1.session_pb2 import Session, TranscriptEntry
-from branchline.resource.v1.task_pb2 import Task, TaskStatus, TaskSummary
-from branchline.resource.v1.vocabulary_pb2 import (
+from branchline.v1 import history_pb2, repositories_pb2, sandboxes_pb2, sessions_pb2, tasks_pb2
+from branchline.v1.history_pb2 import HistoryEvent
+from branchline.v1.sessions_pb2 import Session, TranscriptEntry
+from branchline.v1.tasks_pb2 import Task, TaskStatus, TaskSummary
+from branchline.v1.vocabulary_pb2 import (
     ENTITY_KIND_HISTORY_EVENT,
     ENTITY_KIND_SESSION,
     ENTITY_KIND_TASK,
@@ -47,9 +46,9 @@ WATCHERS = 3
 SETTLE_SECONDS = 90.0
 
 OWNERS = tuple(name for name in SERVICES if name != "gateway")
-WORKING = (session_pb2.SESSION_STATUS_RUNNING, session_pb2.SESSION_STATUS_WAITING)
-PASSING = (sandbox_pb2.SANDBOX_STATUS_CREATING, sandbox_pb2.SANDBOX_STATUS_DESTROYING)
-ENDED = (task_pb2.TASK_STATUS_ARCHIVED, task_pb2.TASK_STATUS_KILLED)
+WORKING = (sessions_pb2.SESSION_STATUS_RUNNING, sessions_pb2.SESSION_STATUS_WAITING)
+PASSING = (sandboxes_pb2.SANDBOX_STATUS_CREATING, sandboxes_pb2.SANDBOX_STATUS_DESTROYING)
+ENDED = (tasks_pb2.TASK_STATUS_ARCHIVED, tasks_pb2.TASK_STATUS_KILLED)
 
 
 @dataclass
@@ -276,10 +275,10 @@ def broken_promises(books: Books, people: list[Person]) -> Iterator[str]:
         if not message.turn:
             continue  # dropped with its task, or cancelled while it waited
         said = [entry for entry in entries if entry.session_id == promise.session_id and entry.turn == message.turn]
-        agent = session_pb2.TRANSCRIPT_ENTRY_KIND_AGENT_MESSAGE
+        agent = sessions_pb2.TRANSCRIPT_ENTRY_KIND_AGENT_MESSAGE
         text = "".join(entry.text for entry in said if entry.kind == agent).split()
         words = [word for word in text if word.startswith("m") and "w" in word]
-        bad = [entry for entry in said if entry.kind == session_pb2.TRANSCRIPT_ENTRY_KIND_ERROR]
+        bad = [entry for entry in said if entry.kind == sessions_pb2.TRANSCRIPT_ENTRY_KIND_ERROR]
         if words != promise.words[: len(words)]:
             yield f"words of {promise}: {text}"
         if promise.undisturbed and not bad and words != promise.words:

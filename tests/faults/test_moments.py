@@ -10,13 +10,13 @@ from pathlib import Path
 
 import psutil
 import pytest_asyncio
-from branchline.resource.v1 import session_pb2
-from branchline.sandbox.v1 import sandbox_pb2
+from branchline.v1 import sessions_pb2
+from branchline_internal.sandbox.v1 import sandbox_pb2
 
 from tests.support.sandbox import SANDBOX, Room, eventually, sandbox_room
 
-IDLE, ERROR = session_pb2.SESSION_STATUS_IDLE, session_pb2.SESSION_STATUS_ERROR
-CLOSED = session_pb2.SESSION_STATUS_CLOSED
+IDLE, ERROR = sessions_pb2.SESSION_STATUS_IDLE, sessions_pb2.SESSION_STATUS_ERROR
+CLOSED = sessions_pb2.SESSION_STATUS_CLOSED
 
 WORKING = {
     "thinks": "think hard\nwait 90",

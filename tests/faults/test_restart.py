@@ -9,16 +9,15 @@ from pathlib import Path
 import grpc
 import pytest
 from branchline.client import Client
-from branchline.gateway.v1 import history_pb2, repositories_pb2, sessions_pb2, tasks_pb2
-from branchline.resource.v1 import task_pb2
-from branchline.resource.v1.session_pb2 import TranscriptEntry
-from branchline.resource.v1.task_pb2 import Task
-from branchline.resource.v1.vocabulary_pb2 import EventKind
+from branchline.v1 import history_pb2, repositories_pb2, sessions_pb2, tasks_pb2
+from branchline.v1.sessions_pb2 import TranscriptEntry
+from branchline.v1.tasks_pb2 import Task
+from branchline.v1.vocabulary_pb2 import EventKind
 
 from tests.support.process import SERVICES, Processes, one_process, own_processes
 from tests.support.stack import eventually, git, make_remote
 
-IDLE, ERROR, RUNNING = task_pb2.TASK_STATUS_IDLE, task_pb2.TASK_STATUS_ERROR, task_pb2.TASK_STATUS_RUNNING
+IDLE, ERROR, RUNNING = tasks_pb2.TASK_STATUS_IDLE, tasks_pb2.TASK_STATUS_ERROR, tasks_pb2.TASK_STATUS_RUNNING
 COUNT = "\n".join(f"say word{number}\nwait 0.2" for number in range(1, 16))
 
 

@@ -11,15 +11,15 @@ import grpc
 import psutil
 import pytest
 import pytest_asyncio
-from branchline.resource.v1 import sandbox_pb2 as machine_pb2
-from branchline.resource.v1 import session_pb2
-from branchline.sandbox.v1 import sandbox_pb2
+from branchline.v1 import sandboxes_pb2 as machine_pb2
+from branchline.v1 import sessions_pb2
+from branchline_internal.sandbox.v1 import sandbox_pb2
 
 from tests.support.sandbox import SANDBOX, SESSION, Room, eventually, sandbox_room
 
-IDLE, ERROR = session_pb2.SESSION_STATUS_IDLE, session_pb2.SESSION_STATUS_ERROR
-WAITING, RUNNING = session_pb2.SESSION_STATUS_WAITING, session_pb2.SESSION_STATUS_RUNNING
-CLOSED = session_pb2.SESSION_STATUS_CLOSED
+IDLE, ERROR = sessions_pb2.SESSION_STATUS_IDLE, sessions_pb2.SESSION_STATUS_ERROR
+WAITING, RUNNING = sessions_pb2.SESSION_STATUS_WAITING, sessions_pb2.SESSION_STATUS_RUNNING
+CLOSED = sessions_pb2.SESSION_STATUS_CLOSED
 SLOW = "\n".join(f"say word{number}\nwait 0.1" for number in range(1, 16))
 SLOW_WORDS = "".join(f"word{number}\n" for number in range(1, 16)) + "Done.\n"
 

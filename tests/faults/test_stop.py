@@ -11,15 +11,15 @@ from pathlib import Path
 import psutil
 import pytest
 from branchline.client import Client
-from branchline.resource.v1 import task_pb2
-from branchline.resource.v1.task_pb2 import Task
+from branchline.v1 import tasks_pb2
+from branchline.v1.tasks_pb2 import Task
 
 from tests.faults.test_restart import COUNT, create_task, send, some_words, transcript, until
 from tests.support.process import SERVICES, Processes, one_process, own_processes
 from tests.support.stack import eventually
 from tests.support.views import View
 
-IDLE, WAITING = task_pb2.TASK_STATUS_IDLE, task_pb2.TASK_STATUS_WAITING
+IDLE, WAITING = tasks_pb2.TASK_STATUS_IDLE, tasks_pb2.TASK_STATUS_WAITING
 STOP_SECONDS = 12.0
 
 

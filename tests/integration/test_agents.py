@@ -4,13 +4,12 @@ from collections.abc import Awaitable
 
 import grpc
 from branchline.client import Client
-from branchline.gateway.v1 import sessions_pb2, tasks_pb2
-from branchline.resource.v1 import session_pb2, task_pb2
+from branchline.v1 import sessions_pb2, tasks_pb2
 
 from tests.support.stack import Stack, eventually, failure, request_id
 
-IDLE, ERROR = task_pb2.TASK_STATUS_IDLE, task_pb2.TASK_STATUS_ERROR
-RUNNING, WAITING = task_pb2.TASK_STATUS_RUNNING, task_pb2.TASK_STATUS_WAITING
+IDLE, ERROR = tasks_pb2.TASK_STATUS_IDLE, tasks_pb2.TASK_STATUS_ERROR
+RUNNING, WAITING = tasks_pb2.TASK_STATUS_RUNNING, tasks_pb2.TASK_STATUS_WAITING
 
 
 async def test_a_message_to_a_working_session_is_refused_or_queued(stack: Stack) -> None:  # SES-3
@@ -166,7 +165,7 @@ async def test_a_long_message_runs_over_several_entries_and_loses_nothing(stack:
         entries = [
             entry
             for entry in await stack.transcript(task)
-            if entry.kind == session_pb2.TRANSCRIPT_ENTRY_KIND_AGENT_MESSAGE
+            if entry.kind == sessions_pb2.TRANSCRIPT_ENTRY_KIND_AGENT_MESSAGE
         ]
         return entries if entries and entries[-1].text.endswith("Done.\n") else None
 

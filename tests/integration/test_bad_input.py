@@ -5,21 +5,20 @@ import asyncio
 import grpc
 import pytest
 from branchline.client import Client
-from branchline.gateway.v1 import (
+from branchline.v1 import (
     organizations_pb2,
     repositories_pb2,
     sessions_pb2,
     tasks_pb2,
     users_pb2,
 )
-from branchline.resource.v1 import organization_pb2, task_pb2
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from tests.support.git_http import serve_git
 from tests.support.stack import Stack, eventually, failure, make_remote, request_id
 
 NOT_FOUND, INVALID = grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INVALID_ARGUMENT
-ERROR, IDLE = task_pb2.TASK_STATUS_ERROR, task_pb2.TASK_STATUS_IDLE
+ERROR, IDLE = tasks_pb2.TASK_STATUS_ERROR, tasks_pb2.TASK_STATUS_IDLE
 
 
 async def test_unknown_ids_are_not_found_by_name(stack: Stack) -> None:  # ORG-5
@@ -43,7 +42,7 @@ async def test_a_bad_token_is_unauthenticated(stack: Stack, token: str) -> None:
 
 async def test_a_token_for_reading_cannot_do_what_its_user_may(stack: Stack) -> None:  # USR-3
     repository_id = await stack.add_repository()
-    request = users_pb2.CreateApiTokenRequest(name="reader", role_limit=organization_pb2.ROLE_VIEWER)
+    request = users_pb2.CreateApiTokenRequest(name="reader", role_limit=organizations_pb2.ROLE_VIEWER)
     made = await stack.client.users.CreateApiToken(request)
     async with Client(stack.address, made.secret) as reader:
         await reader.tasks.ListTasks(tasks_pb2.ListTasksRequest(organization_id=stack.organization_id))
@@ -77,7 +76,7 @@ async def test_a_revoked_token_ends_within_seconds(stack: Stack) -> None:  # USR
 async def test_another_organizations_task_does_not_exist(stack: Stack) -> None:  # ORG-10
     task = await stack.ready_task()
     other = await stack.new_organization()
-    stranger, _ = await stack.new_member(organization_pb2.ROLE_OWNER, organization_id=other)
+    stranger, _ = await stack.new_member(organizations_pb2.ROLE_OWNER, organization_id=other)
 
     read = await failure(stranger.tasks.GetTask(tasks_pb2.GetTaskRequest(task_id=task.id)))
     sent = await failure(
@@ -96,7 +95,7 @@ async def test_another_organizations_task_does_not_exist(stack: Stack) -> None: 
 
 async def test_a_viewer_may_look_and_not_touch(stack: Stack) -> None:  # ORG-3
     repository_id = await stack.add_repository()
-    viewer, _ = await stack.new_member(organization_pb2.ROLE_VIEWER)
+    viewer, _ = await stack.new_member(organizations_pb2.ROLE_VIEWER)
 
     await viewer.tasks.ListTasks(tasks_pb2.ListTasksRequest(organization_id=stack.organization_id))
     refused = await failure(
@@ -128,19 +127,19 @@ async def test_a_default_branch_that_git_refuses_is_invalid(stack: Stack, branch
 @pytest.mark.parametrize(
     "settings",
     [
-        organization_pb2.OrganizationSettings(default_agent="../../bin/sh"),
-        organization_pb2.OrganizationSettings(default_sandbox_provider="X y"),
-        organization_pb2.OrganizationSettings(idle_timeout_seconds=-5),
-        organization_pb2.OrganizationSettings(default_model="m" * 129),
+        organizations_pb2.OrganizationSettings(default_agent="../../bin/sh"),
+        organizations_pb2.OrganizationSettings(default_sandbox_provider="X y"),
+        organizations_pb2.OrganizationSettings(idle_timeout_seconds=-5),
+        organizations_pb2.OrganizationSettings(default_model="m" * 129),
     ],
 )
 async def test_settings_that_no_task_could_use_are_invalid(
-    stack: Stack, settings: organization_pb2.OrganizationSettings
+    stack: Stack, settings: organizations_pb2.OrganizationSettings
 ) -> None:  # ORG-2
     request = organizations_pb2.UpdateOrganizationRequest(
         request_id=request_id(),
         organization_id=stack.organization_id,
-        organization=organization_pb2.Organization(settings=settings),
+        organization=organizations_pb2.Organization(settings=settings),
         update_mask=FieldMask(paths=["settings"]),
     )
     refused = await failure(stack.client.organizations.UpdateOrganization(request))
@@ -274,7 +273,7 @@ async def test_a_taken_slug_is_refused(stack: Stack) -> None:  # ORG-1
                 request_id=request_id(),
                 slug="home",
                 display_name="Home",
-                kind=organization_pb2.ORGANIZATION_KIND_TEAM,
+                kind=organizations_pb2.ORGANIZATION_KIND_TEAM,
             )
         )
     )

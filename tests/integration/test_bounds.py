@@ -12,15 +12,14 @@ from functools import partial
 from typing import Any, cast
 
 import pytest_asyncio
-from branchline.admin.v1 import admin_pb2
-from branchline.admin.v1.admin_pb2_grpc import AdminServiceStub
 from branchline.client import Client
-from branchline.gateway.v1 import organizations_pb2, repositories_pb2, users_pb2
-from branchline.history.v1 import history_pb2
-from branchline.history.v1.history_pb2_grpc import HistoryServiceStub
-from branchline.resource.v1 import organization_pb2, task_pb2, watch_pb2
-from branchline.resource.v1.session_pb2 import Attachment
-from branchline.resource.v1.user_pb2 import Draft
+from branchline.v1 import organizations_pb2, repositories_pb2, tasks_pb2, users_pb2, watches_pb2
+from branchline.v1.sessions_pb2 import Attachment
+from branchline.v1.users_pb2 import Draft
+from branchline_internal.admin.v1 import admin_pb2
+from branchline_internal.admin.v1.admin_pb2_grpc import AdminServiceStub
+from branchline_internal.history.v1 import history_pb2
+from branchline_internal.history.v1.history_pb2_grpc import HistoryServiceStub
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
@@ -118,9 +117,9 @@ async def fill(stack: Stack, repository_id: str, task_id: str, session_id: str) 
     draft = Draft(text="d" * (BYTES - 1024))
     states = [users_pb2.SetTaskStateRequest(task_id=task.id, draft=draft, unread=True) for task in tasks]
     await asyncio.gather(*(stack.client.users.SetTaskState(state) for state in states))
-    await asyncio.gather(*(stack.until(task.id, task_pb2.TASK_STATUS_ERROR) for task in tasks))
+    await asyncio.gather(*(stack.until(task.id, tasks_pb2.TASK_STATUS_ERROR) for task in tasks))
     for _ in range(10):
-        email, role = f"{request_id()}@{'x' * 40}.example.com", organization_pb2.ROLE_VIEWER
+        email, role = f"{request_id()}@{'x' * 40}.example.com", organizations_pb2.ROLE_VIEWER
         await stack.client.organizations.AddMember(
             organizations_pb2.AddMemberRequest(
                 request_id=request_id(),
@@ -149,7 +148,7 @@ async def fill(stack: Stack, repository_id: str, task_id: str, session_id: str) 
     ]
     for number, text in enumerate(texts):
         await stack.send(task, text, attachments=attached)
-        await stack.until(task_id, task_pb2.TASK_STATUS_IDLE, turn=number + 1)
+        await stack.until(task_id, tasks_pb2.TASK_STATUS_IDLE, turn=number + 1)
     await eventually(partial(settled, stack))
 
 
@@ -175,7 +174,7 @@ async def opening(client: Client, method: MethodDescriptor, given: dict[str, Any
         call = cast("Any", client.channel).unary_stream(path, *coders)(request, timeout=60)
         async for answer in call:
             yield answer
-            if method.name in WATCHES and answer.frame.kind == watch_pb2.WATCH_FRAME_KIND_SYNCED:
+            if method.name in WATCHES and answer.frame.kind == watches_pb2.WATCH_FRAME_KIND_SYNCED:
                 break
         call.cancel()
         return

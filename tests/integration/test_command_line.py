@@ -9,8 +9,7 @@ from typing import Any
 
 import psutil
 import pytest
-from branchline.gateway.v1 import tasks_pb2
-from branchline.resource.v1 import task_pb2
+from branchline.v1 import tasks_pb2
 
 from tests.support.stack import Stack, git, make_remote, request_id
 
@@ -33,7 +32,7 @@ async def run(*command: str, **environment: str) -> tuple[int, str, str]:
 async def grpcurl(stack: Stack, method: str, request: dict[str, Any], *options: str) -> str:
     bearer = f"authorization: Bearer {stack.token}"
     command = [str(BIN / "grpcurl"), "-plaintext", "-H", bearer, *options, "-d", json.dumps(request)]
-    _, out, errors = await run(*command, stack.address, f"branchline.gateway.v1.{method}")
+    _, out, errors = await run(*command, stack.address, f"branchline.v1.{method}")
     return out + errors
 
 
@@ -79,10 +78,10 @@ async def test_grpcurl_lists_creates_and_watches_without_protos(stack: Stack) ->
             },
         )
     )
-    await stack.until(made["task"]["id"], task_pb2.TASK_STATUS_IDLE, turn=1)
+    await stack.until(made["task"]["id"], tasks_pb2.TASK_STATUS_IDLE, turn=1)
     watched = await grpcurl(stack, "TaskService/WatchTask", {"task_id": made["task"]["id"]}, "-max-time", "3")
 
-    assert "branchline.gateway.v1.TaskService" in services.split()
+    assert "branchline.v1.TaskService" in services.split()
     assert "SERVING" in health
     assert git("show", f"{made['task']['branch']}:NOTE.md", cwd=remote) == "hello"
     for words in ("WATCH_FRAME_KIND_RESET", "WATCH_FRAME_KIND_SYNCED", "resumeToken", "ENTITY_KIND_TRANSCRIPT_ENTRY"):
@@ -97,7 +96,7 @@ async def test_the_command_line_adds_creates_lists_shows_and_sends(stack: Stack)
     )
     task_id = created.split()[0]
     await branchline(stack, "task", "send", task_id, "say good night")
-    await stack.until(task_id, task_pb2.TASK_STATUS_IDLE, turn=2)
+    await stack.until(task_id, tasks_pb2.TASK_STATUS_IDLE, turn=2)
     _, listed, _ = await branchline(stack, "task", "list", "--query", "HELLO")
     _, shown, _ = await branchline(stack, "task", "show", task_id)
     _, history, _ = await branchline(stack, "history", "--task", task_id, "--json")
@@ -145,13 +144,13 @@ async def test_a_task_that_is_killed_at_its_birth_leaves_no_sandbox(
     await asyncio.sleep(pause_seconds)
 
     await stack.client.tasks.KillTask(tasks_pb2.KillTaskRequest(request_id=request_id(), task_id=task.id))
-    await stack.until(task.id, task_pb2.TASK_STATUS_KILLED)
+    await stack.until(task.id, tasks_pb2.TASK_STATUS_KILLED)
     await asyncio.sleep(1)  # long enough for a creation on its way to arrive
 
     answer = await stack.client.tasks.GetTask(tasks_pb2.GetTaskRequest(task_id=task.id))
     folder = stack.installation.settings.data_dir / "sandbox" / "local"
     assert all(not (folder / sandbox.id).exists() for sandbox in answer.sandboxes)
-    assert answer.task.status == task_pb2.TASK_STATUS_KILLED
+    assert answer.task.status == tasks_pb2.TASK_STATUS_KILLED
 
 
 @pytest.fixture

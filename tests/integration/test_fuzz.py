@@ -15,21 +15,20 @@ from typing import Any, cast
 
 import grpc
 import pytest_asyncio
-from branchline.admin.v1 import admin_pb2
-from branchline.admin.v1.admin_pb2_grpc import AdminServiceStub
 from branchline.client import Client
-from branchline.gateway.v1 import organizations_pb2, users_pb2
-from branchline.github_data.v1 import github_data_pb2
-from branchline.history.v1 import history_pb2 as internal_history_pb2
-from branchline.organization.v1 import organization_pb2 as internal_organization_pb2
-from branchline.repository.v1 import repository_pb2 as internal_repository_pb2
-from branchline.resource.v1 import organization_pb2, session_pb2, task_pb2, user_pb2
-from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_TASK
-from branchline.sandbox.v1 import sandbox_pb2
-from branchline.spine.v1 import push_pb2
-from branchline.spine.v1.push_pb2 import ConsistencyPoint, CursorValue, EntityRevision, PageCursor
-from branchline.task.v1 import task_pb2 as internal_task_pb2
-from branchline.user.v1 import user_pb2 as internal_user_pb2
+from branchline.v1 import organizations_pb2, sessions_pb2, tasks_pb2, users_pb2
+from branchline.v1.vocabulary_pb2 import ENTITY_KIND_TASK
+from branchline_internal.admin.v1 import admin_pb2
+from branchline_internal.admin.v1.admin_pb2_grpc import AdminServiceStub
+from branchline_internal.github_data.v1 import github_data_pb2
+from branchline_internal.history.v1 import history_pb2 as internal_history_pb2
+from branchline_internal.organization.v1 import organization_pb2 as internal_organization_pb2
+from branchline_internal.repository.v1 import repository_pb2 as internal_repository_pb2
+from branchline_internal.sandbox.v1 import sandbox_pb2
+from branchline_internal.spine.v1 import push_pb2
+from branchline_internal.spine.v1.push_pb2 import ConsistencyPoint, CursorValue, EntityRevision, PageCursor
+from branchline_internal.task.v1 import task_pb2 as internal_task_pb2
+from branchline_internal.user.v1 import user_pb2 as internal_user_pb2
 from google.protobuf.descriptor import FieldDescriptor, MethodDescriptor, ServiceDescriptor
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
@@ -227,11 +226,11 @@ async def aimed(stack: Stack) -> AsyncGenerator[Field, None]:
     """An organization that is there to be shot at, and one beside it."""
     methods = await asyncio.to_thread(reflected, stack.address)
     owner, organization_id = stack.client, await stack.new_organization()
-    viewer, _ = await stack.new_member(organization_pb2.ROLE_VIEWER, organization_id)
-    member, member_id = await stack.new_member(organization_pb2.ROLE_MEMBER, organization_id)
-    _, spare_id = await stack.new_member(organization_pb2.ROLE_MEMBER, organization_id)
+    viewer, _ = await stack.new_member(organizations_pb2.ROLE_VIEWER, organization_id)
+    member, member_id = await stack.new_member(organizations_pb2.ROLE_MEMBER, organization_id)
+    _, spare_id = await stack.new_member(organizations_pb2.ROLE_MEMBER, organization_id)
     other = await stack.new_organization()
-    stranger, stranger_id = await stack.new_member(organization_pb2.ROLE_OWNER, other)
+    stranger, stranger_id = await stack.new_member(organizations_pb2.ROLE_OWNER, other)
     foreign_task = await stack.ready_task()
     home, stack.organization_id = stack.organization_id, organization_id
     try:
@@ -250,9 +249,9 @@ async def aimed(stack: Stack) -> AsyncGenerator[Field, None]:
         "token_id": token.api_token.id,
         "email": lambda: f"{request_id()}@example.com",
         "display_name": "Someone",
-        "role": organization_pb2.ROLE_VIEWER,
+        "role": organizations_pb2.ROLE_VIEWER,
         "slug": lambda: f"f{request_id()[:12]}",
-        "kind": organization_pb2.ORGANIZATION_KIND_TEAM,
+        "kind": organizations_pb2.ORGANIZATION_KIND_TEAM,
         "remote_url": lambda: f"https://example.invalid/{request_id()}.git",
         "text": "say hi",
         "name": "a name",
@@ -267,10 +266,10 @@ async def aimed(stack: Stack) -> AsyncGenerator[Field, None]:
         "hold_prompt": True,
         "queue": True,
         "agent": "mock",
-        "organization": organization_pb2.Organization(display_name="Fuzz"),
+        "organization": organizations_pb2.Organization(display_name="Fuzz"),
         "update_mask": FieldMask(paths=["display_name", "settings"]),
-        "preferences": user_pb2.UserPreferences(),
-        "draft": user_pb2.Draft(text="half", attachments=[session_pb2.Attachment(path="a", content="b")]),
+        "preferences": users_pb2.UserPreferences(),
+        "draft": users_pb2.Draft(text="half", attachments=[sessions_pb2.Attachment(path="a", content="b")]),
         "CreateTask.sandbox_provider": "nowhere",
         "CreateSession.agent": "nobody",
         "ListHistory.user_id": member_id,
@@ -378,7 +377,7 @@ def channel_to(stack: Stack, name: str) -> Any:
 async def serves_on(stack: Stack) -> None:
     """Assert that a task is made, that its agent works, that watches begin, and that nothing is parked."""
     task = await stack.create_task(await stack.add_repository(), "say hello")
-    await stack.until(task.id, task_pb2.TASK_STATUS_IDLE, turn=1)
+    await stack.until(task.id, tasks_pb2.TASK_STATUS_IDLE, turn=1)
     watch = stack.client.organizations.WatchOrganization(
         organizations_pb2.WatchOrganizationRequest(organization_id=stack.organization_id)
     )

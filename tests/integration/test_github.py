@@ -9,9 +9,8 @@ from pathlib import Path
 import grpc
 import httpx
 import pytest_asyncio
-from branchline.gateway.v1 import organizations_pb2, repositories_pb2, tasks_pb2
-from branchline.resource.v1 import organization_pb2, repository_pb2
-from branchline.resource.v1.organization_pb2 import Organization
+from branchline.v1 import organizations_pb2, repositories_pb2, tasks_pb2
+from branchline.v1.organizations_pb2 import Organization
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from tests.support.stack import GITHUB_PORT, Stack, eventually, failure, request_id
@@ -56,10 +55,10 @@ async def resync(stack: Stack, organization_id: str) -> None:
     )
 
 
-async def sync(stack: Stack, organization_id: str) -> organization_pb2.GithubStatus:
+async def sync(stack: Stack, organization_id: str) -> organizations_pb2.GithubStatus:
     await resync(stack, organization_id)
 
-    async def ended() -> organization_pb2.GithubStatus | None:
+    async def ended() -> organizations_pb2.GithubStatus | None:
         answer = await stack.client.organizations.GetOrganization(
             organizations_pb2.GetOrganizationRequest(organization_id=organization_id)
         )
@@ -73,19 +72,19 @@ async def test_repositories_are_imported_with_branches_and_pull_requests(
 ) -> None:  # GHD-7, REP-6
     status = await sync(stack, acme)
 
-    async def imported() -> list[repository_pb2.Repository] | None:
+    async def imported() -> list[repositories_pb2.Repository] | None:
         answer = await stack.client.repositories.ListRepositories(
             repositories_pb2.ListRepositoriesRequest(organization_id=acme)
         )
         return list(answer.repositories) if len(answer.repositories) == 2 else None
 
     repositories = await eventually(imported)
-    assert status.connection == organization_pb2.GITHUB_CONNECTION_CONNECTED
+    assert status.connection == organizations_pb2.GITHUB_CONNECTION_CONNECTED
     assert status.repository_count == 2
     assert [one.full_name for one in repositories] == ["acme/shop", "acme/site"]
     assert repositories[1].default_branch == "trunk"
 
-    async def overview() -> list[repository_pb2.BranchOverview] | None:
+    async def overview() -> list[repositories_pb2.BranchOverview] | None:
         answer = await stack.client.repositories.GetRepositoryOverview(
             repositories_pb2.GetRepositoryOverviewRequest(repository_id=repositories[0].id)
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import pytest_asyncio
-from branchline.gateway.v1 import sandboxes_pb2
+from branchline.v1 import sandboxes_pb2
 
 from services.sandbox.http import Http
 from services.sandbox.providers.base import Condition, ProviderError

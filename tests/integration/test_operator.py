@@ -8,12 +8,11 @@ from pathlib import Path
 import grpc
 import pytest
 import pytest_asyncio
-from branchline.admin.v1 import admin_pb2
-from branchline.admin.v1.admin_pb2_grpc import AdminServiceStub
 from branchline.client import Client
-from branchline.gateway.v1 import users_pb2
-from branchline.resource.v1 import organization_pb2
-from branchline.resource.v1.history_pb2 import HistoryEvent
+from branchline.v1 import organizations_pb2, users_pb2
+from branchline.v1.history_pb2 import HistoryEvent
+from branchline_internal.admin.v1 import admin_pb2
+from branchline_internal.admin.v1.admin_pb2_grpc import AdminServiceStub
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cli.installation import ROOT, Installation, local_installation
@@ -119,9 +118,9 @@ async def test_what_is_parked_shows_in_the_health_check(parking: tuple[Parking, 
     assert await health() == health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-@pytest.mark.parametrize("role", [organization_pb2.ROLE_ADMIN, organization_pb2.ROLE_OWNER])
+@pytest.mark.parametrize("role", [organizations_pb2.ROLE_ADMIN, organizations_pb2.ROLE_OWNER])
 async def test_no_role_of_an_organization_opens_the_outbox(
-    parking: tuple[Parking, Path], role: organization_pb2.Role.ValueType
+    parking: tuple[Parking, Path], role: organizations_pb2.Role.ValueType
 ) -> None:  # item 5
     service, _ = parking
     signer = Signer(service.chassis.config.signing_key.value, "gateway")
@@ -152,7 +151,7 @@ async def test_a_new_member_gets_the_first_token_from_the_operator_alone(stack: 
     async with Client(stack.address, token.strip()) as client:
         me = await client.users.WhoAmI(users_pb2.WhoAmIRequest())
     assert me.user.id == added.split()[-1]
-    assert [one.role for one in me.memberships] == [organization_pb2.ROLE_VIEWER]
+    assert [one.role for one in me.memberships] == [organizations_pb2.ROLE_VIEWER]
 
 
 async def test_members_are_given_roles_and_removed(stack: Stack) -> None:  # ORG-3

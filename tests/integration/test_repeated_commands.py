@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from branchline.gateway.v1 import (
+from branchline.v1 import (
     history_pb2,
     organizations_pb2,
     repositories_pb2,
@@ -15,9 +15,8 @@ from branchline.gateway.v1 import (
     tasks_pb2,
     users_pb2,
 )
-from branchline.resource.v1 import organization_pb2, session_pb2, task_pb2
-from branchline.resource.v1.organization_pb2 import Organization, OrganizationSettings
-from branchline.resource.v1.task_pb2 import Task
+from branchline.v1.organizations_pb2 import Organization, OrganizationSettings
+from branchline.v1.tasks_pb2 import Task
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 
@@ -53,7 +52,7 @@ async def _(stack: Stack) -> Prepared:
         request_id=request_id(),
         slug=f"o{uuid.uuid4().hex[:12]}",
         display_name="Twice",
-        kind=organization_pb2.ORGANIZATION_KIND_TEAM,
+        kind=organizations_pb2.ORGANIZATION_KIND_TEAM,
     )
     return stack.client.organizations.CreateOrganization, request, "display_name"
 
@@ -84,7 +83,7 @@ async def _(stack: Stack) -> Prepared:
         organization_id=stack.organization_id,
         email=f"{uuid.uuid4().hex}@example.com",
         display_name="Twice",
-        role=organization_pb2.ROLE_VIEWER,
+        role=organizations_pb2.ROLE_VIEWER,
     )
     return stack.client.organizations.AddMember, request, "display_name"
 
@@ -96,7 +95,7 @@ async def _(stack: Stack) -> Prepared:
         request_id=request_id(),
         organization_id=stack.organization_id,
         user_id=user_id,
-        role=organization_pb2.ROLE_VIEWER,
+        role=organizations_pb2.ROLE_VIEWER,
     )
     return stack.client.organizations.UpdateMember, request, "user_id"
 
@@ -149,7 +148,7 @@ async def _(stack: Stack) -> Prepared:
 async def _(stack: Stack) -> Prepared:
     repository_id = await stack.add_repository(url="file:///nowhere/to/be/found.git")
     task = await stack.create_task(repository_id)
-    await stack.until(task.id, task_pb2.TASK_STATUS_ERROR)
+    await stack.until(task.id, tasks_pb2.TASK_STATUS_ERROR)
     return stack.client.tasks.RetryTask, tasks_pb2.RetryTaskRequest(request_id=request_id(), task_id=task.id), "model"
 
 
@@ -221,7 +220,7 @@ async def _(stack: Stack) -> Prepared:
 
     async def asked() -> str:
         entries = await stack.transcript(task)
-        waiting = [one for one in entries if one.kind == session_pb2.TRANSCRIPT_ENTRY_KIND_PERMISSION]
+        waiting = [one for one in entries if one.kind == sessions_pb2.TRANSCRIPT_ENTRY_KIND_PERMISSION]
         return f"{waiting[0].id} {waiting[0].options[0].id}" if waiting else ""
 
     entry_id, option_id = (await eventually(asked)).split()

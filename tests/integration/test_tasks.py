@@ -7,14 +7,13 @@ from contextlib import closing
 from pathlib import Path
 
 import grpc
-from branchline.gateway.v1 import history_pb2, repositories_pb2, sandboxes_pb2, sessions_pb2, tasks_pb2, users_pb2
-from branchline.resource.v1 import sandbox_pb2, session_pb2, task_pb2
-from branchline.resource.v1 import vocabulary_pb2 as words
-from branchline.resource.v1.user_pb2 import UserPreferences
+from branchline.v1 import history_pb2, repositories_pb2, sandboxes_pb2, sessions_pb2, tasks_pb2, users_pb2
+from branchline.v1 import vocabulary_pb2 as words
+from branchline.v1.users_pb2 import UserPreferences
 
 from tests.support.stack import Stack, eventually, failure, git, make_remote, request_id
 
-IDLE, ERROR = task_pb2.TASK_STATUS_IDLE, task_pb2.TASK_STATUS_ERROR
+IDLE, ERROR = tasks_pb2.TASK_STATUS_IDLE, tasks_pb2.TASK_STATUS_ERROR
 
 _OF_A_TASK = {"sandboxes": "id", "agent_sessions": "session_id"}
 """Tables of the sandbox service that name the task, with their keys."""
@@ -36,8 +35,8 @@ async def test_an_agent_changes_a_file_commits_and_pushes(stack: Stack) -> None:
     assert git("show", f"{task.branch}:a.txt", cwd=remote) == "alpha"
     entries = await stack.transcript(row)
     assert [entry.position for entry in entries] == list(range(1, len(entries) + 1))
-    assert entries[0].kind == session_pb2.TRANSCRIPT_ENTRY_KIND_USER_MESSAGE
-    tools = [entry for entry in entries if entry.kind == session_pb2.TRANSCRIPT_ENTRY_KIND_TOOL_CALL]
+    assert entries[0].kind == sessions_pb2.TRANSCRIPT_ENTRY_KIND_USER_MESSAGE
+    tools = [entry for entry in entries if entry.kind == sessions_pb2.TRANSCRIPT_ENTRY_KIND_TOOL_CALL]
     assert tools[1].output.strip() == "alpha"
     assert {entry.state for entry in tools} == {"completed"}
     assert not any(entry.streaming for entry in entries)
@@ -83,7 +82,7 @@ async def test_one_live_task_holds_a_branch_under_concurrency(stack: Stack) -> N
 
     outcomes = await asyncio.gather(*(create() for _ in range(8)), return_exceptions=True)
 
-    made = [outcome for outcome in outcomes if isinstance(outcome, task_pb2.Task)]
+    made = [outcome for outcome in outcomes if isinstance(outcome, tasks_pb2.Task)]
     refused = [outcome for outcome in outcomes if isinstance(outcome, grpc.aio.AioRpcError)]
     assert len(made) == 1
     assert {error.code() for error in refused} == {grpc.StatusCode.ALREADY_EXISTS}
@@ -95,7 +94,7 @@ async def test_a_taken_branch_names_its_holder_and_is_free_after_a_kill(stack: S
 
     refused = await failure(stack.create_task(repository_id, branch="mine"))
     await stack.client.tasks.KillTask(tasks_pb2.KillTaskRequest(request_id=request_id(), task_id=holder.id))
-    await stack.until(holder.id, task_pb2.TASK_STATUS_KILLED)
+    await stack.until(holder.id, tasks_pb2.TASK_STATUS_KILLED)
     again = await stack.create_task(repository_id, branch="mine", hold_prompt=True)
 
     assert (refused.code, refused.reason) == (grpc.StatusCode.ALREADY_EXISTS, "BRANCH_TAKEN")
@@ -107,11 +106,11 @@ async def test_a_killed_task_leaves_no_sandbox(stack: Stack) -> None:  # TSK-7, 
     task = await stack.ready_task()
 
     await stack.client.tasks.KillTask(tasks_pb2.KillTaskRequest(request_id=request_id(), task_id=task.id))
-    await stack.until(task.id, task_pb2.TASK_STATUS_KILLED)
+    await stack.until(task.id, tasks_pb2.TASK_STATUS_KILLED)
 
     async def destroyed():
         answer = await stack.client.tasks.GetTask(tasks_pb2.GetTaskRequest(task_id=task.id))
-        return [one.status for one in answer.sandboxes] == [sandbox_pb2.SANDBOX_STATUS_DESTROYED]
+        return [one.status for one in answer.sandboxes] == [sandboxes_pb2.SANDBOX_STATUS_DESTROYED]
 
     assert await eventually(destroyed)
     assert not (stack.installation.settings.data_dir / "sandbox/local" / task.active_sandbox_id).exists()
@@ -121,7 +120,7 @@ async def test_an_archived_task_is_hidden_and_cannot_be_spoken_to(stack: Stack) 
     task = await stack.ready_task()
 
     await stack.client.tasks.ArchiveTask(tasks_pb2.ArchiveTaskRequest(request_id=request_id(), task_id=task.id))
-    await stack.until(task.id, task_pb2.TASK_STATUS_ARCHIVED)
+    await stack.until(task.id, tasks_pb2.TASK_STATUS_ARCHIVED)
     refused = await failure(stack.send(task, "say hello"))
     listed = await stack.client.tasks.ListTasks(
         tasks_pb2.ListTasksRequest(organization_id=stack.organization_id, repository_id=task.repository_id)

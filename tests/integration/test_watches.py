@@ -6,23 +6,22 @@ from typing import Any
 
 import grpc
 from branchline.client import Client
-from branchline.gateway.v1 import organizations_pb2, tasks_pb2, users_pb2
-from branchline.resource.v1 import task_pb2, watch_pb2
-from branchline.resource.v1.session_pb2 import TranscriptEntry
-from branchline.resource.v1.task_pb2 import Task, TaskSummary
-from branchline.resource.v1.user_pb2 import Draft, UserTaskState
-from branchline.resource.v1.vocabulary_pb2 import (
+from branchline.v1 import organizations_pb2, tasks_pb2, users_pb2, watches_pb2
+from branchline.v1.sessions_pb2 import TranscriptEntry
+from branchline.v1.tasks_pb2 import Task, TaskSummary
+from branchline.v1.users_pb2 import Draft, UserTaskState
+from branchline.v1.vocabulary_pb2 import (
     ENTITY_KIND_TASK,
     ENTITY_KIND_TRANSCRIPT_ENTRY,
     ENTITY_KIND_USER_TASK_STATE,
 )
-from branchline.resource.v1.watch_pb2 import WatchChange, WatchFrame
+from branchline.v1.watches_pb2 import WatchChange, WatchFrame
 
 from services.runtime.spine.tokens import Position, parse_resume_token, resume_token
 from tests.support.stack import Stack, eventually, failure, request_id
 
-RESET, SYNCED = watch_pb2.WATCH_FRAME_KIND_RESET, watch_pb2.WATCH_FRAME_KIND_SYNCED
-IDLE = task_pb2.TASK_STATUS_IDLE
+RESET, SYNCED = watches_pb2.WATCH_FRAME_KIND_RESET, watches_pb2.WATCH_FRAME_KIND_SYNCED
+IDLE = tasks_pb2.TASK_STATUS_IDLE
 STATE = ENTITY_KIND_USER_TASK_STATE
 
 

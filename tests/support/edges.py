@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from branchline.resource.v1.task_pb2 import Task
-from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_TASK
-from branchline.spine.v1 import push_pb2_grpc
+from branchline.v1.tasks_pb2 import Task
+from branchline.v1.vocabulary_pb2 import ENTITY_KIND_TASK
+from branchline_internal.spine.v1 import push_pb2_grpc
 from sqlalchemy import MetaData, bindparam, select
 
 from services.runtime.clock import Clock

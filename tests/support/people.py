@@ -10,19 +10,18 @@ from typing import Any, TypeVar
 
 import grpc
 from branchline.client import Client
-from branchline.gateway.v1 import sessions_pb2, tasks_pb2
-from branchline.resource.v1 import session_pb2, task_pb2
-from branchline.resource.v1.session_pb2 import TranscriptEntry
-from branchline.resource.v1.task_pb2 import Task
+from branchline.v1 import sessions_pb2, tasks_pb2
+from branchline.v1.sessions_pb2 import TranscriptEntry
+from branchline.v1.tasks_pb2 import Task
 
 from tests.support.stack import eventually
 
 RESTING = frozenset(
     {
-        task_pb2.TASK_STATUS_IDLE,
-        task_pb2.TASK_STATUS_ERROR,
-        task_pb2.TASK_STATUS_ARCHIVED,
-        task_pb2.TASK_STATUS_KILLED,
+        tasks_pb2.TASK_STATUS_IDLE,
+        tasks_pb2.TASK_STATUS_ERROR,
+        tasks_pb2.TASK_STATUS_ARCHIVED,
+        tasks_pb2.TASK_STATUS_KILLED,
     }
 )
 _PASSES = frozenset(
@@ -190,7 +189,7 @@ class Person:
 
     async def _question(self, promise: Promise) -> TranscriptEntry | None:
         """Return the question once it is asked; None if the turn is over before."""
-        kind = session_pb2.TRANSCRIPT_ENTRY_KIND_PERMISSION
+        kind = sessions_pb2.TRANSCRIPT_ENTRY_KIND_PERMISSION
 
         async def look() -> list[TranscriptEntry] | None:
             entries = await transcript(self.client, promise.task_id, promise.session_id)
@@ -218,7 +217,7 @@ class Person:
         except TimeoutError:
             self.stuck.append(f"does not come to rest: {(await get_task(self.client, task_id)).task}")
             return False
-        if task.status == task_pb2.TASK_STATUS_ERROR and self.chance.random() < 0.5:
+        if task.status == tasks_pb2.TASK_STATUS_ERROR and self.chance.random() < 0.5:
             request = tasks_pb2.RetryTaskRequest(request_id=uuid.uuid4().hex, task_id=task_id)
             if await self._twice(self.client.tasks.RetryTask, request) is not None:
                 return await self._rest(task_id)

@@ -13,7 +13,7 @@ from pathlib import Path
 import grpc
 import psutil
 from branchline.client import Client
-from branchline.gateway.v1 import users_pb2
+from branchline.v1 import users_pb2
 
 from cli.installation import SERVICES, scripted_agents, socket_folder
 from services.sandbox.providers.ports import free_port

@@ -9,7 +9,7 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message_factory import GetMessageClass
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-PACKAGE = "branchline.gateway.v1."
+PACKAGE = "branchline.v1."
 
 
 def reflected(address: str) -> list[MethodDescriptor]:

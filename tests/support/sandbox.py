@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 
 import grpc
 import psutil
-from branchline.resource.v1 import session_pb2
-from branchline.resource.v1.sandbox_pb2 import Sandbox
-from branchline.resource.v1.session_pb2 import TranscriptEntry
-from branchline.sandbox.v1 import sandbox_pb2, sandbox_pb2_grpc
-from branchline.sandbox.v1.sandbox_pb2 import AgentSession
-from branchline.spine.v1 import push_pb2, push_pb2_grpc
+from branchline.v1 import sessions_pb2
+from branchline.v1.sandboxes_pb2 import Sandbox
+from branchline.v1.sessions_pb2 import TranscriptEntry
+from branchline_internal.sandbox.v1 import sandbox_pb2, sandbox_pb2_grpc
+from branchline_internal.sandbox.v1.sandbox_pb2 import AgentSession
+from branchline_internal.spine.v1 import push_pb2, push_pb2_grpc
 
 from cli.installation import python_paths
 from services.runtime.client import open_channel
@@ -82,13 +82,13 @@ class Coordinator(push_pb2_grpc.PushServiceServicer):
 
     def ended(self, turn: int, session: str = SESSION) -> AgentSession | None:
         """Return how a turn ended, if it did."""
-        over = (session_pb2.SESSION_STATUS_IDLE, session_pb2.SESSION_STATUS_ERROR, session_pb2.SESSION_STATUS_CLOSED)
+        over = (sessions_pb2.SESSION_STATUS_IDLE, sessions_pb2.SESSION_STATUS_ERROR, sessions_pb2.SESSION_STATUS_CLOSED)
         found = [state for state in self.sessions if state.session_id == session]
         return next((state for state in found if state.turn == turn and state.status in over), None)
 
     def said(self, session: str = SESSION) -> str:
         """Return all that the agent said, in order."""
-        kind = session_pb2.TRANSCRIPT_ENTRY_KIND_AGENT_MESSAGE
+        kind = sessions_pb2.TRANSCRIPT_ENTRY_KIND_AGENT_MESSAGE
         found = [entry for entry in self.entries.values() if entry.session_id == session and entry.kind == kind]
         return "".join(entry.text for entry in sorted(found, key=lambda entry: int(entry.id.rpartition("_")[2])))
 

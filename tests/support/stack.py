@@ -12,12 +12,11 @@ from typing import Any, TypeVar
 
 import grpc
 from branchline.client import Client
-from branchline.gateway.v1 import organizations_pb2, repositories_pb2, sessions_pb2, tasks_pb2
-from branchline.organization.v1 import organization_pb2 as internal_organization_pb2
-from branchline.organization.v1.organization_pb2_grpc import OrganizationServiceStub
-from branchline.resource.v1 import organization_pb2, task_pb2
-from branchline.resource.v1.session_pb2 import Attachment, TranscriptEntry
-from branchline.resource.v1.task_pb2 import Task
+from branchline.v1 import organizations_pb2, repositories_pb2, sessions_pb2, tasks_pb2
+from branchline.v1.sessions_pb2 import Attachment, TranscriptEntry
+from branchline.v1.tasks_pb2 import Task
+from branchline_internal.organization.v1 import organization_pb2 as internal_organization_pb2
+from branchline_internal.organization.v1.organization_pb2_grpc import OrganizationServiceStub
 from google.rpc import error_details_pb2
 
 from cli.calls import operating
@@ -104,7 +103,7 @@ class Stack:
     async def ready_task(self, repository_id: str = "", **fields: Any) -> Task:
         """Create a task and wait until it is idle, its text unsent."""
         task = await self.create_task(repository_id or await self.add_repository(), hold_prompt=True, **fields)
-        return await self.until(task.id, task_pb2.TASK_STATUS_IDLE)
+        return await self.until(task.id, tasks_pb2.TASK_STATUS_IDLE)
 
     async def task(self, task_id: str) -> Task:
         return (await self.client.tasks.GetTask(tasks_pb2.GetTaskRequest(task_id=task_id))).task
@@ -152,7 +151,7 @@ class Stack:
         return list(answer.entries)
 
     async def new_member(
-        self, role: organization_pb2.Role.ValueType = organization_pb2.ROLE_MEMBER, organization_id: str = ""
+        self, role: organizations_pb2.Role.ValueType = organizations_pb2.ROLE_MEMBER, organization_id: str = ""
     ) -> tuple[Client, str]:
         """Add a member; return a client of theirs and their user id."""
         email = f"{uuid.uuid4().hex}@example.com"
@@ -185,7 +184,7 @@ class Stack:
                 request_id=request_id(),
                 slug=slug or f"o{uuid.uuid4().hex[:12]}",
                 display_name="Other",
-                kind=organization_pb2.ORGANIZATION_KIND_TEAM,
+                kind=organizations_pb2.ORGANIZATION_KIND_TEAM,
             )
         )
         return answer.organization.id

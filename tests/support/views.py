@@ -6,9 +6,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Self
 
-from branchline.resource.v1 import watch_pb2
-from branchline.resource.v1.vocabulary_pb2 import EntityKind
-from branchline.resource.v1.watch_pb2 import WatchFrame
+from branchline.v1 import watches_pb2
+from branchline.v1.vocabulary_pb2 import EntityKind
+from branchline.v1.watches_pb2 import WatchFrame
 
 Key = tuple[EntityKind.ValueType, str]
 
@@ -46,10 +46,10 @@ class View:
 
     def take(self, frame: WatchFrame) -> None:
         """Apply a frame. Fail if it brings an older state than one that is held."""
-        if frame.kind == watch_pb2.WATCH_FRAME_KIND_RESET:
+        if frame.kind == watches_pb2.WATCH_FRAME_KIND_RESET:
             self.held.clear()
             self.resets += 1
-        self.synced = self.synced or frame.kind == watch_pb2.WATCH_FRAME_KIND_SYNCED
+        self.synced = self.synced or frame.kind == watches_pb2.WATCH_FRAME_KIND_SYNCED
         for change in frame.changes:
             key = (change.kind, change.id)
             held = self.held.get(key)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
-from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_DATABASE_BUSY, ERROR_REASON_DATABASE_UNAVAILABLE
+from branchline.v1.vocabulary_pb2 import ERROR_REASON_DATABASE_BUSY, ERROR_REASON_DATABASE_UNAVAILABLE
 
 from services.runtime.database.statement import Compiled, Parameters, Statement, Values
 from services.runtime.errors import Unavailable

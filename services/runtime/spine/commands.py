@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Awaitable, Callable
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
-from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_REQUEST_ID_REUSED
+from branchline.v1.vocabulary_pb2 import ERROR_REASON_REQUEST_ID_REUSED
 from google.protobuf.message import Message
 from sqlalchemy import bindparam, delete, select
 

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 import grpc
-from branchline.resource.v1 import vocabulary_pb2 as words
+from branchline.v1 import vocabulary_pb2 as words
 
 from services.runtime.errors import error_reason, is_permanent, reason_of, status_code
 from services.runtime.logging import get_logger

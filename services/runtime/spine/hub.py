@@ -10,8 +10,8 @@ from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from weakref import WeakValueDictionary
 
-from branchline.resource.v1.vocabulary_pb2 import EntityKind
-from branchline.resource.v1.watch_pb2 import WatchChange
+from branchline.v1.vocabulary_pb2 import EntityKind
+from branchline.v1.watches_pb2 import WatchChange
 
 PENDING_CHANGES = 512
 PENDING_BYTES = 4 * 1024 * 1024

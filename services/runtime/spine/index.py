@@ -15,9 +15,9 @@ from operator import itemgetter
 from types import MappingProxyType
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
-from branchline.resource.v1 import vocabulary_pb2 as words
-from branchline.resource.v1.watch_pb2 import WatchChange
-from branchline.spine.v1.push_pb2 import ConsistencyPoint
+from branchline.v1 import vocabulary_pb2 as words
+from branchline.v1.watches_pb2 import WatchChange
+from branchline_internal.spine.v1.push_pb2 import ConsistencyPoint
 from google.protobuf.message import Message
 from sqlalchemy import (
     BindParameter,

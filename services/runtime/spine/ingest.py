@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import grpc
-from branchline.spine.v1 import push_pb2, push_pb2_grpc
+from branchline_internal.spine.v1 import push_pb2, push_pb2_grpc
 from google.protobuf.message import Message
 
 from services.runtime.database import Database, Tx

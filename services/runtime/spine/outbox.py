@@ -16,7 +16,7 @@ from functools import cache, partial
 from typing import Any as AnyValue
 from typing import NamedTuple
 
-from branchline.resource.v1.vocabulary_pb2 import ERROR_REASON_QUOTA_EXCEEDED
+from branchline.v1.vocabulary_pb2 import ERROR_REASON_QUOTA_EXCEEDED
 from google.protobuf.any_pb2 import Any
 from google.protobuf.message import Message
 from sqlalchemy import bindparam, delete, func, select, update

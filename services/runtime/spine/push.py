@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
-from branchline.spine.v1 import push_pb2, push_pb2_grpc
+from branchline_internal.spine.v1 import push_pb2, push_pb2_grpc
 
 from services.runtime.logging import get_logger
 from services.runtime.loops import being_cancelled

@@ -3,8 +3,8 @@
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
-from branchline.resource.v1.watch_pb2 import WatchChange, WatchFrame
-from branchline.spine.v1.push_pb2 import WatchSelection
+from branchline.v1.watches_pb2 import WatchChange, WatchFrame
+from branchline_internal.spine.v1.push_pb2 import WatchSelection
 
 from services.runtime.spine.hub import Hub, Kind
 from services.runtime.spine.index import Index

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from branchline.resource.v1 import vocabulary_pb2 as words
-from branchline.resource.v1.vocabulary_pb2 import EntityKind, ErrorReason
-from branchline.spine.v1.push_pb2 import ConsistencyPoint, CursorValue, EntityRevision, PageCursor, ResumePoint
+from branchline.v1 import vocabulary_pb2 as words
+from branchline.v1.vocabulary_pb2 import EntityKind, ErrorReason
+from branchline_internal.spine.v1.push_pb2 import ConsistencyPoint, CursorValue, EntityRevision, PageCursor, ResumePoint
 from google.protobuf.message import DecodeError, Message
 
 from services.runtime.errors import InvalidArgument

@@ -10,8 +10,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from dataclasses import dataclass
 from typing import Protocol
 
-from branchline.resource.v1 import watch_pb2
-from branchline.resource.v1.watch_pb2 import WatchChange, WatchFrame
+from branchline.v1 import watches_pb2
+from branchline.v1.watches_pb2 import WatchChange, WatchFrame
 
 from services.runtime.spine.chunks import parts
 from services.runtime.spine.hub import Hub
@@ -109,7 +109,7 @@ async def watch(source: Source, wanted: Watch) -> AsyncGenerator[WatchFrame, Non
                 for frame in _opening(wanted, page):
                     yield frame
             assert position is not None, "the last page of a source has a position"
-            yield _frame(wanted, watch_pb2.WATCH_FRAME_KIND_SYNCED, position)
+            yield _frame(wanted, watches_pb2.WATCH_FRAME_KIND_SYNCED, position)
             if wanted.until_synced:
                 return
             sent = clock()
@@ -129,14 +129,14 @@ async def watch(source: Source, wanted: Watch) -> AsyncGenerator[WatchFrame, Non
                 fresh.sort(key=lambda change: change.change_seq)
                 for chunk in parts(filter(wanted.visible, fresh), size_of, FRAME_CHANGES):
                     position = Position(position.epoch, chunk[-1].change_seq)
-                    yield _frame(wanted, watch_pb2.WATCH_FRAME_KIND_CHANGES, position, chunk)
+                    yield _frame(wanted, watches_pb2.WATCH_FRAME_KIND_CHANGES, position, chunk)
                     sent = clock()
                     told = True
                 if fresh:
                     position = Position(position.epoch, fresh[-1].change_seq)
                 if clock() - sent >= wanted.heartbeat_seconds:
                     if source.live:
-                        yield _frame(wanted, watch_pb2.WATCH_FRAME_KIND_HEARTBEAT, position)
+                        yield _frame(wanted, watches_pb2.WATCH_FRAME_KIND_HEARTBEAT, position)
                     sent = clock()
 
 
@@ -148,17 +148,17 @@ def size_of(change: WatchChange) -> int:
 def _opening(wanted: Watch, page: Page) -> list[WatchFrame]:
     frames: list[WatchFrame] = []
     if page.reset:
-        frames.append(WatchFrame(kind=watch_pb2.WATCH_FRAME_KIND_RESET))
+        frames.append(WatchFrame(kind=watches_pb2.WATCH_FRAME_KIND_RESET))
     changes = [change for change in page.changes if wanted.visible(change)]
     if changes and page.snapshot:
-        frames.append(WatchFrame(kind=watch_pb2.WATCH_FRAME_KIND_SNAPSHOT, changes=changes))
+        frames.append(WatchFrame(kind=watches_pb2.WATCH_FRAME_KIND_SNAPSHOT, changes=changes))
     elif changes and page.position is not None:
-        frames.append(_frame(wanted, watch_pb2.WATCH_FRAME_KIND_CHANGES, page.position, changes))
+        frames.append(_frame(wanted, watches_pb2.WATCH_FRAME_KIND_CHANGES, page.position, changes))
     return frames
 
 
 def _frame(
-    wanted: Watch, kind: watch_pb2.WatchFrameKind.ValueType, position: Position, changes: Sequence[WatchChange] = ()
+    wanted: Watch, kind: watches_pb2.WatchFrameKind.ValueType, position: Position, changes: Sequence[WatchChange] = ()
 ) -> WatchFrame:
     token = resume_token(wanted.topic, position)
     return WatchFrame(kind=kind, changes=changes, change_seq=position.change_seq, resume_token=token)

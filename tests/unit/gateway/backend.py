@@ -14,15 +14,15 @@ from typing import Any
 import grpc
 import psutil
 from branchline.client import Client
-from branchline.gateway.v1 import organizations_pb2, organizations_pb2_grpc, tasks_pb2, tasks_pb2_grpc
-from branchline.organization.v1 import organization_pb2, organization_pb2_grpc
-from branchline.repository.v1 import repository_pb2, repository_pb2_grpc
-from branchline.resource.v1 import vocabulary_pb2 as words
-from branchline.resource.v1.organization_pb2 import ROLE_ADMIN, Member
-from branchline.resource.v1.task_pb2 import Task
-from branchline.resource.v1.user_pb2 import User, UserTaskState
-from branchline.resource.v1.watch_pb2 import WATCH_FRAME_KIND_SYNCED, WatchChange, WatchFrame
-from branchline.spine.v1.push_pb2 import WatchSelection
+from branchline.v1 import organizations_pb2, organizations_pb2_grpc, tasks_pb2, tasks_pb2_grpc
+from branchline.v1 import vocabulary_pb2 as words
+from branchline.v1.organizations_pb2 import ROLE_ADMIN, Member
+from branchline.v1.tasks_pb2 import Task
+from branchline.v1.users_pb2 import User, UserTaskState
+from branchline.v1.watches_pb2 import WATCH_FRAME_KIND_SYNCED, WatchChange, WatchFrame
+from branchline_internal.organization.v1 import organization_pb2, organization_pb2_grpc
+from branchline_internal.repository.v1 import repository_pb2, repository_pb2_grpc
+from branchline_internal.spine.v1.push_pb2 import WatchSelection
 from sqlalchemy import MetaData
 
 from gateway.service import GatewayConfig, build

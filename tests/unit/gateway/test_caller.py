@@ -6,8 +6,8 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
-from branchline.organization.v1.organization_pb2 import AuthenticateRequest, AuthenticateResponse
-from branchline.resource.v1.user_pb2 import User
+from branchline.v1.users_pb2 import User
+from branchline_internal.organization.v1.organization_pb2 import AuthenticateRequest, AuthenticateResponse
 
 from gateway.caller import Authenticator, Caller
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from branchline.resource.v1.watch_pb2 import WATCH_FRAME_KIND_SYNCED as SYNCED
-from branchline.spine.v1.push_pb2 import WatchSelection
+from branchline.v1.watches_pb2 import WATCH_FRAME_KIND_SYNCED as SYNCED
+from branchline_internal.spine.v1.push_pb2 import WatchSelection
 
 from gateway import replica as replicas
 from gateway.replica import Replica

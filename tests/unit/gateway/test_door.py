@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
-from branchline.gateway.v1 import organizations_pb2, tasks_pb2
+from branchline.v1 import organizations_pb2, tasks_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from gateway import watches
@@ -26,7 +26,7 @@ from tests.unit.gateway.backend import (
     until_synced,
 )
 
-GET_TASK = "/branchline.gateway.v1.TaskService/GetTask"
+GET_TASK = "/branchline.v1.TaskService/GetTask"
 GET = tasks_pb2.GetTaskRequest(task_id="task_1")
 
 

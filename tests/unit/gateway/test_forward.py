@@ -9,8 +9,8 @@ from typing import Any, cast
 import grpc
 import pytest
 import pytest_asyncio
-from branchline.gateway.v1 import history_pb2, organizations_pb2, sessions_pb2, tasks_pb2, users_pb2
-from branchline.resource.v1.user_pb2 import UserPreferences
+from branchline.v1 import history_pb2, organizations_pb2, sessions_pb2, tasks_pb2, users_pb2
+from branchline.v1.users_pb2 import UserPreferences
 from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2
 from hypothesis import HealthCheck, given, settings
@@ -22,7 +22,7 @@ from services.runtime.spine.tokens import consistency_token
 from tests.support.messages import messages
 from tests.unit.gateway.backend import ORGANIZATION_ID, TASK, Backend, task_entry
 
-GET_TASK = "/branchline.gateway.v1.TaskService/GetTask"
+GET_TASK = "/branchline.v1.TaskService/GetTask"
 BEARER = (("authorization", "Bearer token"),)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from branchline.gateway.v1 import tasks_pb2
+from branchline.v1 import tasks_pb2
 
 from gateway import allowance, caller, watches
 from gateway.allowance import RUNNING

@@ -7,8 +7,7 @@ from pathlib import Path
 import grpc
 import pytest
 import pytest_asyncio
-from branchline.gateway.v1 import history_pb2, tasks_pb2
-from branchline.resource.v1 import watch_pb2
+from branchline.v1 import history_pb2, tasks_pb2, watches_pb2
 
 from gateway import replica as replicas
 from gateway import ring as rings
@@ -29,11 +28,11 @@ from tests.unit.gateway.backend import (
 )
 
 RESET, SNAPSHOT, SYNCED = (
-    watch_pb2.WATCH_FRAME_KIND_RESET,
-    watch_pb2.WATCH_FRAME_KIND_SNAPSHOT,
-    watch_pb2.WATCH_FRAME_KIND_SYNCED,
+    watches_pb2.WATCH_FRAME_KIND_RESET,
+    watches_pb2.WATCH_FRAME_KIND_SNAPSHOT,
+    watches_pb2.WATCH_FRAME_KIND_SYNCED,
 )
-CHANGES = watch_pb2.WATCH_FRAME_KIND_CHANGES
+CHANGES = watches_pb2.WATCH_FRAME_KIND_CHANGES
 TOPIC = f"organization/{ORGANIZATION_ID}/usr_1"
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
-from branchline.resource.v1.watch_pb2 import WATCH_FRAME_KIND_RESET, WatchChange, WatchFrame
-from branchline.spine.v1.push_pb2 import WatchSelection
+from branchline.v1.watches_pb2 import WATCH_FRAME_KIND_RESET, WatchChange, WatchFrame
+from branchline_internal.spine.v1.push_pb2 import WatchSelection
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from branchline.github_data.v1.github_data_pb2 import GithubRepository
-from branchline.resource.v1.organization_pb2 import GithubStatus
+from branchline.v1.organizations_pb2 import GithubStatus
+from branchline_internal.github_data.v1.github_data_pb2 import GithubRepository
 from githubkit import GitHub
 from google.protobuf.message import Message
 from sqlalchemy import select

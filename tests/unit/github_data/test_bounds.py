@@ -1,7 +1,7 @@
 """How much of a repository is reported. F22."""
 
-from branchline.github_data.v1.github_data_pb2 import GithubRepository
-from branchline.resource.v1.repository_pb2 import Branch, PullRequest
+from branchline.v1.repositories_pb2 import Branch, PullRequest
+from branchline_internal.github_data.v1.github_data_pb2 import GithubRepository
 
 from services.github_data.bounds import REPORT_BYTES, bounded
 

@@ -3,8 +3,8 @@
 from typing import Any
 
 import pytest
-from branchline.resource.v1 import organization_pb2
-from branchline.resource.v1.organization_pb2 import GithubStatus
+from branchline.v1 import organizations_pb2
+from branchline.v1.organizations_pb2 import GithubStatus
 
 from services.runtime.database import Reader
 from tests.unit.github_data.conftest import FakeGithub, Room
@@ -17,7 +17,7 @@ async def test_one_organizations_slow_github_does_not_hold_up_another(room: Room
 
     status = await room.status("org_fast")
 
-    assert status.connection == organization_pb2.GITHUB_CONNECTION_CONNECTED
+    assert status.connection == organizations_pb2.GITHUB_CONNECTION_CONNECTED
     assert (await room.repositories())["org_fast"].full_name == "acme/shop"
     assert [one.organization_id for one in await room.marked(GithubStatus)] == ["org_fast"]
 
@@ -29,7 +29,7 @@ async def test_reading_an_account_has_a_deadline(room: Room, github: FakeGithub)
 
     status = await room.status("org_1")
 
-    assert status.connection == organization_pb2.GITHUB_CONNECTION_FAILING
+    assert status.connection == organizations_pb2.GITHUB_CONNECTION_FAILING
     assert "took longer than" in status.detail
 
 
@@ -42,8 +42,8 @@ async def test_an_answer_that_makes_no_sense_is_said_and_the_next_sync_goes_on(r
     await room.want("org_1", "acme")
     second = await room.status("org_1", revision=2)
 
-    assert first.connection == organization_pb2.GITHUB_CONNECTION_FAILING
-    assert second.connection == organization_pb2.GITHUB_CONNECTION_CONNECTED
+    assert first.connection == organizations_pb2.GITHUB_CONNECTION_FAILING
+    assert second.connection == organizations_pb2.GITHUB_CONNECTION_CONNECTED
     assert (second.detail, second.repository_count) == ("", 1)
 
 
@@ -62,7 +62,7 @@ async def test_the_loop_lives_through_errors_of_the_database(room: Room, monkeyp
         await read(Reader.is_outage, OSError())
     await room.want("org_2", "acme")
 
-    assert (await room.status("org_1")).connection == organization_pb2.GITHUB_CONNECTION_CONNECTED
+    assert (await room.status("org_1")).connection == organizations_pb2.GITHUB_CONNECTION_CONNECTED
 
 
 async def test_a_wish_during_a_sync_is_fulfilled_after_it(room: Room, github: FakeGithub) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from branchline.resource.v1 import organization_pb2, task_pb2
-from branchline.resource.v1.organization_pb2 import ROLE_OWNER, Organization, Role
-from branchline.resource.v1.repository_pb2 import Repository
-from branchline.resource.v1.task_pb2 import TaskSummary
-from branchline.resource.v1.user_pb2 import User
-from branchline.spine.v1.push_pb2 import PushEntry, PushRequest
+from branchline.v1 import organizations_pb2, tasks_pb2
+from branchline.v1.organizations_pb2 import ROLE_OWNER, Organization, Role
+from branchline.v1.repositories_pb2 import Repository
+from branchline.v1.tasks_pb2 import TaskSummary
+from branchline.v1.users_pb2 import User
+from branchline_internal.spine.v1.push_pb2 import PushEntry, PushRequest
 from google.protobuf.message import Message
 from sqlalchemy import bindparam, select
 
@@ -78,7 +78,7 @@ class Room:
 
     async def found(self, slug: str = "acme", *, owner: str = "usr_owner") -> Organization:
         """Found an organization; its owner is the caller from now on."""
-        organization = Organization(slug=slug, display_name=slug.title(), kind=organization_pb2.ORGANIZATION_KIND_TEAM)
+        organization = Organization(slug=slug, display_name=slug.title(), kind=organizations_pb2.ORGANIZATION_KIND_TEAM)
         user = User(id=owner, display_name=owner, email=f"{owner}@example.com", revision=1)
         await self.push((user, False))
         await self.database.write(self.stores.organizations.found, organization, user)
@@ -147,7 +147,7 @@ def summary(organization_id: str, repository_id: str, number: int, **fields: Any
         repository_id=repository_id,
         title=fields.pop("title", f"Task {number}"),
         branch=f"feat/{number}",
-        status=fields.pop("status", task_pb2.TASK_STATUS_IDLE),
+        status=fields.pop("status", tasks_pb2.TASK_STATUS_IDLE),
         revision=fields.pop("revision", 1),
         **fields,
     )

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import grpc
 import pytest
-from branchline.gateway.v1 import organizations_pb2 as api
-from branchline.gateway.v1.organizations_pb2_grpc import OrganizationServiceStub as PublicStub
-from branchline.organization.v1 import organization_pb2
-from branchline.organization.v1.organization_pb2_grpc import OrganizationServiceStub
-from branchline.resource.v1.organization_pb2 import ROLE_ADMIN, ROLE_MEMBER, ROLE_OWNER, ROLE_VIEWER, Role
-from branchline.user.v1.user_pb2 import CreateUserRequest
-from branchline.user.v1.user_pb2_grpc import UserServiceStub
+from branchline.v1 import organizations_pb2 as api
+from branchline.v1.organizations_pb2 import ROLE_ADMIN, ROLE_MEMBER, ROLE_OWNER, ROLE_VIEWER, Role
+from branchline.v1.organizations_pb2_grpc import OrganizationServiceStub as PublicStub
+from branchline_internal.organization.v1 import organization_pb2
+from branchline_internal.organization.v1.organization_pb2_grpc import OrganizationServiceStub
+from branchline_internal.user.v1.user_pb2 import CreateUserRequest
+from branchline_internal.user.v1.user_pb2_grpc import UserServiceStub
 
 from services.organization.service import OrganizationConfig
 from services.organization.service import build as build_organization

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from branchline.gateway.v1 import tasks_pb2
-from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_TASK
-from branchline.spine.v1.push_pb2 import ConsistencyPoint
+from branchline.v1 import tasks_pb2
+from branchline.v1.vocabulary_pb2 import ENTITY_KIND_TASK
+from branchline_internal.spine.v1.push_pb2 import ConsistencyPoint
 
 from services.runtime.database.sqlite import SqliteDatabase
 from services.runtime.spine.tokens import Position

@@ -2,18 +2,18 @@
 
 from typing import Any
 
-from branchline.organization.v1 import organization_pb2
-from branchline.resource.v1.history_pb2 import HistoryEvent
-from branchline.resource.v1.organization_pb2 import ROLE_MEMBER
-from branchline.resource.v1.task_pb2 import TaskSummary
-from branchline.resource.v1.user_pb2 import ApiToken, User, UserTaskState
-from branchline.resource.v1.vocabulary_pb2 import (
+from branchline.v1.history_pb2 import HistoryEvent
+from branchline.v1.organizations_pb2 import ROLE_MEMBER
+from branchline.v1.tasks_pb2 import TaskSummary
+from branchline.v1.users_pb2 import ApiToken, User, UserTaskState
+from branchline.v1.vocabulary_pb2 import (
     ENTITY_KIND_USER_TASK_STATE,
     EVENT_KIND_AGENT_FINISHED,
     EVENT_KIND_TASK_CREATED,
 )
-from branchline.spine.v1.push_pb2 import WatchSelection
-from branchline.user.v1.user_pb2 import ApiTokenState, ForgetTaskStatesRequest, MarkUnreadRequest
+from branchline_internal.organization.v1 import organization_pb2
+from branchline_internal.spine.v1.push_pb2 import WatchSelection
+from branchline_internal.user.v1.user_pb2 import ApiTokenState, ForgetTaskStatesRequest, MarkUnreadRequest
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.organization.destinations import TO_HISTORY, TO_USER

@@ -3,9 +3,9 @@
 from typing import Any
 
 import pytest
-from branchline.gateway.v1 import history_pb2, repositories_pb2
-from branchline.resource.v1.history_pb2 import HistoryEvent
-from branchline.resource.v1.vocabulary_pb2 import EVENT_KIND_AGENT_FINISHED, EVENT_KIND_TASK_CREATED
+from branchline.v1 import history_pb2, repositories_pb2
+from branchline.v1.history_pb2 import HistoryEvent
+from branchline.v1.vocabulary_pb2 import EVENT_KIND_AGENT_FINISHED, EVENT_KIND_TASK_CREATED
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.organization.repositories import FIRST_PAGE, NEXT_PAGE

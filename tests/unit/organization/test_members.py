@@ -5,17 +5,17 @@ import uuid
 from typing import Any
 
 import pytest
-from branchline.gateway.v1 import organizations_pb2 as api
-from branchline.gateway.v1 import users_pb2
-from branchline.resource.v1.history_pb2 import HistoryEvent
-from branchline.resource.v1.organization_pb2 import ROLE_ADMIN, ROLE_MEMBER, ROLE_OWNER, ROLE_VIEWER, Role
-from branchline.resource.v1.user_pb2 import User
-from branchline.resource.v1.vocabulary_pb2 import (
+from branchline.v1 import organizations_pb2 as api
+from branchline.v1 import users_pb2
+from branchline.v1.history_pb2 import HistoryEvent
+from branchline.v1.organizations_pb2 import ROLE_ADMIN, ROLE_MEMBER, ROLE_OWNER, ROLE_VIEWER, Role
+from branchline.v1.users_pb2 import User
+from branchline.v1.vocabulary_pb2 import (
     ENTITY_KIND_MEMBER,
     EVENT_KIND_MEMBER_REMOVED,
     EVENT_KIND_MEMBER_UPDATED,
 )
-from branchline.user.v1.user_pb2 import ForgetTaskStatesRequest
+from branchline_internal.user.v1.user_pb2 import ForgetTaskStatesRequest
 
 from services.organization.destinations import TO_HISTORY, TO_USER
 from services.organization.members import MOST_ADDED, MOST_ADDED_BY_ONE, MOST_MEMBERS, MOST_MEMBERSHIPS, member_id

@@ -5,11 +5,11 @@ import uuid
 from typing import Any
 
 import pytest
-from branchline.gateway.v1 import organizations_pb2, repositories_pb2
-from branchline.github_data.v1.github_data_pb2 import SyncOrganizationRequest
-from branchline.organization.v1 import organization_pb2
-from branchline.resource.v1.organization_pb2 import ORGANIZATION_KIND_TEAM, Organization, OrganizationSettings
-from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_ORGANIZATION
+from branchline.v1 import organizations_pb2, repositories_pb2
+from branchline.v1.organizations_pb2 import ORGANIZATION_KIND_TEAM, Organization, OrganizationSettings
+from branchline.v1.vocabulary_pb2 import ENTITY_KIND_ORGANIZATION
+from branchline_internal.github_data.v1.github_data_pb2 import SyncOrganizationRequest
+from branchline_internal.organization.v1 import organization_pb2
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from services.organization.destinations import TO_GITHUB_DATA

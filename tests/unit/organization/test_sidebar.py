@@ -1,10 +1,9 @@
 """The sidebar: pages in every order from an index, ended tasks aside, a batch in a handful of statements."""
 
 import pytest
-from branchline.gateway.v1 import tasks_pb2
-from branchline.resource.v1 import task_pb2
-from branchline.resource.v1.task_pb2 import TaskStatus
-from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_TASK
+from branchline.v1 import tasks_pb2
+from branchline.v1.tasks_pb2 import TaskStatus
+from branchline.v1.vocabulary_pb2 import ENTITY_KIND_TASK
 
 from services.organization.tables import WATCHED
 from services.organization.tasks import BY_CREATE_TIME, BY_TITLE, BY_UPDATE_TIME, Order, Shape, page_statement
@@ -12,7 +11,7 @@ from services.runtime.errors import InvalidArgument
 from tests.unit.organization.conftest import Room, call_as, summary
 
 ORDERS = [BY_UPDATE_TIME, BY_CREATE_TIME, BY_TITLE]
-IDLE, ARCHIVED, KILLED = task_pb2.TASK_STATUS_IDLE, task_pb2.TASK_STATUS_ARCHIVED, task_pb2.TASK_STATUS_KILLED
+IDLE, ARCHIVED, KILLED = tasks_pb2.TASK_STATUS_IDLE, tasks_pb2.TASK_STATUS_ARCHIVED, tasks_pb2.TASK_STATUS_KILLED
 
 
 async def fill(room: Room, count: int, *, status: TaskStatus.ValueType = IDLE, first: int = 0) -> None:

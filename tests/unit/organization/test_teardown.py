@@ -6,22 +6,22 @@ from contextlib import closing
 from typing import Any
 
 import pytest
-from branchline.gateway.v1 import organizations_pb2, repositories_pb2
-from branchline.github_data.v1.github_data_pb2 import DeleteOrganizationRequest, GithubRepository
-from branchline.history.v1.history_pb2 import DeleteFeedRequest
-from branchline.repository.v1.repository_pb2 import DeleteRepositoryRequest, EnsureRepositoryRequest
-from branchline.resource.v1.history_pb2 import HistoryEvent
-from branchline.resource.v1.organization_pb2 import ROLE_ADMIN, ROLE_MEMBER, GithubStatus
-from branchline.resource.v1.repository_pb2 import Repository
-from branchline.resource.v1.user_pb2 import UserTaskState
-from branchline.resource.v1.vocabulary_pb2 import (
+from branchline.v1 import organizations_pb2, repositories_pb2
+from branchline.v1.history_pb2 import HistoryEvent
+from branchline.v1.organizations_pb2 import ROLE_ADMIN, ROLE_MEMBER, GithubStatus
+from branchline.v1.repositories_pb2 import Repository
+from branchline.v1.users_pb2 import UserTaskState
+from branchline.v1.vocabulary_pb2 import (
     ENTITY_KIND_ORGANIZATION,
     ENTITY_KIND_REPOSITORY,
     ENTITY_KIND_TASK,
     EVENT_KIND_REPOSITORY_DELETED,
     EVENT_KIND_REPOSITORY_DELETING,
 )
-from branchline.user.v1.user_pb2 import ForgetTaskStatesRequest
+from branchline_internal.github_data.v1.github_data_pb2 import DeleteOrganizationRequest, GithubRepository
+from branchline_internal.history.v1.history_pb2 import DeleteFeedRequest
+from branchline_internal.repository.v1.repository_pb2 import DeleteRepositoryRequest, EnsureRepositoryRequest
+from branchline_internal.user.v1.user_pb2 import ForgetTaskStatesRequest
 
 from services.organization import repositories as repository_rules
 from services.organization.destinations import TO_GITHUB_DATA, TO_HISTORY, TO_REPOSITORY, TO_USER

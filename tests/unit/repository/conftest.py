@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from branchline.gateway.v1 import tasks_pb2
-from branchline.gateway.v1.tasks_pb2_grpc import TaskServiceStub
-from branchline.repository.v1.repository_pb2 import EnsureRepositoryRequest
-from branchline.repository.v1.repository_pb2_grpc import RepositoryServiceStub
-from branchline.resource.v1.repository_pb2 import Repository
-from branchline.resource.v1.task_pb2 import Task
-from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_TASK
-from branchline.spine.v1.push_pb2 import PushEntry, PushRequest
-from branchline.spine.v1.push_pb2_grpc import PushServiceStub
-from branchline.task.v1 import task_pb2
+from branchline.v1 import tasks_pb2
+from branchline.v1.repositories_pb2 import Repository
+from branchline.v1.tasks_pb2 import Task
+from branchline.v1.tasks_pb2_grpc import TaskServiceStub
+from branchline.v1.vocabulary_pb2 import ENTITY_KIND_TASK
+from branchline_internal.repository.v1.repository_pb2 import EnsureRepositoryRequest
+from branchline_internal.repository.v1.repository_pb2_grpc import RepositoryServiceStub
+from branchline_internal.spine.v1.push_pb2 import PushEntry, PushRequest
+from branchline_internal.spine.v1.push_pb2_grpc import PushServiceStub
+from branchline_internal.task.v1 import task_pb2
 from google.protobuf.message import Message
 from sqlalchemy import select
 

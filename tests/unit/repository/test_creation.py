@@ -5,12 +5,12 @@ from pathlib import Path
 
 import grpc
 import pytest
-from branchline.gateway.v1 import tasks_pb2
-from branchline.gateway.v1.tasks_pb2_grpc import TaskServiceStub
-from branchline.repository.v1.repository_pb2 import EnsureRepositoryRequest
-from branchline.resource.v1.repository_pb2 import Branch, PullRequest, Repository
-from branchline.resource.v1.task_pb2 import Task
-from branchline.task.v1.task_pb2 import CreateTaskRequest, SetPullRequestRequest
+from branchline.v1 import tasks_pb2
+from branchline.v1.repositories_pb2 import Branch, PullRequest, Repository
+from branchline.v1.tasks_pb2 import Task
+from branchline.v1.tasks_pb2_grpc import TaskServiceStub
+from branchline_internal.repository.v1.repository_pb2 import EnsureRepositoryRequest
+from branchline_internal.task.v1.task_pb2 import CreateTaskRequest, SetPullRequestRequest
 
 from services.repository.downward import TO_TASK
 from services.runtime.errors import AlreadyExists, NotFound

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import grpc
 import pytest
-from branchline.repository.v1.repository_pb2 import DeleteRepositoryRequest, EnsureRepositoryRequest
-from branchline.repository.v1.repository_pb2_grpc import RepositoryServiceStub
-from branchline.resource.v1 import task_pb2
-from branchline.resource.v1 import vocabulary_pb2 as words
-from branchline.resource.v1.history_pb2 import HistoryEvent
-from branchline.resource.v1.repository_pb2 import Branch, Repository
-from branchline.resource.v1.sandbox_pb2 import Sandbox
-from branchline.resource.v1.session_pb2 import Session, TranscriptEntry
-from branchline.resource.v1.task_pb2 import Task, TaskSummary
-from branchline.task.v1.task_pb2 import DeleteTaskRequest
+from branchline.v1 import tasks_pb2
+from branchline.v1 import vocabulary_pb2 as words
+from branchline.v1.history_pb2 import HistoryEvent
+from branchline.v1.repositories_pb2 import Branch, Repository
+from branchline.v1.sandboxes_pb2 import Sandbox
+from branchline.v1.sessions_pb2 import Session, TranscriptEntry
+from branchline.v1.tasks_pb2 import Task, TaskSummary
+from branchline_internal.repository.v1.repository_pb2 import DeleteRepositoryRequest, EnsureRepositoryRequest
+from branchline_internal.repository.v1.repository_pb2_grpc import RepositoryServiceStub
+from branchline_internal.task.v1.task_pb2 import DeleteTaskRequest
 from sqlalchemy import func, select
 
 from services.repository.deletion import TELL_AGAIN_SECONDS
@@ -58,7 +58,7 @@ async def delete(room: Room, repository_id: str = "repo_1") -> None:
 async def test_every_task_is_told_also_the_ended_ones_a_hundred_at_a_time(room: Room) -> None:
     await room.add_repository()
     tasks = [await room.create(branch=f"b{number}") for number in range(130)]
-    await room.push(newer(tasks[0], status=task_pb2.TASK_STATUS_ARCHIVED))
+    await room.push(newer(tasks[0], status=tasks_pb2.TASK_STATUS_ARCHIVED))
 
     await delete(room)
     await room.database.write(room.deletion.step)

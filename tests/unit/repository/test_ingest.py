@@ -3,14 +3,14 @@
 from datetime import timedelta
 
 import pytest
-from branchline.resource.v1 import task_pb2
-from branchline.resource.v1 import vocabulary_pb2 as words
-from branchline.resource.v1.history_pb2 import HistoryEvent
-from branchline.resource.v1.repository_pb2 import Repository
-from branchline.resource.v1.sandbox_pb2 import Sandbox
-from branchline.resource.v1.session_pb2 import Session, TranscriptEntry
-from branchline.resource.v1.task_pb2 import Task, TaskSummary
-from branchline.spine.v1.push_pb2 import PushRequest
+from branchline.v1 import tasks_pb2
+from branchline.v1 import vocabulary_pb2 as words
+from branchline.v1.history_pb2 import HistoryEvent
+from branchline.v1.repositories_pb2 import Repository
+from branchline.v1.sandboxes_pb2 import Sandbox
+from branchline.v1.sessions_pb2 import Session, TranscriptEntry
+from branchline.v1.tasks_pb2 import Task, TaskSummary
+from branchline_internal.spine.v1.push_pb2 import PushRequest
 
 from services.repository.ingest import RepositoryIngest
 from services.repository.store import RepositoryStore
@@ -29,7 +29,7 @@ async def test_a_batch_of_any_length_takes_the_same_number_of_statements(room: R
     def pushed_by(tasks: list[Task], revision: int) -> list[object]:
         pushed: list[object] = []
         for task in tasks:
-            pushed.append(newer(task, status=task_pb2.TASK_STATUS_ARCHIVED))
+            pushed.append(newer(task, status=tasks_pb2.TASK_STATUS_ARCHIVED))
             pushed.append(Session(id=f"ses_{task.id}", task_id=task.id, revision=revision))
             pushed.append(Sandbox(id=f"sbx_{task.id}", task_id=task.id, revision=revision))
             pushed.append(HistoryEvent(id=f"evt_{task.id}", organization_id="org_1"))
@@ -49,11 +49,11 @@ async def test_a_batch_of_any_length_takes_the_same_number_of_statements(room: R
 async def test_a_turn_that_begins_takes_six_statements(room: Room) -> None:  # C5
     await room.add_repository()
     task = await room.create(branch="topic")
-    await room.push(newer(task, status=task_pb2.TASK_STATUS_IDLE))
+    await room.push(newer(task, status=tasks_pb2.TASK_STATUS_IDLE))
 
     def turn() -> list[object]:
         return [
-            newer(task, revision=3, status=task_pb2.TASK_STATUS_RUNNING),
+            newer(task, revision=3, status=tasks_pb2.TASK_STATUS_RUNNING),
             Session(id="ses_1", task_id=task.id, revision=3),
             TranscriptEntry(id="ent_1", task_id=task.id, session_id="ses_1", position=1, revision=1),
             HistoryEvent(id="evt_1", organization_id="org_1"),
@@ -80,27 +80,27 @@ async def test_parts_that_come_with_the_end_of_their_task_are_ignored(room: Room
 async def test_an_archived_task_that_is_killed_never_takes_its_branch_back(room: Room) -> None:  # F9, F23
     await room.add_repository()
     first = await room.create(branch="topic")
-    archived = newer(first, status=task_pb2.TASK_STATUS_ARCHIVED)
+    archived = newer(first, status=tasks_pb2.TASK_STATUS_ARCHIVED)
     await room.push(archived)
     second = await room.create(branch="topic")
 
-    killing = newer(archived, status=task_pb2.TASK_STATUS_KILLING)
-    refused = [await room.push(killing), await room.push(newer(killing, status=task_pb2.TASK_STATUS_KILLED))]
+    killing = newer(archived, status=tasks_pb2.TASK_STATUS_KILLING)
+    refused = [await room.push(killing), await room.push(newer(killing, status=tasks_pb2.TASK_STATUS_KILLED))]
 
     assert refused == [{}, {}]
     holders = await room.database.read(room.store.branch_holders, "repo_1")
     assert holders == {"topic": second.id}
     held = await room.database.read(room.workbench.task, first.id, PRINCIPAL)
-    assert held.status == task_pb2.TASK_STATUS_KILLED
+    assert held.status == tasks_pb2.TASK_STATUS_KILLED
 
 
 async def test_no_status_of_an_ended_task_takes_its_branch_back(room: Room) -> None:  # F9
     await room.add_repository()
-    task = newer(await room.create(branch="topic"), status=task_pb2.TASK_STATUS_ARCHIVED)
+    task = newer(await room.create(branch="topic"), status=tasks_pb2.TASK_STATUS_ARCHIVED)
     await room.push(task)
     holder = await room.create(branch="topic")
 
-    for status in task_pb2.TaskStatus.values():
+    for status in tasks_pb2.TaskStatus.values():
         task = newer(task, status=status)
         assert await room.push(task) == {}
 
@@ -120,7 +120,7 @@ async def test_a_branch_that_another_task_holds_stays_with_it_and_the_conflict_i
     assert event.kind == words.EVENT_KIND_BRANCH_MOVED
     assert dict(event.details) == {"from": "topic", "to": "taken", "holder_task_id": holder.id}
 
-    await room.push(newer(holder, status=task_pb2.TASK_STATUS_KILLED), newer(newer(mover, branch="taken")))
+    await room.push(newer(holder, status=tasks_pb2.TASK_STATUS_KILLED), newer(newer(mover, branch="taken")))
 
     assert await room.database.read(room.store.branch_holders, "repo_1") == {"taken": mover.id}
 
@@ -143,7 +143,7 @@ async def test_one_batch_frees_a_branch_and_gives_it_away_in_any_order(room: Roo
     await room.add_repository()
     leaving, coming = await room.create(branch="a"), await room.create(branch="b")
 
-    refused = await room.push(newer(coming, branch="a"), newer(leaving, status=task_pb2.TASK_STATUS_ARCHIVED))
+    refused = await room.push(newer(coming, branch="a"), newer(leaving, status=tasks_pb2.TASK_STATUS_ARCHIVED))
 
     assert refused == {}
     assert await room.database.read(room.store.branch_holders, "repo_1") == {"a": coming.id}
@@ -167,7 +167,7 @@ async def test_the_repository_is_touched_once_for_a_batch(room: Room) -> None:
     tasks = await states(room, 5)
     ((before, _),) = await room.marked(Repository)
 
-    await room.push(*(newer(task, status=task_pb2.TASK_STATUS_KILLED) for task in tasks))
+    await room.push(*(newer(task, status=tasks_pb2.TASK_STATUS_KILLED) for task in tasks))
 
     ((after, _),) = await room.marked(Repository)
     assert (before.live_task_count, after.live_task_count) == (5, 0)
@@ -187,7 +187,7 @@ async def test_a_task_of_somebody_else_is_refused_without_its_neighbours(room: R
 async def test_older_states_change_nothing(room: Room) -> None:
     await room.add_repository()
     task = await room.create(branch="topic")
-    archived = newer(task, status=task_pb2.TASK_STATUS_ARCHIVED)
+    archived = newer(task, status=tasks_pb2.TASK_STATUS_ARCHIVED)
     await room.push(archived)
     marked = len(await room.marked(TaskSummary))
 
@@ -204,8 +204,8 @@ async def test_activity_is_noted_once_a_minute_whoever_asks(room: Room) -> None:
     revisions: list[int] = []
     for ahead in (0, 30, 58, 61):
         room.ahead.append(timedelta(seconds=ahead))
-        works = task.status == task_pb2.TASK_STATUS_RUNNING
-        task = newer(task, status=task_pb2.TASK_STATUS_IDLE if works else task_pb2.TASK_STATUS_RUNNING)
+        works = task.status == tasks_pb2.TASK_STATUS_RUNNING
+        task = newer(task, status=tasks_pb2.TASK_STATUS_IDLE if works else tasks_pb2.TASK_STATUS_RUNNING)
         fresh = RepositoryIngest(
             room.outbox, room.clock, RepositoryStore(room.outbox, room.clock), room.workbench, room.deletion
         )

@@ -1,6 +1,6 @@
 """The overview of branches. REP-6."""
 
-from branchline.resource.v1.repository_pb2 import Branch, PullRequest, Repository
+from branchline.v1.repositories_pb2 import Branch, PullRequest, Repository
 
 from services.repository.overview import overview
 

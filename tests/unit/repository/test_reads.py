@@ -5,19 +5,17 @@ from typing import Any
 
 import grpc
 import pytest
-from branchline.gateway.v1.repositories_pb2 import GetRepositoryOverviewRequest
-from branchline.gateway.v1.repositories_pb2_grpc import RepositoryServiceStub as PublicRepositoryServiceStub
-from branchline.gateway.v1.sessions_pb2 import ListTranscriptRequest
-from branchline.gateway.v1.sessions_pb2_grpc import SessionServiceStub
-from branchline.gateway.v1.tasks_pb2 import GetTaskRequest
-from branchline.gateway.v1.tasks_pb2_grpc import TaskServiceStub
-from branchline.repository.v1.repository_pb2 import WatchIndexRequest
-from branchline.repository.v1.repository_pb2_grpc import RepositoryServiceStub
-from branchline.resource.v1 import vocabulary_pb2 as words
-from branchline.resource.v1 import watch_pb2
-from branchline.resource.v1.session_pb2 import TranscriptEntry
-from branchline.resource.v1.task_pb2 import Task
-from branchline.spine.v1.push_pb2 import WatchSelection
+from branchline.v1 import vocabulary_pb2 as words
+from branchline.v1 import watches_pb2
+from branchline.v1.repositories_pb2 import GetRepositoryOverviewRequest
+from branchline.v1.repositories_pb2_grpc import RepositoryServiceStub as PublicRepositoryServiceStub
+from branchline.v1.sessions_pb2 import ListTranscriptRequest, TranscriptEntry
+from branchline.v1.sessions_pb2_grpc import SessionServiceStub
+from branchline.v1.tasks_pb2 import GetTaskRequest, Task
+from branchline.v1.tasks_pb2_grpc import TaskServiceStub
+from branchline_internal.repository.v1.repository_pb2 import WatchIndexRequest
+from branchline_internal.repository.v1.repository_pb2_grpc import RepositoryServiceStub
+from branchline_internal.spine.v1.push_pb2 import WatchSelection
 
 from services.repository.tables import SNAPSHOT_ENTRIES, WATCHED
 from services.runtime.principal import Principal
@@ -26,7 +24,7 @@ from services.runtime.spine.tokens import consistency_token
 from tests.unit.repository.conftest import Room, Running, newer
 
 STRANGER = Principal(user_id="usr_2", organization_id="org_2", role=10, default_agent="mock")
-SYNCED = watch_pb2.WATCH_FRAME_KIND_SYNCED
+SYNCED = watches_pb2.WATCH_FRAME_KIND_SYNCED
 
 
 def said(task: Task, count: int, size: int = 10) -> list[TranscriptEntry]:
@@ -163,11 +161,11 @@ async def test_a_watch_resumes_where_it_was(running: Running) -> None:
     again = await watched(running, task.id, Principal(service="gateway"), resume_token=first[-1].resume_token)
 
     assert [frame.kind for frame in first] == [
-        watch_pb2.WATCH_FRAME_KIND_RESET,
-        watch_pb2.WATCH_FRAME_KIND_SNAPSHOT,
+        watches_pb2.WATCH_FRAME_KIND_RESET,
+        watches_pb2.WATCH_FRAME_KIND_SNAPSHOT,
         SYNCED,
     ]
-    assert [frame.kind for frame in again] == [watch_pb2.WATCH_FRAME_KIND_CHANGES, SYNCED]
+    assert [frame.kind for frame in again] == [watches_pb2.WATCH_FRAME_KIND_CHANGES, SYNCED]
     assert [change.id for change in again[0].changes] == [task.id]
     other = await running.create()
     code, _ = await refused(

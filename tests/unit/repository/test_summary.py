@@ -1,8 +1,8 @@
 """What of a task goes up. C11."""
 
-from branchline.resource.v1 import task_pb2
-from branchline.resource.v1.session_pb2 import SessionSummary
-from branchline.resource.v1.task_pb2 import Task, TaskSummary
+from branchline.v1 import tasks_pb2
+from branchline.v1.sessions_pb2 import SessionSummary
+from branchline.v1.tasks_pb2 import Task, TaskSummary
 
 from services.repository.summary import MOST_SESSIONS, REASON_LENGTH, summary_of
 
@@ -18,7 +18,7 @@ def test_a_summary_is_short_however_long_the_task_is() -> None:
 
 
 def test_a_summary_has_every_field_that_a_task_has_under_the_same_name() -> None:
-    task = Task(status=task_pb2.TASK_STATUS_IDLE, stage=task_pb2.PROVISIONING_STAGE_SANDBOX, revision=3)
+    task = Task(status=tasks_pb2.TASK_STATUS_IDLE, stage=tasks_pb2.PROVISIONING_STAGE_SANDBOX, revision=3)
     for field in Task.DESCRIPTOR.fields:
         if field.type == field.TYPE_STRING:
             setattr(task, field.name, field.name)

@@ -1,7 +1,7 @@
 """Errors of the domain as clients see them."""
 
 import pytest
-from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_TASK, ERROR_REASON_TASK_STATUS
+from branchline.v1.vocabulary_pb2 import ENTITY_KIND_TASK, ERROR_REASON_TASK_STATUS
 
 from services.runtime.errors import DomainError, FailedPrecondition, InvalidArgument, NotFound
 

@@ -2,8 +2,8 @@
 
 import gc
 
-from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_TASK
-from branchline.resource.v1.watch_pb2 import WatchChange
+from branchline.v1.vocabulary_pb2 import ENTITY_KIND_TASK
+from branchline.v1.watches_pb2 import WatchChange
 
 from services.runtime.spine.hub import PENDING_BYTES, PENDING_CHANGES, Hub, Watcher
 

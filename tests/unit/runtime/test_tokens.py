@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 import pytest
-from branchline.gateway.v1 import tasks_pb2
-from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_TASK
+from branchline.v1 import tasks_pb2
+from branchline.v1.vocabulary_pb2 import ENTITY_KIND_TASK
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -6,9 +6,9 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 import pytest
-from branchline.resource.v1 import watch_pb2
-from branchline.resource.v1.vocabulary_pb2 import ENTITY_KIND_TASK, ERROR_REASON_TOKEN_INVALID
-from branchline.resource.v1.watch_pb2 import WatchChange, WatchFrame
+from branchline.v1 import watches_pb2
+from branchline.v1.vocabulary_pb2 import ENTITY_KIND_TASK, ERROR_REASON_TOKEN_INVALID
+from branchline.v1.watches_pb2 import WatchChange, WatchFrame
 
 from services.runtime.errors import Unauthenticated
 from services.runtime.spine.chunks import PART_BYTES
@@ -17,9 +17,9 @@ from services.runtime.spine.tokens import Position, parse_resume_token
 from services.runtime.spine.watch import Page, Watch, watch
 
 HEARTBEAT, CHANGES, SYNCED = (
-    watch_pb2.WATCH_FRAME_KIND_HEARTBEAT,
-    watch_pb2.WATCH_FRAME_KIND_CHANGES,
-    watch_pb2.WATCH_FRAME_KIND_SYNCED,
+    watches_pb2.WATCH_FRAME_KIND_HEARTBEAT,
+    watches_pb2.WATCH_FRAME_KIND_CHANGES,
+    watches_pb2.WATCH_FRAME_KIND_SYNCED,
 )
 TOPIC = "topic"
 

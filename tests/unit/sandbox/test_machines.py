@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import pytest_asyncio
-from branchline.resource.v1 import sandbox_pb2
+from branchline.v1 import sandboxes_pb2
 
 from services.runtime.clock import Clock
 from services.runtime.database import Database
@@ -19,9 +19,9 @@ from services.sandbox.providers.base import Condition, Machine, Probe, ProviderE
 from services.sandbox.store import SandboxStore
 
 MACHINE = Machine("http://127.0.0.1:1", "token", "/home/one", "none")
-CREATING, RUNNING = sandbox_pb2.SANDBOX_STATUS_CREATING, sandbox_pb2.SANDBOX_STATUS_RUNNING
-DESTROYING, DESTROYED = sandbox_pb2.SANDBOX_STATUS_DESTROYING, sandbox_pb2.SANDBOX_STATUS_DESTROYED
-ERROR = sandbox_pb2.SANDBOX_STATUS_ERROR
+CREATING, RUNNING = sandboxes_pb2.SANDBOX_STATUS_CREATING, sandboxes_pb2.SANDBOX_STATUS_RUNNING
+DESTROYING, DESTROYED = sandboxes_pb2.SANDBOX_STATUS_DESTROYING, sandboxes_pb2.SANDBOX_STATUS_DESTROYED
+ERROR = sandboxes_pb2.SANDBOX_STATUS_ERROR
 
 
 @dataclass
@@ -95,7 +95,7 @@ async def until(look: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-async def create(machines: Machines) -> sandbox_pb2.Sandbox:
+async def create(machines: Machines) -> sandboxes_pb2.Sandbox:
     return await machines.create("sbx_1", "task_1", "org_1", "local")
 
 
@@ -202,7 +202,7 @@ async def test_a_machine_that_cannot_be_stopped_does_not_keep_the_service_from_s
         await machines.create(f"sbx_{number}", "task_1", "org_1", "local")
     provider.broken = "sbx_1"
     await machines.stop_all()
-    assert (await machines.database.read(machines.store.get, "sbx_2")).status == sandbox_pb2.SANDBOX_STATUS_PAUSED
+    assert (await machines.database.read(machines.store.get, "sbx_2")).status == sandboxes_pb2.SANDBOX_STATUS_PAUSED
 
     provider.there, provider.broken = {"sbx_people", "sbx_others"}, "sbx_people"
     await machines.reconcile()

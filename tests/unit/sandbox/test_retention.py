@@ -1,8 +1,8 @@
 """What is left of a deleted task: nothing, and nothing of another is touched."""
 
-from branchline.resource.v1.sandbox_pb2 import SANDBOX_STATUS_DESTROYED, SANDBOX_STATUS_RUNNING, Sandbox
-from branchline.resource.v1.session_pb2 import TranscriptEntry
-from branchline.sandbox.v1.sandbox_pb2 import StartTurnRequest
+from branchline.v1.sandboxes_pb2 import SANDBOX_STATUS_DESTROYED, SANDBOX_STATUS_RUNNING, Sandbox
+from branchline.v1.sessions_pb2 import TranscriptEntry
+from branchline_internal.sandbox.v1.sandbox_pb2 import StartTurnRequest
 from sqlalchemy import select
 
 from services.runtime.database import Database, Reader, Statement, Tx

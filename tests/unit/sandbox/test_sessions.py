@@ -5,9 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from branchline.resource.v1 import session_pb2
-from branchline.resource.v1.session_pb2 import PermissionOption, TranscriptEntry
-from branchline.sandbox.v1.sandbox_pb2 import AgentSession, StartTurnRequest
+from branchline.v1 import sessions_pb2
+from branchline.v1.sessions_pb2 import PermissionOption, TranscriptEntry
+from branchline_internal.sandbox.v1.sandbox_pb2 import AgentSession, StartTurnRequest
 
 from services.runtime.database import Database
 from services.runtime.errors import NotFound
@@ -15,9 +15,9 @@ from services.runtime.spine.outbox import COORDINATOR, Outbox
 from services.sandbox.sessions import Asked, Opened, Overtaken, Progress, SessionRecord, SessionStore
 from services.sandbox.transcript import Draft
 
-RUNNING, WAITING = session_pb2.SESSION_STATUS_RUNNING, session_pb2.SESSION_STATUS_WAITING
-IDLE, ERROR = session_pb2.SESSION_STATUS_IDLE, session_pb2.SESSION_STATUS_ERROR
-CLOSED = session_pb2.SESSION_STATUS_CLOSED
+RUNNING, WAITING = sessions_pb2.SESSION_STATUS_RUNNING, sessions_pb2.SESSION_STATUS_WAITING
+IDLE, ERROR = sessions_pb2.SESSION_STATUS_IDLE, sessions_pb2.SESSION_STATUS_ERROR
+CLOSED = sessions_pb2.SESSION_STATUS_CLOSED
 
 
 def progress(**given: Any) -> Progress:

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from branchline.resource.v1 import session_pb2
+from branchline.v1 import sessions_pb2
 from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given
 from hypothesis import strategies as st
 
 from services.sandbox.transcript import ENTRY_CHARACTERS, OUTPUT_BYTES, TranscriptBuilder, cut
 
-AGENT = session_pb2.TRANSCRIPT_ENTRY_KIND_AGENT_MESSAGE
+AGENT = sessions_pb2.TRANSCRIPT_ENTRY_KIND_AGENT_MESSAGE
 
 
 def builder() -> TranscriptBuilder:

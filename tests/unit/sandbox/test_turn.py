@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from branchline.resource.v1 import session_pb2
+from branchline.v1 import sessions_pb2
 from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,8 +14,8 @@ from services.sandbox.sessions import Permission, SessionRecord
 from services.sandbox.transcript import TranscriptBuilder
 from services.sandbox.turn import MARKS, PROMPT_POSTS, Turn
 
-RUNNING, WAITING = session_pb2.SESSION_STATUS_RUNNING, session_pb2.SESSION_STATUS_WAITING
-IDLE, ERROR = session_pb2.SESSION_STATUS_IDLE, session_pb2.SESSION_STATUS_ERROR
+RUNNING, WAITING = sessions_pb2.SESSION_STATUS_RUNNING, sessions_pb2.SESSION_STATUS_WAITING
+IDLE, ERROR = sessions_pb2.SESSION_STATUS_IDLE, sessions_pb2.SESSION_STATUS_ERROR
 
 
 def turn(**given: Any) -> Turn:

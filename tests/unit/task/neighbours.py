@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
-from branchline.repository.v1 import repository_pb2, repository_pb2_grpc
-from branchline.sandbox.v1 import sandbox_pb2, sandbox_pb2_grpc
-from branchline.spine.v1 import push_pb2, push_pb2_grpc
+from branchline_internal.repository.v1 import repository_pb2, repository_pb2_grpc
+from branchline_internal.sandbox.v1 import sandbox_pb2, sandbox_pb2_grpc
+from branchline_internal.spine.v1 import push_pb2, push_pb2_grpc
 from google.protobuf.message import Message
 
 Context = grpc.aio.ServicerContext[Any, Any]

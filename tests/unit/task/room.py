@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from branchline.resource.v1 import session_pb2, task_pb2
-from branchline.resource.v1.history_pb2 import HistoryEvent
-from branchline.resource.v1.organization_pb2 import ROLE_MEMBER
-from branchline.resource.v1.repository_pb2 import Repository
-from branchline.resource.v1.sandbox_pb2 import Sandbox
-from branchline.resource.v1.session_pb2 import Session, TranscriptEntry
-from branchline.resource.v1.task_pb2 import Task
-from branchline.resource.v1.vocabulary_pb2 import EventKind
-from branchline.sandbox.v1.sandbox_pb2 import AgentSession
-from branchline.spine.v1.push_pb2 import PushEntry, PushRequest
-from branchline.task.v1.task_pb2 import CreateTaskRequest
+from branchline.v1 import sessions_pb2, tasks_pb2
+from branchline.v1.history_pb2 import HistoryEvent
+from branchline.v1.organizations_pb2 import ROLE_MEMBER
+from branchline.v1.repositories_pb2 import Repository
+from branchline.v1.sandboxes_pb2 import Sandbox
+from branchline.v1.sessions_pb2 import Session, TranscriptEntry
+from branchline.v1.tasks_pb2 import Task
+from branchline.v1.vocabulary_pb2 import EventKind
+from branchline_internal.sandbox.v1.sandbox_pb2 import AgentSession
+from branchline_internal.spine.v1.push_pb2 import PushEntry, PushRequest
+from branchline_internal.task.v1.task_pb2 import CreateTaskRequest
 from google.protobuf.any_pb2 import Any as Packed
 from google.protobuf.message import Message
 from sqlalchemy import select
@@ -61,7 +61,7 @@ def birth(task_id: str, **fields: Any) -> CreateTaskRequest:
         task_id=task_id,
         name="Session 1",
         agent="scripted",
-        status=session_pb2.SESSION_STATUS_PENDING,
+        status=sessions_pb2.SESSION_STATUS_PENDING,
         revision=1,
     )
     session.create_time.GetCurrentTime()
@@ -72,7 +72,7 @@ def birth(task_id: str, **fields: Any) -> CreateTaskRequest:
         title="A task",
         text="do it",
         branch="feat/a-task",
-        status=task_pb2.TASK_STATUS_PENDING,
+        status=tasks_pb2.TASK_STATUS_PENDING,
         owner_user_id="usr_ann",
         sandbox_provider="local",
         revision=1,
@@ -111,7 +111,7 @@ class Room:
         machine = Machine(NOWHERE, NOWHERE, Deadlines())
         self.sessions = Sessions(self.database, self.clock, self.store, self.turns, self.permissions, machine)
 
-    async def task(self, status: Status = task_pb2.TASK_STATUS_IDLE, *, sessions: int = 1) -> OpenTask:
+    async def task(self, status: Status = tasks_pb2.TASK_STATUS_IDLE, *, sessions: int = 1) -> OpenTask:
         """Make a task that was provisioned, in a status that no agent brought about."""
         task_id = new_id("task")
         await self.database.write(self.store.create, birth(task_id), PROVISION)
@@ -159,7 +159,7 @@ class Room:
 
 def _another_session(task_id: str) -> Session:
     session = Session(id=new_id("ses"), task_id=task_id, name="Session", agent="scripted")
-    session.status = session_pb2.SESSION_STATUS_IDLE
+    session.status = sessions_pb2.SESSION_STATUS_IDLE
     session.create_time.GetCurrentTime()
     return session
 
@@ -171,7 +171,7 @@ def _provision(task: OpenTask, status: Status) -> None:
     task.task.status = status
     task.change()
     for session in task.sessions:
-        task.stand(session, session_pb2.SESSION_STATUS_IDLE)
+        task.stand(session, sessions_pb2.SESSION_STATUS_IDLE)
 
 
 def _id(state: Message) -> str:

@@ -5,8 +5,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from branchline.resource.v1.repository_pb2 import Repository
-from branchline.resource.v1.task_pb2 import Task
+from branchline.v1.repositories_pb2 import Repository
+from branchline.v1.tasks_pb2 import Task
 
 from services.task.git import CHECKOUT, checkout_environment, credentials_line
 from tests.support.stack import git, make_remote

@@ -4,13 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from branchline.gateway.v1 import tasks_pb2
-from branchline.resource.v1 import sandbox_pb2, session_pb2, task_pb2
-from branchline.resource.v1.history_pb2 import HistoryEvent
-from branchline.resource.v1.session_pb2 import TranscriptEntry
-from branchline.resource.v1.task_pb2 import Task, TaskStatus
-from branchline.sandbox.v1.sandbox_pb2 import AgentSession, DestroySandboxRequest
-from branchline.task.v1.task_pb2 import StartWorkflow
+from branchline.v1 import sandboxes_pb2, sessions_pb2, tasks_pb2
+from branchline.v1.history_pb2 import HistoryEvent
+from branchline.v1.sessions_pb2 import TranscriptEntry
+from branchline.v1.tasks_pb2 import Task, TaskStatus
+from branchline_internal.sandbox.v1.sandbox_pb2 import AgentSession, DestroySandboxRequest
+from branchline_internal.task.v1.task_pb2 import StartWorkflow
 
 from services.runtime.database import Tx
 from services.runtime.errors import DomainError
@@ -21,8 +20,8 @@ from services.task.store import DELETE, DROPPED
 from tests.unit.task.room import NOWHERE, Room, new_id, sandbox_of
 from tests.unit.task.test_turns import send
 
-ARCHIVED, KILLED = task_pb2.TASK_STATUS_ARCHIVED, task_pb2.TASK_STATUS_KILLED
-KILLED_FOR_GOOD = {task_pb2.TASK_STATUS_KILLING, KILLED}
+ARCHIVED, KILLED = tasks_pb2.TASK_STATUS_ARCHIVED, tasks_pb2.TASK_STATUS_KILLED
+KILLED_FOR_GOOD = {tasks_pb2.TASK_STATUS_KILLING, KILLED}
 """Nobody wants these undone; that the first becomes the second is the sweep's to see to."""
 
 STATUSES = [status for status in TaskStatus.values() if status]
@@ -61,13 +60,17 @@ async def test_a_task_is_archived_with_its_turns_closed_and_its_queue_settled(ro
     await room.public.ArchiveTask(tasks_pb2.ArchiveTaskRequest(request_id="a", task_id=task.task.id), NOWHERE)
 
     after = await room.read(task.task.id)
-    assert (after.row.workflow, after.sessions[0].status) == (END, session_pb2.SESSION_STATUS_CLOSED)
+    assert (after.row.workflow, after.sessions[0].status) == (END, sessions_pb2.SESSION_STATUS_CLOSED)
     assert (await room.entry(waiting.id)).state == DROPPED
     late = AgentSession(
-        session_id=task.sessions[0].id, task_id=task.task.id, status=session_pb2.SESSION_STATUS_IDLE, turn=1, revision=1
+        session_id=task.sessions[0].id,
+        task_id=task.task.id,
+        status=sessions_pb2.SESSION_STATUS_IDLE,
+        turn=1,
+        revision=1,
     )
     assert await room.push(late) == {}
-    assert (await room.read(task.task.id)).task.status == task_pb2.TASK_STATUS_ARCHIVING
+    assert (await room.read(task.task.id)).task.status == tasks_pb2.TASK_STATUS_ARCHIVING
 
 
 async def test_the_kill_of_an_archived_task_never_takes_its_branch_back(room: Room) -> None:  # F9, F23
@@ -84,7 +87,7 @@ async def test_a_retry_keeps_a_sandbox_with_work_in_it_and_leaves_one_that_is_go
     kept, left = await room.task(), await room.task()
     for task in (kept, left):
         await send(room, task)
-    await room.push(sandbox_of(kept, sandbox_pb2.SANDBOX_STATUS_ERROR), sandbox_of(left, 5))
+    await room.push(sandbox_of(kept, sandboxes_pb2.SANDBOX_STATUS_ERROR), sandbox_of(left, 5))
 
     for task in (kept, left):
         request = tasks_pb2.RetryTaskRequest(request_id=new_id(), task_id=task.task.id)
@@ -97,7 +100,7 @@ async def test_a_retry_keeps_a_sandbox_with_work_in_it_and_leaves_one_that_is_go
 
 
 async def test_a_retry_begins_with_a_new_workflow_and_may_name_another_agent(room: Room) -> None:
-    task = await room.task(task_pb2.TASK_STATUS_ERROR)
+    task = await room.task(tasks_pb2.TASK_STATUS_ERROR)
     request = tasks_pb2.RetryTaskRequest(request_id="r", task_id=task.task.id, agent="codex")
 
     first = await room.public.RetryTask(request, NOWHERE)
@@ -129,7 +132,7 @@ async def test_a_task_is_removed_in_bounded_steps_and_told_as_deleted(room: Room
     assert tombstone.revision > task.task.revision
     assert await room.database.write(deletion.remove_part, task.task.id, attempt)
     late = TranscriptEntry(id="ent_late", session_id=task.sessions[0].id, revision=1)
-    assert await room.push(late, sandbox_of(task, sandbox_pb2.SANDBOX_STATUS_DESTROYED)) == {}
+    assert await room.push(late, sandbox_of(task, sandboxes_pb2.SANDBOX_STATUS_DESTROYED)) == {}
 
 
 async def test_a_task_that_is_being_deleted_takes_no_commands(room: Room) -> None:

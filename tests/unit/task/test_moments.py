@@ -4,9 +4,8 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
-from branchline.gateway.v1 import sessions_pb2
-from branchline.resource.v1 import sandbox_pb2, session_pb2, task_pb2
-from branchline.sandbox.v1.sandbox_pb2 import AgentSession, CloseSessionRequest, StartTurnRequest
+from branchline.v1 import sandboxes_pb2, sessions_pb2, tasks_pb2
+from branchline_internal.sandbox.v1.sandbox_pb2 import AgentSession, CloseSessionRequest, StartTurnRequest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,15 +15,15 @@ from services.task.status import SESSION_WORKING
 from services.task.store import QUEUED, QUEUED_OF_TASK
 from tests.unit.task.room import Room, new_id, sandbox_of
 
-CLOSED, IDLE = session_pb2.SESSION_STATUS_CLOSED, session_pb2.SESSION_STATUS_IDLE
-RESTING = {task_pb2.TASK_STATUS_IDLE, task_pb2.TASK_STATUS_ERROR}
+CLOSED, IDLE = sessions_pb2.SESSION_STATUS_CLOSED, sessions_pb2.SESSION_STATUS_IDLE
+RESTING = {tasks_pb2.TASK_STATUS_IDLE, tasks_pb2.TASK_STATUS_ERROR}
 SESSIONS = 2
 REPORTS = {
-    "idle": session_pb2.SESSION_STATUS_IDLE,
-    "error": session_pb2.SESSION_STATUS_ERROR,
-    "waiting": session_pb2.SESSION_STATUS_WAITING,
-    "running": session_pb2.SESSION_STATUS_RUNNING,
-    "closed": session_pb2.SESSION_STATUS_CLOSED,
+    "idle": sessions_pb2.SESSION_STATUS_IDLE,
+    "error": sessions_pb2.SESSION_STATUS_ERROR,
+    "waiting": sessions_pb2.SESSION_STATUS_WAITING,
+    "running": sessions_pb2.SESSION_STATUS_RUNNING,
+    "closed": sessions_pb2.SESSION_STATUS_CLOSED,
 }
 COMMANDS = ("send", "queue", "cancel", "close", "reopen", "refuse", "fail")
 
@@ -54,7 +53,7 @@ class History:
             await self.report(session.id, REPORTS[what], session.turn - back)
         elif what == "fail":
             self.revision += 1
-            await self.room.push(sandbox_of(task, sandbox_pb2.SANDBOX_STATUS_ERROR, "power", self.revision))
+            await self.room.push(sandbox_of(task, sandboxes_pb2.SANDBOX_STATUS_ERROR, "power", self.revision))
         else:
             with suppress(DomainError):
                 await self.command(what, session.id, session.turn)
@@ -74,7 +73,7 @@ class History:
         }
         await calls[what]()
 
-    async def report(self, session_id: str, status: session_pb2.SessionStatus.ValueType, turn: int) -> None:
+    async def report(self, session_id: str, status: sessions_pb2.SessionStatus.ValueType, turn: int) -> None:
         """Let the sandbox report on an agent; no report opens a closed session."""
         closed = await self.closed()
         self.revision += 1
@@ -137,7 +136,7 @@ async def test_at_every_moment_sessions_can_be_ended_and_the_task_comes_to_rest(
     task = await room.read(history.task_id)
     queued = await room.database.read(lambda tx: QUEUED_OF_TASK(tx, task_id=history.task_id))
     assert task.task.status in RESTING
-    assert not queued or task.task.status == task_pb2.TASK_STATUS_ERROR
+    assert not queued or task.task.status == tasks_pb2.TASK_STATUS_ERROR
     assert all(one.state == QUEUED for one in queued)
     for session in task.sessions:
         await history.command("close", session.id, session.turn)

@@ -3,11 +3,10 @@
 from typing import Any
 
 import pytest
-from branchline.gateway.v1 import sessions_pb2, tasks_pb2
-from branchline.resource.v1 import task_pb2
-from branchline.resource.v1.session_pb2 import Session
-from branchline.resource.v1.task_pb2 import Task
-from branchline.sandbox.v1.sandbox_pb2 import StartTurnRequest
+from branchline.v1 import sessions_pb2, tasks_pb2
+from branchline.v1.sessions_pb2 import Session
+from branchline.v1.tasks_pb2 import Task
+from branchline_internal.sandbox.v1.sandbox_pb2 import StartTurnRequest
 
 from services.runtime.errors import DomainError
 from services.runtime.principal import Principal, bind_principal
@@ -30,8 +29,8 @@ async def test_whatever_is_changed_gets_one_revision_and_one_mark(room: Room) ->
     before = len(await room.marks(Task))
 
     def change(opened: OpenTask) -> None:
-        opened.move(task_pb2.TASK_STATUS_RUNNING)
-        opened.move(task_pb2.TASK_STATUS_WAITING, "asks")
+        opened.move(tasks_pb2.TASK_STATUS_RUNNING)
+        opened.move(tasks_pb2.TASK_STATUS_WAITING, "asks")
         opened.sessions[0].name = "Other"
         opened.change_session(opened.sessions[0])
         opened.stand(opened.sessions[0], opened.sessions[0].status, "a reason")
@@ -51,7 +50,7 @@ async def test_nothing_is_written_when_nothing_was_changed_or_the_block_raises(r
 
     await room.change(task.task.id, lambda opened: None)
     with pytest.raises(ZeroDivisionError):
-        await room.change(task.task.id, lambda opened: (opened.move(task_pb2.TASK_STATUS_RUNNING), 1 / 0))
+        await room.change(task.task.id, lambda opened: (opened.move(tasks_pb2.TASK_STATUS_RUNNING), 1 / 0))
 
     assert room.database.statements == written + 4
     assert (await room.read(task.task.id)).task == task.task

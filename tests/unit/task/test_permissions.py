@@ -3,11 +3,9 @@
 import asyncio
 
 import pytest
-from branchline.gateway.v1 import sessions_pb2
-from branchline.gateway.v1.sessions_pb2 import AnswerPermissionResponse
-from branchline.resource.v1 import session_pb2
-from branchline.resource.v1.session_pb2 import PermissionOption, TranscriptEntry
-from branchline.sandbox.v1.sandbox_pb2 import AgentSession, AnswerPermissionRequest
+from branchline.v1 import sessions_pb2
+from branchline.v1.sessions_pb2 import AnswerPermissionResponse, PermissionOption, TranscriptEntry
+from branchline_internal.sandbox.v1.sandbox_pb2 import AgentSession, AnswerPermissionRequest
 
 from services.runtime.errors import DomainError
 from services.runtime.principal import Principal, bind_principal
@@ -15,7 +13,7 @@ from services.task.open_task import OpenTask
 from tests.unit.task.room import CALLER, Room, new_id
 from tests.unit.task.test_turns import ended, send
 
-WAITING = session_pb2.SESSION_STATUS_WAITING
+WAITING = sessions_pb2.SESSION_STATUS_WAITING
 
 
 async def asked(room: Room) -> tuple[OpenTask, TranscriptEntry]:
@@ -25,7 +23,7 @@ async def asked(room: Room) -> tuple[OpenTask, TranscriptEntry]:
         id=new_id("ent"),
         session_id=task.sessions[0].id,
         task_id=task.task.id,
-        kind=session_pb2.TRANSCRIPT_ENTRY_KIND_PERMISSION,
+        kind=sessions_pb2.TRANSCRIPT_ENTRY_KIND_PERMISSION,
         text="May I?",
         state="pending",
         streaming=True,

@@ -11,15 +11,14 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
-from branchline.gateway.v1 import sessions_pb2, sessions_pb2_grpc, tasks_pb2, tasks_pb2_grpc
-from branchline.repository.v1 import repository_pb2_grpc
-from branchline.resource.v1 import session_pb2, task_pb2
-from branchline.resource.v1.task_pb2 import Task
-from branchline.sandbox.v1 import sandbox_pb2, sandbox_pb2_grpc
-from branchline.sandbox.v1.sandbox_pb2 import AgentSession
-from branchline.spine.v1 import push_pb2, push_pb2_grpc
-from branchline.task.v1 import task_pb2 as internal
-from branchline.task.v1 import task_pb2_grpc
+from branchline.v1 import sessions_pb2, sessions_pb2_grpc, tasks_pb2, tasks_pb2_grpc
+from branchline.v1.tasks_pb2 import Task
+from branchline_internal.repository.v1 import repository_pb2_grpc
+from branchline_internal.sandbox.v1 import sandbox_pb2, sandbox_pb2_grpc
+from branchline_internal.sandbox.v1.sandbox_pb2 import AgentSession
+from branchline_internal.spine.v1 import push_pb2, push_pb2_grpc
+from branchline_internal.task.v1 import task_pb2 as internal
+from branchline_internal.task.v1 import task_pb2_grpc
 from google.protobuf.message import Message
 
 from services.runtime.client import open_channel
@@ -37,7 +36,7 @@ from tests.unit.task.neighbours import Refusal, RepositoryNeighbour, SandboxNeig
 from tests.unit.task.room import Room, birth, entry_of, new_database, new_id
 
 KEY = "k" * 40
-IDLE, RUNNING, ERROR = task_pb2.TASK_STATUS_IDLE, task_pb2.TASK_STATUS_RUNNING, task_pb2.TASK_STATUS_ERROR
+IDLE, RUNNING, ERROR = tasks_pb2.TASK_STATUS_IDLE, tasks_pb2.TASK_STATUS_RUNNING, tasks_pb2.TASK_STATUS_ERROR
 
 
 @dataclass
@@ -160,7 +159,7 @@ async def _leave_stuck(folder: Path) -> str:
     await database.write(room.store.create, birth(task_id, hold_prompt=True), "provision")
 
     def leave(task: OpenTask) -> None:
-        task.move(task_pb2.TASK_STATUS_PROVISIONING)
+        task.move(tasks_pb2.TASK_STATUS_PROVISIONING)
         task.row.workflow_time = 1.0
 
     await room.change(task_id, leave)
@@ -337,8 +336,8 @@ async def test_a_retry_opens_every_session_and_an_agent_that_fails_fails_only_it
 
     task = await installed.until(task_id, IDLE)
     assert [one.status for one in task.sessions] == [
-        session_pb2.SESSION_STATUS_IDLE,
-        session_pb2.SESSION_STATUS_ERROR,
+        sessions_pb2.SESSION_STATUS_IDLE,
+        sessions_pb2.SESSION_STATUS_ERROR,
     ]
     assert task.sessions[1].status_reason == "no such agent"
 
@@ -356,7 +355,7 @@ async def test_a_kill_stops_the_agents_first_and_says_why_it_takes_long(
         return "the host is on fire" in (await installed.room.read(task_id)).task.status_reason
 
     await eventually(said)
-    killed = await installed.until(task_id, task_pb2.TASK_STATUS_KILLED)
+    killed = await installed.until(task_id, tasks_pb2.TASK_STATUS_KILLED)
 
     calls = [
         type(one).__name__
@@ -400,14 +399,14 @@ async def test_the_sweep_fails_a_provisioning_whose_workflow_died_and_ends_an_en
 
         return change
 
-    await installed.room.change(provisioning, leave(task_pb2.TASK_STATUS_PROVISIONING, "provision"))
-    await installed.room.change(killing, leave(task_pb2.TASK_STATUS_KILLING, "end"))
+    await installed.room.change(provisioning, leave(tasks_pb2.TASK_STATUS_PROVISIONING, "provision"))
+    await installed.room.change(killing, leave(tasks_pb2.TASK_STATUS_KILLING, "end"))
 
     await installed.sweep.run()
 
     failed = await installed.until(provisioning, ERROR)
     assert failed.task.status_reason == "provisioning failed: its workflow ended in SUCCESS"
-    await installed.until(killing, task_pb2.TASK_STATUS_KILLED)
+    await installed.until(killing, tasks_pb2.TASK_STATUS_KILLED)
 
 
 async def test_the_sweep_ends_a_turn_whose_end_was_lost_whatever_becomes_of_its_other_looks(
@@ -463,7 +462,7 @@ async def test_a_turn_is_followed_through_the_servers_to_the_next_message(instal
     end = AgentSession(
         session_id=installed.of(task_id),
         task_id=task_id,
-        status=session_pb2.SESSION_STATUS_IDLE,
+        status=sessions_pb2.SESSION_STATUS_IDLE,
         turn=1,
         revision=1,
         head_commit="b" * 40,

@@ -1,7 +1,7 @@
 """The status machine. TSK-1."""
 
 import pytest
-from branchline.resource.v1.task_pb2 import TaskStatus
+from branchline.v1.tasks_pb2 import TaskStatus
 
 from services.runtime.errors import FailedPrecondition
 from services.runtime.statuses import ENDING

@@ -4,12 +4,16 @@ import itertools
 from typing import Any
 
 import pytest
-from branchline.gateway.v1 import sessions_pb2, tasks_pb2
-from branchline.resource.v1 import sandbox_pb2, session_pb2, task_pb2
-from branchline.resource.v1.sandbox_pb2 import SandboxStatus
-from branchline.resource.v1.session_pb2 import Attachment, SessionStatus, TranscriptEntry
-from branchline.resource.v1.task_pb2 import TaskStatus
-from branchline.sandbox.v1.sandbox_pb2 import AgentSession, CancelTurnRequest, CloseSessionRequest, StartTurnRequest
+from branchline.v1 import sandboxes_pb2, sessions_pb2, tasks_pb2
+from branchline.v1.sandboxes_pb2 import SandboxStatus
+from branchline.v1.sessions_pb2 import Attachment, SessionStatus, TranscriptEntry
+from branchline.v1.tasks_pb2 import TaskStatus
+from branchline_internal.sandbox.v1.sandbox_pb2 import (
+    AgentSession,
+    CancelTurnRequest,
+    CloseSessionRequest,
+    StartTurnRequest,
+)
 
 from services.runtime.errors import DomainError, InvalidArgument
 from services.task.lifecycle import PROVISION
@@ -19,7 +23,7 @@ from services.task.store import DROPPED, QUEUED
 from tests.unit.task.room import NOWHERE, Room, new_id, sandbox_of
 from tests.unit.task.test_open_task import message
 
-IDLE, RUNNING, ERROR = task_pb2.TASK_STATUS_IDLE, task_pb2.TASK_STATUS_RUNNING, task_pb2.TASK_STATUS_ERROR
+IDLE, RUNNING, ERROR = tasks_pb2.TASK_STATUS_IDLE, tasks_pb2.TASK_STATUS_RUNNING, tasks_pb2.TASK_STATUS_ERROR
 TASK_STATUSES = [status for status in TaskStatus.values() if status]
 SESSION_STATUSES = [status for status in SessionStatus.values() if status]
 
@@ -37,7 +41,7 @@ def report(task: OpenTask, status: SessionStatus.ValueType, turn: int, revision:
 
 
 def ended(task: OpenTask, turn: int = 1, revision: int = 1, **fields: str) -> AgentSession:
-    return report(task, session_pb2.SESSION_STATUS_IDLE, turn, revision, **fields)
+    return report(task, sessions_pb2.SESSION_STATUS_IDLE, turn, revision, **fields)
 
 
 async def test_a_turn_ends_and_the_message_that_waited_longest_begins_the_next(room: Room) -> None:
@@ -55,7 +59,7 @@ async def test_a_turn_ends_and_the_message_that_waited_longest_begins_the_next(r
     assert after.task.status == RUNNING
 
 
-@pytest.mark.parametrize("status", [task_pb2.TASK_STATUS_PENDING, task_pb2.TASK_STATUS_PROVISIONING])
+@pytest.mark.parametrize("status", [tasks_pb2.TASK_STATUS_PENDING, tasks_pb2.TASK_STATUS_PROVISIONING])
 async def test_messages_wait_while_a_task_is_provisioned_again(room: Room, status: Status) -> None:  # F4
     task = await room.task(status)
 
@@ -88,11 +92,11 @@ async def test_a_sandbox_that_fails_ends_its_turns_and_the_task_can_be_retried(r
     task = await room.task(sessions=2)
     await send(room, task)
 
-    await room.push(sandbox_of(task, sandbox_pb2.SANDBOX_STATUS_ERROR, "power"))
+    await room.push(sandbox_of(task, sandboxes_pb2.SANDBOX_STATUS_ERROR, "power"))
 
     failed = await room.read(task.task.id)
     assert (failed.task.status, failed.task.status_reason) == (ERROR, "the sandbox failed: power")
-    assert [one.status for one in failed.sessions] == [session_pb2.SESSION_STATUS_ERROR, 2]
+    assert [one.status for one in failed.sessions] == [sessions_pb2.SESSION_STATUS_ERROR, 2]
     with pytest.raises(DomainError, match="not provisioned"):
         await send(room, task, session=1)
     assert await room.push(ended(task)) == {}
@@ -118,7 +122,7 @@ async def test_an_echo_of_running_changes_nothing(room: Room) -> None:  # C12
     await send(room, task)
     before = await room.read(task.task.id)
 
-    await room.push(report(task, session_pb2.SESSION_STATUS_RUNNING, 1, 1))
+    await room.push(report(task, sessions_pb2.SESSION_STATUS_RUNNING, 1, 1))
 
     after = await room.read(task.task.id)
     assert (after.task, after.sessions) == (before.task, before.sessions)
@@ -181,7 +185,7 @@ async def test_closing_a_session_drops_what_waits_for_it_and_nothing_wakes_it(ro
     after = await room.read(task.task.id)
     assert first == again
     assert (await room.entry(waiting.id)).state == DROPPED
-    assert after.sessions[1].status == session_pb2.SESSION_STATUS_CLOSED
+    assert after.sessions[1].status == sessions_pb2.SESSION_STATUS_CLOSED
     assert after.task.status == IDLE
     assert [one.session_id for one in await room.marks(CloseSessionRequest)] == [task.sessions[1].id]
     assert len(await room.marks(StartTurnRequest)) == 1
@@ -203,7 +207,7 @@ async def test_a_turn_that_ends_in_error_says_why_and_the_next_message_begins_an
     task = await room.task()
     await send(room, task)
 
-    await room.push(report(task, session_pb2.SESSION_STATUS_ERROR, 1, 1, status_reason="it broke"))
+    await room.push(report(task, sessions_pb2.SESSION_STATUS_ERROR, 1, 1, status_reason="it broke"))
     failed = await room.read(task.task.id)
     await send(room, task)
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from branchline.gateway.v1 import users_pb2
-from branchline.resource.v1.session_pb2 import Attachment
-from branchline.resource.v1.user_pb2 import Draft, User, UserTaskState
-from branchline.user.v1 import user_pb2
+from branchline.v1 import users_pb2
+from branchline.v1.sessions_pb2 import Attachment
+from branchline.v1.users_pb2 import Draft, User, UserTaskState
+from branchline_internal.user.v1 import user_pb2
 from cryptography.fernet import Fernet
 from google.protobuf.message import Message
 from sqlalchemy import bindparam, select

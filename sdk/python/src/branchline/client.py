@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 
-from branchline.gateway.v1 import (
+from branchline.v1 import (
     history_pb2,
     history_pb2_grpc,
     organizations_pb2,
@@ -19,7 +19,7 @@ from branchline.gateway.v1 import (
     tasks_pb2_grpc,
     users_pb2_grpc,
 )
-from branchline.resource.v1.watch_pb2 import WatchFrame
+from branchline.v1.watches_pb2 import WatchFrame
 
 _SILENCE_SECONDS = 30.0
 _MESSAGE_BYTES = 4 * 1024 * 1024  # the gateway sends no larger one
