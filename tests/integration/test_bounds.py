@@ -55,7 +55,7 @@ class Meters:
 
     def measure(self, method: MethodDescriptor, data: bytes, answer: bool) -> None:
         """Take note of one message."""
-        name = f"{method.full_name.removeprefix('branchline.')} {'answers' if answer else 'takes'}"
+        name = f"{method.full_name} {'answers' if answer else 'takes'}"
         size = len(data)
         self.largest[name] = max(self.largest[name], size)
         if size > BYTES:
@@ -211,4 +211,5 @@ async def test_no_list_watch_page_batch_or_delivery_is_over_its_bound(large: Lar
     assert {"WatchTask again", "WatchOrganization again"} <= cut
     assert sum(one.ByteSize() for one in answers["WatchTask"]) > 2 * PART_BYTES
     for name in ("spine.v1.PushService.Push", "task.v1.TaskService.CreateTask", "sandbox.v1.SandboxService.StartTurn"):
+        name = f"branchline.internal.{name}"
         assert large.meters.largest[f"{name} takes"] > BYTES - 1024, dict(large.meters.largest)
