@@ -2,10 +2,12 @@
 
 import asyncio
 import random
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from time import monotonic
 
+import grpc
 from branchline.v1.users_pb2 import User
 from branchline.v1.vocabulary_pb2 import ERROR_REASON_TOKEN_MISSING
 from branchline_internal.organization.v1.organization_pb2 import AuthenticateRequest
@@ -25,6 +27,9 @@ _CACHED = 10_000
 
 REFUSAL_SECONDS = 4.0
 """How long a refusal for too many calls is held back: the call keeps its place on its connection, which carries few."""
+
+STRANGERS_PER_MINUTE = 60
+"""Calls without a valid token that one address may make in a minute before their refusals are held back, too."""
 
 _current: ContextVar["Caller"] = ContextVar("caller")
 
@@ -103,16 +108,31 @@ class Door:
     def __init__(self, authenticator: Authenticator, calls_per_minute: int) -> None:
         self._authenticator = authenticator
         self._allowance = Allowance(calls_per_minute)
+        self._strangers = Allowance(STRANGERS_PER_MINUTE)
 
     async def admit(self, call: Call) -> None:
         """Bind the caller for the length of the call."""
+        try:
+            caller = await self._identify(call)
+        except (Unauthenticated, grpc.aio.AioRpcError) as error:
+            if isinstance(error, Unauthenticated) or error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                with suppress(ResourceExhausted):
+                    await _take(self._strangers, call.address())
+            raise
+        await _take(self._allowance, caller.user.id)
+        _current.set(caller)
+
+    async def _identify(self, call: Call) -> Caller:
         scheme, _, token = call.metadata("authorization").partition(" ")
         if scheme.lower() != "bearer" or not token:
             raise Unauthenticated(ERROR_REASON_TOKEN_MISSING, 'send the metadata "authorization: Bearer <token>"')
-        caller = await self._authenticator.authenticate(token_hash(token.strip()))
-        try:
-            self._allowance.take(caller.user.id)
-        except ResourceExhausted:
-            await asyncio.sleep(random.uniform(0.5, 1.5) * REFUSAL_SECONDS)  # not all at once
-            raise
-        _current.set(caller)
+        return await self._authenticator.authenticate(token_hash(token.strip()))
+
+
+async def _take(allowance: Allowance, caller: str) -> None:
+    """Take one call. Raise ResourceExhausted if there is none left, but not at once."""
+    try:
+        allowance.take(caller)
+    except ResourceExhausted:
+        await asyncio.sleep(random.uniform(0.5, 1.5) * REFUSAL_SECONDS)  # not all in the same moment
+        raise

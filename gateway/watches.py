@@ -38,7 +38,7 @@ STALLED_SECONDS = 60.0
 """How long a frame may wait to be taken before its watcher is cut off; it comes back with its resume token."""
 
 PAUSE_SECONDS = 0.001
-"""How long a watcher waits after a frame of changes for each watcher that there is above `FEW_WATCHERS`, so that all of
+"""How long a watcher waits after a frame of changes for each watcher of the same above `FEW_WATCHERS`, so that all of
 them together leave time for calls.
 """
 
@@ -157,18 +157,19 @@ class Watches:
             return ask(selection, self.signer.metadata(principal))
 
         check = self._check(caller, wanted, principal)
-        asked = Watch(
-            topic, position, wanted.visible, check=check, check_seconds=CHECK_SECONDS, pause_seconds=self._pause
-        )
         with self.fan_out.replica(wanted.topic, _own(ask)) as replica:
+
+            def pause_seconds() -> float:
+                return max(0, replica.watchers - FEW_WATCHERS) * PAUSE_SECONDS
+
+            asked = Watch(
+                topic, position, wanted.visible, check=check, check_seconds=CHECK_SECONDS, pause_seconds=pause_seconds
+            )
             view = View(replica, of_caller, caller.user.id, wanted.consistency_token)
             async with aclosing(watch(view, asked)) as frames:
                 async for frame in frames:
                     with _taken_in_time():
                         yield frame
-
-    def _pause(self) -> float:
-        return max(0, self.fan_out.watchers - FEW_WATCHERS) * PAUSE_SECONDS
 
     def _check(self, caller: Caller, wanted: _Wanted, principal: Principal) -> Callable[[], Awaitable[None]]:
         """Return what raises once the caller may no longer watch, or what is watched is gone.

@@ -48,6 +48,10 @@ class Call:
                 return value if isinstance(value, str) else value.decode(errors="replace")
         return ""
 
+    def address(self) -> str:
+        """Return the address that the call comes from, without its port."""
+        return self.context.peer().rpartition(":")[0]
+
 
 @dataclass(frozen=True, slots=True)
 class Given:

@@ -4,15 +4,15 @@ Source: https://sandboxagent.dev (HTTP API v1) and https://agentclientprotocol.c
 are posted, everything the agent says comes as numbered server-sent events that can be replayed from any number.
 """
 
-import base64
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import msgspec
 from branchline.v1.vocabulary_pb2 import (
     ENTITY_KIND_FILE,
     ERROR_REASON_COMMAND_NOT_STARTED,
@@ -21,6 +21,7 @@ from branchline.v1.vocabulary_pb2 import (
 )
 
 from services.runtime.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from services.sandbox.members import member
 from services.sandbox.providers.base import Machine
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from services.sandbox.http import Http
 
 Json = dict[str, Any]
+
+T = TypeVar("T")
 
 _TIMEOUT_SECONDS = 30.0
 _DISCONNECT_SECONDS = 1.0
@@ -54,6 +57,59 @@ class Unreachable(Unavailable):
         super().__init__(ERROR_REASON_SANDBOX_UNREACHABLE, f"the sandbox does not answer: {error!r}")
         self.sent = sent
         """Whether the request may have arrived."""
+
+
+class Garbled(Unavailable):
+    """The server answers what it never would: another program is in its place, such as the agent's own."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(ERROR_REASON_SANDBOX_UNREACHABLE, f"the sandbox's server makes no sense: {error}")
+
+
+class _Started(msgspec.Struct):
+    id: str
+
+
+class _Process(msgspec.Struct, rename="camel"):
+    status: str
+    created_at_ms: int
+    exited_at_ms: int | None = None
+    exit_code: int | None = None
+
+
+class _Output(msgspec.Struct):
+    sequence: int
+    stream: str
+    data: bytes
+
+
+class _Logs(msgspec.Struct):
+    entries: list[_Output]
+
+
+class _File(msgspec.Struct, rename="camel"):
+    entry_type: str
+    size: int
+    modified: str
+    name: str = ""
+
+
+class _Agent(msgspec.Struct):
+    id: str
+    installed: bool
+    capabilities: dict[str, Any]
+
+
+class _Agents(msgspec.Struct):
+    agents: list[_Agent]
+
+
+class _Connection(msgspec.Struct, rename="camel"):
+    server_id: str
+
+
+class _Connections(msgspec.Struct):
+    servers: list[_Connection]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,27 +171,26 @@ class AgentServer:
         answer = await self._send("POST", "/v1/processes", json=body)
         if answer.is_error:
             raise FailedPrecondition(ERROR_REASON_COMMAND_NOT_STARTED, _detail(answer))
-        return str(answer.json()["id"])
+        return _read(answer.content, _Started).id
 
     async def process(self, process_id: str) -> ProcessState:
         """Return where a process stands."""
-        known = (await self._process("GET", process_id)).json()
-        ran = (known.get("exitedAtMs") or 0) - known["createdAtMs"]
-        return ProcessState(known["status"] == "running", known.get("exitCode"), ran)
+        known = _read((await self._process("GET", process_id)).content, _Process)
+        return ProcessState(known.status == "running", known.exit_code, (known.exited_at_ms or 0) - known.created_at_ms)
 
     async def output(self, process_id: str) -> list[ProcessOutput]:
         """Return what is kept of a process's output."""
-        entries = (await self._process("GET", process_id, "/logs")).json()["entries"]
-        return [_output(entry) for entry in entries]
+        kept = _read((await self._process("GET", process_id, "/logs")).content, _Logs)
+        return [_output(entry) for entry in kept.entries]
 
     async def follow_output(self, process_id: str) -> AsyncGenerator[ProcessOutput, None]:
         """Follow a process's output from its start. It does not end when the process does."""
         url = self._url(f"/v1/processes/{process_id}/logs")
-        headers = {**self._headers}
-        async with self._http.listen(url, None, params={"follow": "true"}, headers=headers) as source:
+        follow, headers = {"follow": "true"}, {**self._headers}
+        async with self._http.listen(url, None, self.machine.vouched, params=follow, headers=headers) as source:
             async for event in source.aiter_sse():
                 if event.data:
-                    yield _output(json.loads(event.data))
+                    yield _output(_read(event.data, _Output))
 
     async def stop_process(self, process_id: str) -> None:
         """Ask a process to end, and forget it."""
@@ -149,13 +204,13 @@ class AgentServer:
     async def list_files(self, path: str) -> list[FileEntry]:
         """List a directory, by name. Raise NotFound."""
         answer = await self._file("GET", "/v1/fs/entries", path)
-        found = [_file_entry(entry["name"], entry) for entry in answer.json()]
+        found = [_file_entry(entry.name, entry) for entry in _read(answer.content, list[_File])]
         return sorted(found, key=lambda entry: entry.name)
 
     async def stat_file(self, path: str) -> FileEntry:
         """Return what is known of a file or directory. Raise NotFound."""
-        known = (await self._file("GET", "/v1/fs/stat", path)).json()
-        return _file_entry(PurePosixPath(path).name, known)
+        known = await self._file("GET", "/v1/fs/stat", path)
+        return _file_entry(PurePosixPath(path).name, _read(known.content, _File))
 
     async def move_file(self, path: str, new_path: str, *, overwrite: bool) -> None:
         """Move a file or directory. Raise NotFound, or InvalidArgument if something is in the way."""
@@ -180,14 +235,14 @@ class AgentServer:
     async def agents(self) -> list[AgentInfo]:
         """Return the agents that the server knows."""
         answer = await self._send("GET", "/v1/agents")
-        return [_agent_info(agent) for agent in answer.json()["agents"]]
+        return [_agent_info(agent) for agent in _read(answer.content, _Agents).agents]
 
     async def connections(self) -> set[str]:
         """Return the ids of the open agent connections."""
         answer = await self._send("GET", "/v1/acp")
         if answer.is_error:
             raise AgentError(_detail(answer))
-        return {server["serverId"] for server in answer.json()["servers"]}
+        return {server.server_id for server in _read(answer.content, _Connections).servers}
 
     async def disconnect(self, connection: str) -> None:
         """Have the server forget a connection. Its agent's processes may go on.
@@ -217,8 +272,7 @@ class AgentServer:
             if "unsupported_agent" in answer.text:
                 raise AgentUnknownError(_detail(answer))
             raise AgentError(_detail(answer))
-        body: Json = answer.json()
-        return body
+        return _read(answer.content, dict[str, Any])
 
     async def request(
         self,
@@ -232,8 +286,8 @@ class AgentServer:
         """Make a request to the agent and return its result. Raise AgentError."""
         body = await self.ask(connection, method, params, rpc_id, agent, timeout_seconds)
         if "error" in body:
-            raise AgentError(rpc_error(body["error"]))
-        return body.get("result") or {}
+            raise AgentError(rpc_error(member(body, "error")))
+        return member(body, "result")
 
     async def post(self, connection: str, message: Json) -> None:
         """Send a notification or a response to the agent. Raise AgentError if it is gone."""
@@ -251,7 +305,8 @@ class AgentServer:
         heartbeat, for too long.
         """
         headers = {**self._headers, "Last-Event-ID": str(after)}
-        async with self._http.listen(self._url(f"/v1/acp/{connection}"), silence_seconds, headers=headers) as source:
+        url, vouched = self._url(f"/v1/acp/{connection}"), self.machine.vouched
+        async with self._http.listen(url, silence_seconds, vouched, headers=headers) as source:
             if source.response.is_error:
                 await source.response.aread()
                 raise AgentError(_detail(source.response))
@@ -259,7 +314,7 @@ class AgentServer:
             async def parsed() -> AsyncIterator[AgentEvent]:
                 async for event in source.aiter_sse():
                     if event.id and event.data:
-                        yield AgentEvent(int(event.id), json.loads(event.data))
+                        yield AgentEvent(_read(event.id, int), _read(event.data, dict[str, Any]))
 
             yield parsed()
 
@@ -269,7 +324,8 @@ class AgentServer:
     async def _send(
         self, method: str, path: str, timeout_seconds: float | None = _TIMEOUT_SECONDS, **options: Any
     ) -> "Response":
-        return await self._http.send(method, self._url(path), timeout_seconds, headers=self._headers, **options)
+        vouched, url = self.machine.vouched, self._url(path)
+        return await self._http.send(method, url, timeout_seconds, vouched, headers=self._headers, **options)
 
     async def _process(self, method: str, process_id: str, what: str = "", **options: Any) -> "Response":
         answer = await self._send(method, f"/v1/processes/{process_id}{what}", **options)
@@ -295,18 +351,24 @@ def _time(words: str) -> datetime:
         return datetime.fromtimestamp(0, UTC)
 
 
-def _file_entry(name: str, entry: Json) -> FileEntry:
-    modified = _time(entry["modified"])
-    return FileEntry(name, entry["entryType"] == "directory", int(entry["size"]), modified)
+def _read(said: str | bytes, kind: type[T]) -> T:
+    """Read what the server says. Raise Garbled."""
+    try:
+        return msgspec.json.decode(said, type=kind)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise Garbled(error) from error
 
 
-def _agent_info(agent: Json) -> AgentInfo:
-    capabilities = sorted(name for name, has in agent["capabilities"].items() if has)
-    return AgentInfo(agent["id"], agent["installed"], capabilities)
+def _file_entry(name: str, entry: _File) -> FileEntry:
+    return FileEntry(name, entry.entry_type == "directory", entry.size, _time(entry.modified))
 
 
-def _output(entry: Json) -> ProcessOutput:
-    return ProcessOutput(entry["sequence"], entry["stream"] == "stderr", base64.b64decode(entry["data"]))
+def _agent_info(agent: _Agent) -> AgentInfo:
+    return AgentInfo(agent.id, agent.installed, sorted(name for name, has in agent.capabilities.items() if has))
+
+
+def _output(entry: _Output) -> ProcessOutput:
+    return ProcessOutput(entry.sequence, entry.stream == "stderr", entry.data)
 
 
 def rpc_error(error: Json) -> str:
@@ -318,7 +380,7 @@ def rpc_error(error: Json) -> str:
 
 def _detail(answer: "Response") -> str:
     try:
-        body: Json = answer.json()
-    except ValueError:
+        body = _read(answer.content, dict[str, Any])
+    except Garbled:
         return answer.text[:500] or f"HTTP {answer.status_code}"
     return str(body.get("detail") or body.get("title") or body)[:_DETAIL_CHARACTERS]

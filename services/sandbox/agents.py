@@ -4,8 +4,9 @@ Source: https://agentclientprotocol.com (initialization, session setup, session 
 """
 
 import asyncio
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from branchline.v1.vocabulary_pb2 import (
     ERROR_REASON_AGENT_NOT_STARTED,
@@ -22,8 +23,11 @@ from services.sandbox.machines import WORKSPACE, Machines
 from services.sandbox.members import member, members
 from services.sandbox.providers.base import Condition
 from services.sandbox.sessions import SessionRecord, SessionStore
+from services.sandbox.turn import AGENT_EXITED
 
 log = get_logger(__name__)
+
+T = TypeVar("T")
 
 _PROTOCOL_VERSION = 1
 _START_SECONDS = 120.0
@@ -51,7 +55,9 @@ class Agents:
             server = await self.machines.use(record.sandbox_id, _reached)
             claimed = await self._end_strays(record.sandbox_id)
             try:
-                acp_session_id = await _open(server, record, f"{server.machine.home}/{WORKSPACE}")
+                acp_session_id = await _unless_it_ends(
+                    server, record, _open(server, record, f"{server.machine.home}/{WORKSPACE}")
+                )
                 found = await provider.agents(record.sandbox_id) - claimed
                 process = max(found, default="")
                 return await self.database.write(self.sessions.agent_opened, record, acp_session_id, process)
@@ -118,6 +124,35 @@ async def _reached(server: AgentServer) -> AgentServer:
     return server
 
 
+async def _unless_it_ends(server: AgentServer, record: SessionRecord, opening: Coroutine[Any, Any, T]) -> T:
+    """Return what the opening of an agent returns. Raise AgentError if the agent ends before: it will not answer."""
+    opened = asyncio.create_task(opening)
+    ended = asyncio.create_task(_end_of(server, record.connection))
+    try:
+        await asyncio.wait({opened, ended}, return_when=asyncio.FIRST_COMPLETED)
+        if not opened.done():
+            raise AgentError(f"it ended with code {ended.result()}")
+        return opened.result()
+    finally:
+        opened.cancel()
+        ended.cancel()
+        await asyncio.wait({opened, ended})
+
+
+async def _end_of(server: AgentServer, connection: str) -> str:
+    """Return with which code an agent ended, once it has."""
+    backoff = Backoff(first_seconds=0.05, most_seconds=1.0)
+    while True:
+        try:
+            async with server.events(connection, 0, _START_SECONDS) as events:
+                async for event in events:
+                    if event.message.get("method") == AGENT_EXITED:
+                        return str(member(event.message, "params").get("code", ""))
+        except (AgentError, DomainError):  # it is not there yet; who opens it says what is wrong
+            pass
+        await asyncio.sleep(backoff.next_seconds())
+
+
 @dataclass(frozen=True, slots=True)
 class _ModelChoice:
     """How an agent lets its model be chosen: by a config option, or by the older model list."""
@@ -140,7 +175,9 @@ async def _open(server: AgentServer, record: SessionRecord, directory: str) -> s
         raise InvalidArgument("agent", f'there is no agent "{record.agent}"; there are: {known}') from error
     where: dict[str, Any] = {"cwd": directory, "mcpServers": []}
     opened = await server.request(record.connection, "session/new", where, _NEW_SESSION, timeout_seconds=_START_SECONDS)
-    session_id = str(opened["sessionId"])
+    session_id = str(opened.get("sessionId") or "")
+    if not session_id:
+        raise AgentError("it gave its session no id")
     if record.model:
         await _choose_model(server, record, session_id, opened)
     return session_id

@@ -250,7 +250,7 @@ class Turn:
         if self.over:
             return
         if "error" in message and not self.cancelled:
-            self.fail(f"the agent failed: {rpc_error(message['error'])}")
+            self.fail(f"the agent failed: {rpc_error(member(message, 'error'))}")
             return
         result = member(message, "result")
         reason = "cancelled" if "error" in message else str(result.get("stopReason", "end_turn"))

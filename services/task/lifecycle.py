@@ -76,6 +76,6 @@ class Lifecycle:
     def _settle(self, tx: Tx, task: OpenTask, reason: str) -> None:
         """Close what works, and settle what waits: nobody will send or answer it."""
         for session in task.sessions:
-            if session.status in SESSION_WORKING:
+            if session.status in SESSION_WORKING or session.status == sessions_pb2.SESSION_STATUS_PENDING:
                 task.stand(session, sessions_pb2.SESSION_STATUS_CLOSED, reason)
         self.turns.drop_queued(tx, task)

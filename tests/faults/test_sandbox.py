@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import os
+import socket
+import time
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +18,7 @@ from branchline.v1 import sandboxes_pb2 as machine_pb2
 from branchline.v1 import sessions_pb2
 from branchline_internal.sandbox.v1 import sandbox_pb2
 
+from services.sandbox.providers.processes import is_root
 from tests.support.sandbox import SANDBOX, SESSION, Room, eventually, sandbox_room
 
 IDLE, ERROR = sessions_pb2.SESSION_STATUS_IDLE, sessions_pb2.SESSION_STATUS_ERROR
@@ -204,6 +208,7 @@ async def test_a_machine_that_is_paused_for_six_seconds_goes_on_with_its_agent(r
     assert {agent.pid for agent in room.agents()} == agents
 
 
+@pytest.mark.skipif(not is_root(), reason="only root can listen as a sandbox's user")
 @limits(stream_seconds=2.0)
 async def test_a_stream_that_is_half_open_is_given_up(room: Room) -> None:  # F29
     await room.start()
@@ -211,7 +216,7 @@ async def test_a_stream_that_is_half_open_is_given_up(room: Room) -> None:  # F2
     await room.kill()
     known = room.folder / "data" / "local" / SANDBOX / "server.json"
     written = json.loads(known.read_text())
-    async with Proxy(written["port"]) as proxy:
+    async with Proxy(written["port"], (known.parent / "home").stat().st_uid) as proxy:
         known.write_text(json.dumps({**written, "port": proxy.port}))
         await room.start()
         await room.prompt(1, f"say begun\nwait 1\n{SLOW}")
@@ -314,6 +319,17 @@ async def test_an_agent_that_dies_ends_the_turn_with_its_code(room: Room) -> Non
     assert ended.status == ERROR
     assert "exit code 3" in ended.status_reason
     assert (await room.turn(2, "say again")).status == IDLE
+
+
+async def test_an_agent_that_ends_while_it_starts_is_told_at_once_with_its_code(tmp_path: Path) -> None:  # SES-8
+    async with sandbox_room(tmp_path, local={"agents": {"mock": ["sh", "-c", "exit 126"]}}) as room:
+        await room.start()
+        started = time.monotonic()
+        with pytest.raises(grpc.aio.AioRpcError, match="mock did not start: it ended with code 126"):
+            await room.open()
+        assert time.monotonic() - started < 15
+        assert not room.agents()
+        await room.stop()
 
 
 async def test_an_agent_that_died_between_turns_is_replaced(room: Room) -> None:
@@ -424,17 +440,23 @@ async def test_destroying_a_sandbox_ends_the_turns_in_it(room: Room) -> None:  #
 
 
 class Proxy:
-    """Stands between the service and a server, and can hold its tongue on what is open."""
+    """Stands between the service and a server, as the server's user, and can hold its tongue on what is open."""
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int, user_id: int) -> None:
         self._target = target
+        self._user_id = user_id
         self._flowing: set[asyncio.Task[None]] = set()
         self._kept: list[asyncio.StreamWriter] = []
         self.port = 0
 
     async def __aenter__(self) -> "Proxy":
-        self._server = await asyncio.start_server(self._connect, "127.0.0.1", 0)
-        self.port = self._server.sockets[0].getsockname()[1]
+        os.seteuid(self._user_id)
+        try:
+            listening = socket.create_server(("127.0.0.1", 0))
+        finally:
+            os.seteuid(0)
+        self._server = await asyncio.start_server(self._connect, sock=listening)
+        self.port = listening.getsockname()[1]
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -211,5 +211,4 @@ async def test_no_list_watch_page_batch_or_delivery_is_over_its_bound(large: Lar
     assert {"WatchTask again", "WatchOrganization again"} <= cut
     assert sum(one.ByteSize() for one in answers["WatchTask"]) > 2 * PART_BYTES
     for name in ("spine.v1.PushService.Push", "task.v1.TaskService.CreateTask", "sandbox.v1.SandboxService.StartTurn"):
-        name = f"branchline.internal.{name}"
-        assert large.meters.largest[f"{name} takes"] > BYTES - 1024, dict(large.meters.largest)
+        assert large.meters.largest[f"branchline.internal.{name} takes"] > BYTES - 1024, dict(large.meters.largest)

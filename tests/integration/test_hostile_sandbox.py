@@ -3,8 +3,11 @@
 Without bubblewrap only root can keep sandboxes apart; with it anybody can.
 """
 
+import asyncio
 import os
+import shlex
 import shutil
+import subprocess
 import tempfile
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import suppress
@@ -15,6 +18,7 @@ import pytest
 import pytest_asyncio
 from branchline.v1 import sandboxes_pb2
 
+from services.sandbox.agent_server import AgentServer, Unreachable
 from services.sandbox.http import Http
 from services.sandbox.providers.base import Condition, ProviderError
 from services.sandbox.providers.local import LocalProvider
@@ -126,6 +130,66 @@ async def test_it_ends_no_process_but_its_own(provider: LocalProvider, http: Htt
 
 
 @BOTH
+async def test_it_has_places_for_files_that_pass(provider: LocalProvider, http: Http) -> None:
+    seen = await said(provider, http, "touch /tmp/$$ /var/tmp/$$ /dev/shm/$$ && rm /tmp/$$ /var/tmp/$$ /dev/shm/$$")
+    assert seen.end.exit_code == 0, seen.stderr
+
+
+THIEF = r"""
+use IO::Socket::INET;
+my ($port, $home, $id) = @ARGV;
+if ($ENV{HOME} ne $home) {
+    %ENV = (HOME => $home, BRANCHLINE_SANDBOX_ID => $id, SCRIPT => $ENV{SCRIPT});
+    exec("perl", "-e", $ENV{SCRIPT}, @ARGV);
+}
+$| = 1;
+my $server = IO::Socket::INET->new(LocalAddr => "127.0.0.1", LocalPort => $port, Listen => 5, ReuseAddr => 1);
+print "listening\n";
+while (my $caller = $server->accept()) {
+    sysread($caller, my $said, 65536);
+    print "heard $said\n";
+    print $caller "HTTP/1.1 200 OK\r\ncontent-length: 14\r\n\r\n{\"servers\":[]}";
+}
+"""
+"""Says that it is another sandbox, and answers in its server's place. In Perl, which git brings along."""
+
+
+@BOTH
+async def test_it_is_told_nothing_at_the_port_of_another_whose_server_has_died(
+    provider: LocalProvider, http: Http
+) -> None:
+    machine = await provider.create("sbx_1")
+    for process in alive(provider.processes.of("sbx_1")):
+        process.kill()
+    thief = f'export SCRIPT={shlex.quote(THIEF)}; perl -e "$SCRIPT"'
+    where = f"{machine.url.rsplit(':', 1)[1]} {machine.home} sbx_1 > heard 2>&1 &"
+    until = "for i in $(seq 50); do grep -q listening heard && exit; sleep 0.1; done"
+    await said(provider, http, f"{thief} {where} {until}", "sbx_2")
+
+    assert (await provider.probe("sbx_1")).condition is Condition.GONE
+    with pytest.raises(Unreachable, match="another program listens") as refused:
+        await AgentServer(machine, http).connections()
+    assert not refused.value.sent
+    assert (await said(provider, http, "echo mine")).stdout == "mine\n"
+    assert (await said(provider, http, "cat heard", "sbx_2")).stdout == "listening\n"
+
+
+@BOTH
+@as_root
+async def test_what_forks_and_ends_for_ever_is_ended_with_it(provider: LocalProvider, http: Http, data: Path) -> None:
+    comet = "comet() { date > beat; (sleep 0.01; comet) & }; comet >/dev/null 2>&1 </dev/null"
+    await said(provider, http, comet)
+    beat = data / "local" / "sbx_1" / "home" / "beat"
+    assert beat.exists()
+
+    await provider.pause("sbx_1")
+
+    before = beat.stat().st_mtime_ns
+    await asyncio.sleep(0.5)
+    assert beat.stat().st_mtime_ns == before
+
+
+@BOTH
 @as_root
 async def test_a_link_in_its_home_leads_the_backend_nowhere(provider: LocalProvider, data: Path, http: Http) -> None:
     victim = data / "victim"
@@ -199,15 +263,47 @@ async def test_two_push_to_a_repository_that_they_share(data: Path, isolation: s
     commit = "git -c user.name=A -c user.email=a@localhost commit -q --allow-empty -m x"
     try:
         first = await said(
-            provider, http, f"git init -q --bare {remote}; git clone -q {remote} w; cd w; {commit}; git push"
+            provider,
+            http,
+            f"git init -q --bare {remote}; git clone -q {remote} w; cd w; {commit}; git push origin HEAD:one",
         )
         assert first.end.exit_code == 0, first.stderr
         for _ in range(2):
-            pushed = await said(provider, http, f"git clone -q {remote} w; cd w; {commit}; git push", "sbx_2")
+            push = f"{commit}; git push origin HEAD:x"
+            pushed = await said(provider, http, f"git clone -q {remote} w; cd w; {push}; {push}")
             assert pushed.end.exit_code == 0, pushed.stderr
     finally:
         await provider.destroy("sbx_1")
         await provider.destroy("sbx_2")
+
+
+@BOTH
+async def test_it_changes_nothing_that_git_runs_for_others_in_a_repository_that_they_share(
+    data: Path, isolation: str, http: Http
+) -> None:
+    remote = data / "remotes" / "one.git"
+    await asyncio.to_thread(
+        subprocess.run, ["git", "init", "-q", "--bare", "--initial-branch=main", str(remote)], check=True
+    )
+    provider = a_local_provider(data, isolation, http, writable_paths=[remote.parent])
+    commit = "git -c user.name=A -c user.email=a@localhost commit -q --allow-empty -m x"
+    before = sorted(path.name for path in remote.iterdir())
+    attempts = (
+        *(f"echo x >> {remote}/{name}" for name in ("config", "hooks/pre-receive", "commondir", "config.worktree")),
+        *(f"mv {remote}/hooks {remote}/away", f"mv {remote} {remote}.away", f"ln -s /tmp {remote}/worktrees"),
+    )
+    try:
+        pushed = await said(
+            provider,
+            http,
+            f"git clone -q {remote} w; cd w; {commit}; git push origin HEAD:x; {commit}; git push origin HEAD:x",
+        )
+        assert pushed.end.exit_code == 0, pushed.stderr
+        for attempt in attempts:
+            assert (await said(provider, http, attempt)).end.exit_code != 0, attempt
+    finally:
+        await provider.destroy("sbx_1")
+    assert sorted(path.name for path in remote.iterdir()) == before
 
 
 async def test_a_command_of_a_task_sees_neither_the_hosts_accounts_nor_the_data(stack: Stack) -> None:

@@ -1,6 +1,7 @@
 """What a sandbox provider must do. All of it is idempotent by the sandbox's id."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
@@ -20,6 +21,10 @@ class Machine:
 
     isolation: str
     """How the machine is kept apart from the host, such as "bubblewrap" or "none"."""
+
+    vouched: Callable[[], bool] | None = field(default=None, compare=False)
+    """Says, blocking, whether the one who listens at the URL now is this machine's. Asked before anything is said on a
+    new connection; None where nobody else can listen there."""
 
 
 class Condition(Enum):

@@ -11,11 +11,13 @@ import os
 import shutil
 import stat
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from services.runtime.logging import get_logger
 from services.sandbox.providers.base import ProviderError
+from services.sandbox.providers.sharing import repositories
 from services.sandbox.providers.users import ACCOUNTS, User
 
 log = get_logger(__name__)
@@ -27,7 +29,7 @@ _HOW = (
     'install the Debian package bubblewrap, or choose isolation = "none" deliberately: '
     "agents can then read and change whatever their user can"
 )
-_EMPTY = ("/tmp", "/var/tmp")  # noqa: S108 - each sandbox gets empty ones of its own
+_EMPTY = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108 - each sandbox gets empty ones of its own, open to its user
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 _SETTINGS = (
     *("alternatives", "ca-certificates", "ca-certificates.conf", "crypto-policies", "pki", "ssl"),
@@ -87,13 +89,23 @@ def bubblewrap(home: Path, mounts: Mounts, user: User | None) -> list[str]:
     for name in ACCOUNTS:
         command += ["--ro-bind-try", str(home.parent / name), f"/etc/{name}"]
     ordered = [
-        *((path, _hide(path)) for path in (*map(Path, _EMPTY), *mounts.hidden)),
+        *((path, _hide(path)) for path in mounts.hidden),
+        *((Path(path), ["--perms", "1777", "--tmpfs", path]) for path in _EMPTY),
         *((path, ["--ro-bind", str(path), str(path)]) for path in (Path(sys.base_prefix), *mounts.readable)),
         *((path, ["--bind", str(path), str(path)]) for path in (*mounts.writable, home)),
+        *_repositories(mounts.writable),
     ]
     for path, mount in sorted(ordered, key=lambda one: len(one[0].parts)):  # what lies deeper decides
         command += ["--dir", str(path.parent), *mount]  # or the way to what is closed would be closed, too
     return [*command, "--chdir", "/"]
+
+
+def _repositories(folders: Iterable[Path]) -> Iterator[tuple[Path, list[str]]]:
+    """Close what git runs for everybody who uses a repository; a push needs nothing of it."""
+    for folder in folders:
+        for repository, pushed in repositories(folder):
+            yield repository, ["--ro-bind", str(repository), str(repository)]
+            yield from ((path, ["--bind", str(path), str(path)]) for path in pushed)
 
 
 def _hide(path: Path) -> list[str]:

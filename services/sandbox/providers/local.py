@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -210,13 +211,14 @@ class LocalProvider:
     async def _ask(self, sandbox_id: str, known: _Known) -> Machine | None:
         url = f"http://127.0.0.1:{known.port}"
         headers = {"Authorization": f"Bearer {known.token}"}
+        vouched = partial(self.processes.listens, sandbox_id, known.port)
         try:
-            answer = await self._http().send("GET", f"{url}/v1/acp", _PROBE_SECONDS, headers=headers)
+            answer = await self._http().send("GET", f"{url}/v1/acp", _PROBE_SECONDS, vouched, headers=headers)
         except Unreachable:
             return None
         if not answer.is_success:
             return None
-        return Machine(url, known.token, str(self._root / sandbox_id / "home"), known.isolation)
+        return Machine(url, known.token, str(self._root / sandbox_id / "home"), known.isolation, vouched)
 
     async def _answering(self, sandbox_id: str, known: _Known, server: asyncio.subprocess.Process) -> Machine | None:
         """Wait until the server answers; none if it ends before, or takes too long."""

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from services.sandbox.providers import ports
 from services.sandbox.providers.users import Users
 
 SANDBOX_MARK = "BRANCHLINE_SANDBOX_ID"
@@ -86,6 +87,15 @@ class SandboxProcesses:
         """Say whether the server of a sandbox is there, whether or not it answers."""
         return any(_command(process)[:1] == [self.server] for process in _alive(self.of(sandbox_id)))
 
+    def listens(self, sandbox_id: str, port: int) -> bool:
+        """Say whether it is the sandbox that listens at a port of 127.0.0.1, and not another that took the port."""
+        there = ports.listener(port)
+        if there is None:
+            return False
+        if self.users is not None:
+            return self.users.has(sandbox_id, there.user_id)
+        return any(_holds(process, there.inode) for process in self.of(sandbox_id))
+
     def agents(self, sandbox_id: str) -> set[str]:
         """Return the names of the processes that the server started itself, other than commands."""
         names: set[str] = set()
@@ -102,7 +112,8 @@ class SandboxProcesses:
 
     def end(self, sandbox_id: str) -> bool:
         """End all processes of a sandbox; say whether none is left."""
-        return _end(lambda: self.of(sandbox_id))
+        users = self.users
+        return _end(lambda: self.of(sandbox_id), lambda: users.end_all(sandbox_id) if users is not None else None)
 
     def end_agent(self, sandbox_id: str, process: str) -> bool:
         """End an agent with all that it started; say whether nothing of it is left."""
@@ -137,22 +148,39 @@ class SandboxProcesses:
         except (psutil.Error, OSError):
             return {}
         name = environment.get(SANDBOX_MARK)
-        ours = name and environment.get("HOME") == str(self.root / name / "home")
-        return environment if ours else {}
+        if not name or environment.get("HOME") != str(self.root / name / "home"):
+            return {}
+        return environment if _sees(process, environment["HOME"]) else {}
 
 
-def _end(find: Callable[[], Sequence[psutil.Process]]) -> bool:
+def _end(find: Callable[[], Sequence[psutil.Process]], sweep: Callable[[], None] = lambda: None) -> bool:
     for how, patience in zip((signal.SIGTERM, signal.SIGKILL, signal.SIGKILL), _STOP_SECONDS, strict=True):
         found = _alive(find())
         if not found:
             return True
+        if how == signal.SIGKILL:
+            sweep()
         for process in found:
-            try:
+            with suppress(psutil.NoSuchProcess):
                 process.send_signal(how)
-            except psutil.NoSuchProcess:
-                continue
         psutil.wait_procs(found, timeout=patience)
     return not _alive(find())
+
+
+def _sees(process: psutil.Process, home: str) -> bool:
+    """Say whether a folder is to a process what it is to us: it can say that it is another sandbox's, not see it."""
+    try:
+        return Path(f"/proc/{process.pid}/root{home}").samefile(home)
+    except OSError:
+        return False
+
+
+def _holds(process: psutil.Process, inode: int) -> bool:
+    try:
+        files = Path(f"/proc/{process.pid}/fd").iterdir()
+        return any(os.readlink(file) == f"socket:[{inode}]" for file in files)  # noqa: PTH115 - it is no path
+    except OSError:
+        return False
 
 
 def _user_id(process: psutil.Process) -> int:

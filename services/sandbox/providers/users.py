@@ -5,7 +5,9 @@ Whose a sandbox is stands nowhere but in its home's owner: a user is taken while
 
 import os
 import random
+import subprocess
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,6 +58,21 @@ class Users:
                 _give_away(home, user_id, self.first)
             home.chmod(0o700)
             return User(user_id, self.first)
+
+    def has(self, sandbox_id: str, user_id: int) -> bool:
+        """Say whether a sandbox runs as this user."""
+        try:
+            return (self.root / sandbox_id / "home").stat().st_uid == user_id
+        except FileNotFoundError:
+            return False
+
+    def end_all(self, sandbox_id: str) -> None:
+        """End all processes of a sandbox's user at one moment: what forks and ends for ever escapes a list."""
+        with suppress(FileNotFoundError):
+            user_id = (self.root / sandbox_id / "home").stat().st_uid
+            if user_id in self._range():
+                all_of_it = ["/bin/sh", "-c", "kill -s KILL -- -1"]
+                subprocess.run(all_of_it, user=user_id, group=self.first, extra_groups=[], check=False)
 
     def owners(self) -> dict[int, str]:
         """Return the sandboxes by the ids of their users."""

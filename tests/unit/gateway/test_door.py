@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from gateway import watches
 from gateway.allowance import Allowance
+from gateway.caller import REFUSAL_SECONDS
 from services.runtime.errors import ResourceExhausted
 from tests.unit.gateway.backend import (
     ORGANIZATION_ID,
@@ -134,6 +135,29 @@ async def test_one_callers_flood_is_refused_and_anothers_calls_are_not(backend: 
     refused = [one for one in outcomes if isinstance(one, grpc.aio.AioRpcError)]
     assert {one.code() for one in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
     assert 35 <= len(refused) <= 40
+
+
+async def test_who_tries_made_up_tokens_is_held_back_and_others_are_not(backend: Backend) -> None:
+    async with backend.gateway(), backend.client() as known:
+
+        async def guess(number: int) -> None:
+            for attempt in range(1000):
+                async with backend.client(f"guess-{number}-{attempt}") as stranger:
+                    assert await refusal(stranger.tasks.GetTask(GET)) == grpc.StatusCode.UNAUTHENTICATED
+
+        await known.tasks.GetTask(GET)
+        guessing = [asyncio.create_task(guess(number)) for number in range(20)]
+        await asyncio.sleep(REFUSAL_SECONDS / 3)
+        started = time.monotonic()
+        await known.tasks.GetTask(GET)
+        took = time.monotonic() - started
+        for one in guessing:
+            one.cancel()
+        await asyncio.wait(guessing)
+
+    assert 20 <= backend.asked <= 40
+    assert took < REFUSAL_SECONDS / 4
+    assert not [one for one in guessing if not one.cancelled()]
 
 
 async def test_open_watches_outlive_a_restart_of_who_checks_them(

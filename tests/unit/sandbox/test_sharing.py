@@ -76,5 +76,24 @@ def test_a_repository_that_knows_nothing_of_sharing_takes_pushes_of_several_user
         assert pushed
 
 
+@as_root
+@pytest.mark.parametrize("when", ["before", "later"])
+def test_of_a_repository_only_what_a_push_changes_is_opened(folder: Path, when: str) -> None:
+    remote = folder / "group" / "remote.git"
+    if when == "later":
+        share((folder,), GROUP)
+    subprocess.run(["git", "init", "--quiet", "--bare", str(remote)], check=True)
+    share((folder,), GROUP)
+    inside = [path for path in remote.rglob("*") if not {"objects", "refs"} & {*path.relative_to(remote).parts}]
+
+    assert {remote / "hooks", remote / "config"} < {*inside}
+    for path in (remote, *inside):
+        assert not attempt(f"test -w {path}"), path
+        assert attempt(f"test -r {path}"), path
+    assert not attempt(f"mv {remote} {remote}.away")
+    for path in (remote / "objects", remote / "refs" / "heads"):
+        assert attempt(f"touch {path}/x")
+
+
 def test_a_folder_that_is_not_there_is_left_alone(tmp_path: Path) -> None:
     share((tmp_path / "missing",), GROUP)

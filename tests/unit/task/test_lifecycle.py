@@ -73,6 +73,16 @@ async def test_a_task_is_archived_with_its_turns_closed_and_its_queue_settled(ro
     assert (await room.read(task.task.id)).task.status == tasks_pb2.TASK_STATUS_ARCHIVING
 
 
+@pytest.mark.parametrize("status", [tasks_pb2.TASK_STATUS_PENDING, tasks_pb2.TASK_STATUS_PROVISIONING])
+async def test_a_session_that_never_began_is_closed_with_its_task(room: Room, status: Status) -> None:
+    task = await room.task(status)
+    await room.change(task.task.id, lambda task: task.stand(task.sessions[0], sessions_pb2.SESSION_STATUS_PENDING))
+
+    await room.public.ArchiveTask(tasks_pb2.ArchiveTaskRequest(request_id="a", task_id=task.task.id), NOWHERE)
+
+    assert [one.status for one in (await room.read(task.task.id)).sessions] == [sessions_pb2.SESSION_STATUS_CLOSED]
+
+
 async def test_the_kill_of_an_archived_task_never_takes_its_branch_back(room: Room) -> None:  # F9, F23
     task = await room.task(ARCHIVED)
 
