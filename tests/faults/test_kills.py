@@ -116,8 +116,7 @@ class Faults:
         await self.stop([psutil.Process(process.pid)])
 
     async def stop_machines(self) -> None:
-        found = self.processes.sandbox_processes()
-        await self.stop([process for process in found if process.name().startswith("sandbox-agent")])
+        await self.stop(self.processes.sandbox_processes("sandbox-agent"))
 
     async def kill_machines(self) -> None:
         print("kill machines")  # noqa: T201

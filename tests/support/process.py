@@ -67,13 +67,13 @@ class Processes:
         self.running.clear()
         self.kill_sandboxes()
 
-    def sandbox_processes(self) -> list[psutil.Process]:
-        """Return all processes of this installation's sandboxes."""
+    def sandbox_processes(self, program: str = "") -> list[psutil.Process]:
+        """Return all processes of this installation's sandboxes, or those that run a program."""
         root = str(self.folder / "data" / "sandbox")
         found: list[psutil.Process] = []
         for process in psutil.process_iter():
             try:
-                if process.environ().get("HOME", "").startswith(root):
+                if process.environ().get("HOME", "").startswith(root) and process.name().startswith(program):
                     found.append(process)
             except (psutil.Error, OSError):
                 continue
