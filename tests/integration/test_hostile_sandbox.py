@@ -160,7 +160,8 @@ async def test_it_is_told_nothing_at_the_port_of_another_whose_server_has_died(
 ) -> None:
     machine = await provider.create("sbx_1")
     for process in alive(provider.processes.of("sbx_1")):
-        process.kill()
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     thief = f'export SCRIPT={shlex.quote(THIEF)}; perl -e "$SCRIPT"'
     where = f"{machine.url.rsplit(':', 1)[1]} {machine.home} sbx_1 > heard 2>&1 &"
     until = "for i in $(seq 50); do grep -q listening heard && exit; sleep 0.1; done"

@@ -155,11 +155,11 @@ class SandboxProcesses:
 
 def _end(find: Callable[[], Sequence[psutil.Process]], sweep: Callable[[], None] = lambda: None) -> bool:
     for how, patience in zip((signal.SIGTERM, signal.SIGKILL, signal.SIGKILL), _STOP_SECONDS, strict=True):
-        found = _alive(find())
-        if not found:
-            return True
         if how == signal.SIGKILL:
             sweep()
+        found = _alive(find())
+        if not found and how == signal.SIGKILL:  # before it, one that forks and ends might only have been missed
+            return True
         for process in found:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(how)
