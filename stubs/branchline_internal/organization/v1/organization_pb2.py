@@ -22,14 +22,17 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from branchline.v1 import common_pb2 as branchline_dot_v1_dot_common__pb2
 from branchline.v1 import organizations_pb2 as branchline_dot_v1_dot_organizations__pb2
+from branchline.v1 import roles_pb2 as branchline_dot_v1_dot_roles__pb2
+from branchline.v1 import sessions_pb2 as branchline_dot_v1_dot_sessions__pb2
+from branchline.v1 import tasks_pb2 as branchline_dot_v1_dot_tasks__pb2
 from branchline.v1 import users_pb2 as branchline_dot_v1_dot_users__pb2
-from branchline.v1 import watches_pb2 as branchline_dot_v1_dot_watches__pb2
 from branchline_internal.spine.v1 import push_pb2 as branchline__internal_dot_spine_dot_v1_dot_push__pb2
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n6branchline_internal/organization/v1/organization.proto\x12#branchline.internal.organization.v1\x1a!branchline/v1/organizations.proto\x1a\x19\x62ranchline/v1/users.proto\x1a\x1b\x62ranchline/v1/watches.proto\x1a\'branchline_internal/spine/v1/push.proto\x1a\x1b\x62uf/validate/validate.proto\"\xd8\x01\n\x10\x42ootstrapRequest\x12\x1b\n\x04slug\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04slug\x12\x34\n\x11organization_name\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x10organizationName\x12$\n\tuser_name\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x08userName\x12&\n\nuser_email\x18\x04 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\tuserEmail\x12#\n\rdefault_agent\x18\x05 \x01(\tR\x0c\x64\x65\x66\x61ultAgent\"q\n\x11\x42ootstrapResponse\x12?\n\x0corganization\x18\x01 \x01(\x0b\x32\x1b.branchline.v1.OrganizationR\x0corganization\x12\x1b\n\tapi_token\x18\x02 \x01(\tR\x08\x61piToken\">\n\x13\x41uthenticateRequest\x12\'\n\ntoken_hash\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x98\x01@R\ttokenHash\"\xac\x01\n\x14\x41uthenticateResponse\x12\'\n\x04user\x18\x01 \x01(\x0b\x32\x13.branchline.v1.UserR\x04user\x12\x37\n\x0bmemberships\x18\x02 \x03(\x0b\x32\x15.branchline.v1.MemberR\x0bmemberships\x12\x32\n\nrole_limit\x18\x03 \x01(\x0e\x32\x13.branchline.v1.RoleR\troleLimit\"\xb5\x01\n\x13ResolveRouteRequest\x12 \n\x07user_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06userId\x12)\n\x0forganization_id\x18\x02 \x01(\tH\x00R\x0eorganizationId\x12%\n\rrepository_id\x18\x03 \x01(\tH\x00R\x0crepositoryId\x12\x19\n\x07task_id\x18\x04 \x01(\tH\x00R\x06taskIdB\x0f\n\x06target\x12\x05\xbaH\x02\x08\x01\"\xce\x01\n\x14ResolveRouteResponse\x12\'\n\x0forganization_id\x18\x01 \x01(\tR\x0eorganizationId\x12#\n\rrepository_id\x18\x02 \x01(\tR\x0crepositoryId\x12\'\n\x04role\x18\x03 \x01(\x0e\x32\x13.branchline.v1.RoleR\x04role\x12?\n\x08settings\x18\x04 \x01(\x0b\x32#.branchline.v1.OrganizationSettingsR\x08settings\"\xab\x01\n\x11WatchIndexRequest\x12\x30\n\x0forganization_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0eorganizationId\x12J\n\tselection\x18\x02 \x01(\x0b\x32,.branchline.internal.spine.v1.WatchSelectionR\tselection\x12\x18\n\x07history\x18\x03 \x01(\x08R\x07history\"E\n\x12WatchIndexResponse\x12/\n\x05\x66rame\x18\x01 \x01(\x0b\x32\x19.branchline.v1.WatchFrameR\x05\x66rame\"o\n\x17\x41waitConsistencyRequest\x12+\n\x11\x63onsistency_token\x18\x01 \x01(\tR\x10\x63onsistencyToken\x12\'\n\x0forganization_id\x18\x02 \x01(\tR\x0eorganizationId\"\x1a\n\x18\x41waitConsistencyResponse\"\x81\x01\n\x17GetGitCredentialRequest\x12\x30\n\x0forganization_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0eorganizationId\x12 \n\x07user_id\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06userId\x12\x12\n\x04host\x18\x03 \x01(\tR\x04host\"N\n\x18GetGitCredentialResponse\x12\x1a\n\x08username\x18\x01 \x01(\tR\x08username\x12\x16\n\x06secret\x18\x02 \x01(\tR\x06secret\"\x85\x01\n\x16\x42indGithubLoginRequest\x12\x1b\n\x04slug\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04slug\x12N\n\x0cgithub_login\x18\x02 \x01(\tB+\xbaH(r&2$^$|^[A-Za-z0-9]([A-Za-z0-9-]{0,38})$R\x0bgithubLogin\"Z\n\x17\x42indGithubLoginResponse\x12?\n\x0corganization\x18\x01 \x01(\x0b\x32\x1b.branchline.v1.OrganizationR\x0corganization\"O\n\x11IssueTokenRequest\x12\x1d\n\x05\x65mail\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x05\x65mail\x12\x1b\n\x04name\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04name\"1\n\x12IssueTokenResponse\x12\x1b\n\tapi_token\x18\x01 \x01(\tR\x08\x61piToken2\xd0\x08\n\x13OrganizationService\x12z\n\tBootstrap\x12\x35.branchline.internal.organization.v1.BootstrapRequest\x1a\x36.branchline.internal.organization.v1.BootstrapResponse\x12\x83\x01\n\x0c\x41uthenticate\x12\x38.branchline.internal.organization.v1.AuthenticateRequest\x1a\x39.branchline.internal.organization.v1.AuthenticateResponse\x12\x83\x01\n\x0cResolveRoute\x12\x38.branchline.internal.organization.v1.ResolveRouteRequest\x1a\x39.branchline.internal.organization.v1.ResolveRouteResponse\x12\x7f\n\nWatchIndex\x12\x36.branchline.internal.organization.v1.WatchIndexRequest\x1a\x37.branchline.internal.organization.v1.WatchIndexResponse0\x01\x12\x8f\x01\n\x10\x41waitConsistency\x12<.branchline.internal.organization.v1.AwaitConsistencyRequest\x1a=.branchline.internal.organization.v1.AwaitConsistencyResponse\x12\x8c\x01\n\x0f\x42indGithubLogin\x12;.branchline.internal.organization.v1.BindGithubLoginRequest\x1a<.branchline.internal.organization.v1.BindGithubLoginResponse\x12}\n\nIssueToken\x12\x36.branchline.internal.organization.v1.IssueTokenRequest\x1a\x37.branchline.internal.organization.v1.IssueTokenResponse\x12\x8f\x01\n\x10GetGitCredential\x12<.branchline.internal.organization.v1.GetGitCredentialRequest\x1a=.branchline.internal.organization.v1.GetGitCredentialResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n6branchline_internal/organization/v1/organization.proto\x12#branchline.internal.organization.v1\x1a\x1a\x62ranchline/v1/common.proto\x1a!branchline/v1/organizations.proto\x1a\x19\x62ranchline/v1/roles.proto\x1a\x1c\x62ranchline/v1/sessions.proto\x1a\x19\x62ranchline/v1/tasks.proto\x1a\x19\x62ranchline/v1/users.proto\x1a\'branchline_internal/spine/v1/push.proto\x1a\x1b\x62uf/validate/validate.proto\"\xd8\x01\n\x10\x42ootstrapRequest\x12\x1b\n\x04slug\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04slug\x12\x34\n\x11organization_name\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x10organizationName\x12$\n\tuser_name\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x08userName\x12&\n\nuser_email\x18\x04 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\tuserEmail\x12#\n\rdefault_agent\x18\x05 \x01(\tR\x0c\x64\x65\x66\x61ultAgent\"q\n\x11\x42ootstrapResponse\x12?\n\x0corganization\x18\x01 \x01(\x0b\x32\x1b.branchline.v1.OrganizationR\x0corganization\x12\x1b\n\tapi_token\x18\x02 \x01(\tR\x08\x61piToken\">\n\x13\x41uthenticateRequest\x12\'\n\ntoken_hash\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x98\x01@R\ttokenHash\"\xa9\x01\n\x14\x41uthenticateResponse\x12\'\n\x04user\x18\x01 \x01(\x0b\x32\x13.branchline.v1.UserR\x04user\x12\x37\n\x0bmemberships\x18\x02 \x03(\x0b\x32\x15.branchline.v1.MemberR\x0bmemberships\x12/\n\x05scope\x18\x03 \x01(\x0b\x32\x19.branchline.v1.TokenScopeR\x05scope\"\xb5\x01\n\x13ResolveRouteRequest\x12 \n\x07user_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06userId\x12)\n\x0forganization_id\x18\x02 \x01(\tH\x00R\x0eorganizationId\x12%\n\rrepository_id\x18\x03 \x01(\tH\x00R\x0crepositoryId\x12\x19\n\x07task_id\x18\x04 \x01(\tH\x00R\x06taskIdB\x0f\n\x06target\x12\x05\xbaH\x02\x08\x01\"\xce\x01\n\x14ResolveRouteResponse\x12\'\n\x0forganization_id\x18\x01 \x01(\tR\x0eorganizationId\x12#\n\rrepository_id\x18\x02 \x01(\tR\x0crepositoryId\x12\'\n\x04role\x18\x03 \x01(\x0e\x32\x13.branchline.v1.RoleR\x04role\x12?\n\x08settings\x18\x04 \x01(\x0b\x32#.branchline.v1.OrganizationSettingsR\x08settings\"\x8d\x02\n\x11WatchIndexRequest\x12\x30\n\x0forganization_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0eorganizationId\x12J\n\tselection\x18\x02 \x01(\x0b\x32,.branchline.internal.spine.v1.WatchSelectionR\tselection\x12\x18\n\x07history\x18\x03 \x01(\x08R\x07history\x12/\n\x05kinds\x18\x04 \x03(\x0e\x32\x19.branchline.v1.EntityKindR\x05kinds\x12/\n\x05tasks\x18\x05 \x01(\x0b\x32\x19.branchline.v1.TaskFilterR\x05tasks\"T\n\x12WatchIndexResponse\x12>\n\x05\x66rame\x18\x01 \x01(\x0b\x32(.branchline.internal.spine.v1.WatchFrameR\x05\x66rame\"\x80\x01\n\x17\x41waitConsistencyRequest\x12<\n\x0b\x63onsistency\x18\x01 \x01(\x0b\x32\x1a.branchline.v1.ConsistencyR\x0b\x63onsistency\x12\'\n\x0forganization_id\x18\x02 \x01(\tR\x0eorganizationId\"\x1a\n\x18\x41waitConsistencyResponse\"\x81\x01\n\x17GetGitCredentialRequest\x12\x30\n\x0forganization_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0eorganizationId\x12 \n\x07user_id\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06userId\x12\x12\n\x04host\x18\x03 \x01(\tR\x04host\"N\n\x18GetGitCredentialResponse\x12\x1a\n\x08username\x18\x01 \x01(\tR\x08username\x12\x16\n\x06secret\x18\x02 \x01(\tR\x06secret\"\x85\x01\n\x16\x42indGithubLoginRequest\x12\x1b\n\x04slug\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04slug\x12N\n\x0cgithub_login\x18\x02 \x01(\tB+\xbaH(r&2$^$|^[A-Za-z0-9]([A-Za-z0-9-]{0,38})$R\x0bgithubLogin\"Z\n\x17\x42indGithubLoginResponse\x12?\n\x0corganization\x18\x01 \x01(\x0b\x32\x1b.branchline.v1.OrganizationR\x0corganization\"O\n\x11IssueTokenRequest\x12\x1d\n\x05\x65mail\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x05\x65mail\x12\x1b\n\x04name\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04name\"1\n\x12IssueTokenResponse\x12\x1b\n\tapi_token\x18\x01 \x01(\tR\x08\x61piToken\"\xa8\x01\n\x11\x43laimBlobsRequest\x12\x30\n\x0forganization_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0eorganizationId\x12\x17\n\x07task_id\x18\x02 \x01(\tR\x06taskId\x12#\n\x08\x62lob_ids\x18\x03 \x03(\tB\x08\xbaH\x05\x92\x01\x02\x10@R\x07\x62lobIds\x12#\n\rvalidate_only\x18\x04 \x01(\x08R\x0cvalidateOnly\"H\n\x12\x43laimBlobsResponse\x12\x32\n\x05\x62lobs\x18\x01 \x03(\x0b\x32\x1c.branchline.v1.BlobReferenceR\x05\x62lobs\"\xa9\x01\n\x10\x46\x65tchBlobRequest\x12\x30\n\x0forganization_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0eorganizationId\x12 \n\x07task_id\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06taskId\x12 \n\x07\x62lob_id\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06\x62lobId\x12\x1f\n\x06offset\x18\x04 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00R\x06offset\"\'\n\x11\x46\x65tchBlobResponse\x12\x12\n\x04\x64\x61ta\x18\x01 \x01(\x0cR\x04\x64\x61ta\"\xdb\x01\n\x10StoreBlobRequest\x12\x30\n\x0forganization_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0eorganizationId\x12 \n\x07task_id\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06taskId\x12+\n\x0c\x64isplay_name\x18\x03 \x01(\tB\x08\xbaH\x05r\x03(\x80\x02R\x0b\x64isplayName\x12\'\n\nmedia_type\x18\x04 \x01(\tB\x08\xbaH\x05r\x03(\x80\x01R\tmediaType\x12\x1d\n\x04\x64\x61ta\x18\x05 \x01(\x0c\x42\t\xbaH\x06z\x04\x18\x80\x80@R\x04\x64\x61ta\"E\n\x11StoreBlobResponse\x12\x30\n\x04\x62lob\x18\x01 \x01(\x0b\x32\x1c.branchline.v1.BlobReferenceR\x04\x62lob\"\xb9\x01\n\x13\x43heckOptionsRequest\x12\x30\n\x0forganization_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0eorganizationId\x12\x37\n\x07session\x18\x02 \x01(\x0b\x32\x1d.branchline.v1.SessionOptionsR\x07session\x12\x37\n\x07sandbox\x18\x03 \x01(\x0b\x32\x1d.branchline.v1.SandboxOptionsR\x07sandbox\"\x16\n\x14\x43heckOptionsResponse2\xcd\x0c\n\x13OrganizationService\x12z\n\tBootstrap\x12\x35.branchline.internal.organization.v1.BootstrapRequest\x1a\x36.branchline.internal.organization.v1.BootstrapResponse\x12\x83\x01\n\x0c\x41uthenticate\x12\x38.branchline.internal.organization.v1.AuthenticateRequest\x1a\x39.branchline.internal.organization.v1.AuthenticateResponse\x12\x83\x01\n\x0cResolveRoute\x12\x38.branchline.internal.organization.v1.ResolveRouteRequest\x1a\x39.branchline.internal.organization.v1.ResolveRouteResponse\x12\x7f\n\nWatchIndex\x12\x36.branchline.internal.organization.v1.WatchIndexRequest\x1a\x37.branchline.internal.organization.v1.WatchIndexResponse0\x01\x12\x8f\x01\n\x10\x41waitConsistency\x12<.branchline.internal.organization.v1.AwaitConsistencyRequest\x1a=.branchline.internal.organization.v1.AwaitConsistencyResponse\x12\x8c\x01\n\x0f\x42indGithubLogin\x12;.branchline.internal.organization.v1.BindGithubLoginRequest\x1a<.branchline.internal.organization.v1.BindGithubLoginResponse\x12}\n\nIssueToken\x12\x36.branchline.internal.organization.v1.IssueTokenRequest\x1a\x37.branchline.internal.organization.v1.IssueTokenResponse\x12\x83\x01\n\x0c\x43heckOptions\x12\x38.branchline.internal.organization.v1.CheckOptionsRequest\x1a\x39.branchline.internal.organization.v1.CheckOptionsResponse\x12}\n\nClaimBlobs\x12\x36.branchline.internal.organization.v1.ClaimBlobsRequest\x1a\x37.branchline.internal.organization.v1.ClaimBlobsResponse\x12z\n\tFetchBlob\x12\x35.branchline.internal.organization.v1.FetchBlobRequest\x1a\x36.branchline.internal.organization.v1.FetchBlobResponse\x12z\n\tStoreBlob\x12\x35.branchline.internal.organization.v1.StoreBlobRequest\x1a\x36.branchline.internal.organization.v1.StoreBlobResponse\x12\x8f\x01\n\x10GetGitCredential\x12<.branchline.internal.organization.v1.GetGitCredentialRequest\x1a=.branchline.internal.organization.v1.GetGitCredentialResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -64,38 +67,78 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ISSUETOKENREQUEST'].fields_by_name['email']._serialized_options = b'\272H\004r\002\020\001'
   _globals['_ISSUETOKENREQUEST'].fields_by_name['name']._loaded_options = None
   _globals['_ISSUETOKENREQUEST'].fields_by_name['name']._serialized_options = b'\272H\004r\002\020\001'
-  _globals['_BOOTSTRAPREQUEST']._serialized_start=257
-  _globals['_BOOTSTRAPREQUEST']._serialized_end=473
-  _globals['_BOOTSTRAPRESPONSE']._serialized_start=475
-  _globals['_BOOTSTRAPRESPONSE']._serialized_end=588
-  _globals['_AUTHENTICATEREQUEST']._serialized_start=590
-  _globals['_AUTHENTICATEREQUEST']._serialized_end=652
-  _globals['_AUTHENTICATERESPONSE']._serialized_start=655
-  _globals['_AUTHENTICATERESPONSE']._serialized_end=827
-  _globals['_RESOLVEROUTEREQUEST']._serialized_start=830
-  _globals['_RESOLVEROUTEREQUEST']._serialized_end=1011
-  _globals['_RESOLVEROUTERESPONSE']._serialized_start=1014
-  _globals['_RESOLVEROUTERESPONSE']._serialized_end=1220
-  _globals['_WATCHINDEXREQUEST']._serialized_start=1223
-  _globals['_WATCHINDEXREQUEST']._serialized_end=1394
-  _globals['_WATCHINDEXRESPONSE']._serialized_start=1396
-  _globals['_WATCHINDEXRESPONSE']._serialized_end=1465
-  _globals['_AWAITCONSISTENCYREQUEST']._serialized_start=1467
-  _globals['_AWAITCONSISTENCYREQUEST']._serialized_end=1578
-  _globals['_AWAITCONSISTENCYRESPONSE']._serialized_start=1580
-  _globals['_AWAITCONSISTENCYRESPONSE']._serialized_end=1606
-  _globals['_GETGITCREDENTIALREQUEST']._serialized_start=1609
-  _globals['_GETGITCREDENTIALREQUEST']._serialized_end=1738
-  _globals['_GETGITCREDENTIALRESPONSE']._serialized_start=1740
-  _globals['_GETGITCREDENTIALRESPONSE']._serialized_end=1818
-  _globals['_BINDGITHUBLOGINREQUEST']._serialized_start=1821
-  _globals['_BINDGITHUBLOGINREQUEST']._serialized_end=1954
-  _globals['_BINDGITHUBLOGINRESPONSE']._serialized_start=1956
-  _globals['_BINDGITHUBLOGINRESPONSE']._serialized_end=2046
-  _globals['_ISSUETOKENREQUEST']._serialized_start=2048
-  _globals['_ISSUETOKENREQUEST']._serialized_end=2127
-  _globals['_ISSUETOKENRESPONSE']._serialized_start=2129
-  _globals['_ISSUETOKENRESPONSE']._serialized_end=2178
-  _globals['_ORGANIZATIONSERVICE']._serialized_start=2181
-  _globals['_ORGANIZATIONSERVICE']._serialized_end=3285
+  _globals['_CLAIMBLOBSREQUEST'].fields_by_name['organization_id']._loaded_options = None
+  _globals['_CLAIMBLOBSREQUEST'].fields_by_name['organization_id']._serialized_options = b'\272H\004r\002\020\001'
+  _globals['_CLAIMBLOBSREQUEST'].fields_by_name['blob_ids']._loaded_options = None
+  _globals['_CLAIMBLOBSREQUEST'].fields_by_name['blob_ids']._serialized_options = b'\272H\005\222\001\002\020@'
+  _globals['_FETCHBLOBREQUEST'].fields_by_name['organization_id']._loaded_options = None
+  _globals['_FETCHBLOBREQUEST'].fields_by_name['organization_id']._serialized_options = b'\272H\004r\002\020\001'
+  _globals['_FETCHBLOBREQUEST'].fields_by_name['task_id']._loaded_options = None
+  _globals['_FETCHBLOBREQUEST'].fields_by_name['task_id']._serialized_options = b'\272H\004r\002\020\001'
+  _globals['_FETCHBLOBREQUEST'].fields_by_name['blob_id']._loaded_options = None
+  _globals['_FETCHBLOBREQUEST'].fields_by_name['blob_id']._serialized_options = b'\272H\004r\002\020\001'
+  _globals['_FETCHBLOBREQUEST'].fields_by_name['offset']._loaded_options = None
+  _globals['_FETCHBLOBREQUEST'].fields_by_name['offset']._serialized_options = b'\272H\004\"\002(\000'
+  _globals['_STOREBLOBREQUEST'].fields_by_name['organization_id']._loaded_options = None
+  _globals['_STOREBLOBREQUEST'].fields_by_name['organization_id']._serialized_options = b'\272H\004r\002\020\001'
+  _globals['_STOREBLOBREQUEST'].fields_by_name['task_id']._loaded_options = None
+  _globals['_STOREBLOBREQUEST'].fields_by_name['task_id']._serialized_options = b'\272H\004r\002\020\001'
+  _globals['_STOREBLOBREQUEST'].fields_by_name['display_name']._loaded_options = None
+  _globals['_STOREBLOBREQUEST'].fields_by_name['display_name']._serialized_options = b'\272H\005r\003(\200\002'
+  _globals['_STOREBLOBREQUEST'].fields_by_name['media_type']._loaded_options = None
+  _globals['_STOREBLOBREQUEST'].fields_by_name['media_type']._serialized_options = b'\272H\005r\003(\200\001'
+  _globals['_STOREBLOBREQUEST'].fields_by_name['data']._loaded_options = None
+  _globals['_STOREBLOBREQUEST'].fields_by_name['data']._serialized_options = b'\272H\006z\004\030\200\200@'
+  _globals['_CHECKOPTIONSREQUEST'].fields_by_name['organization_id']._loaded_options = None
+  _globals['_CHECKOPTIONSREQUEST'].fields_by_name['organization_id']._serialized_options = b'\272H\004r\002\020\001'
+  _globals['_BOOTSTRAPREQUEST']._serialized_start=340
+  _globals['_BOOTSTRAPREQUEST']._serialized_end=556
+  _globals['_BOOTSTRAPRESPONSE']._serialized_start=558
+  _globals['_BOOTSTRAPRESPONSE']._serialized_end=671
+  _globals['_AUTHENTICATEREQUEST']._serialized_start=673
+  _globals['_AUTHENTICATEREQUEST']._serialized_end=735
+  _globals['_AUTHENTICATERESPONSE']._serialized_start=738
+  _globals['_AUTHENTICATERESPONSE']._serialized_end=907
+  _globals['_RESOLVEROUTEREQUEST']._serialized_start=910
+  _globals['_RESOLVEROUTEREQUEST']._serialized_end=1091
+  _globals['_RESOLVEROUTERESPONSE']._serialized_start=1094
+  _globals['_RESOLVEROUTERESPONSE']._serialized_end=1300
+  _globals['_WATCHINDEXREQUEST']._serialized_start=1303
+  _globals['_WATCHINDEXREQUEST']._serialized_end=1572
+  _globals['_WATCHINDEXRESPONSE']._serialized_start=1574
+  _globals['_WATCHINDEXRESPONSE']._serialized_end=1658
+  _globals['_AWAITCONSISTENCYREQUEST']._serialized_start=1661
+  _globals['_AWAITCONSISTENCYREQUEST']._serialized_end=1789
+  _globals['_AWAITCONSISTENCYRESPONSE']._serialized_start=1791
+  _globals['_AWAITCONSISTENCYRESPONSE']._serialized_end=1817
+  _globals['_GETGITCREDENTIALREQUEST']._serialized_start=1820
+  _globals['_GETGITCREDENTIALREQUEST']._serialized_end=1949
+  _globals['_GETGITCREDENTIALRESPONSE']._serialized_start=1951
+  _globals['_GETGITCREDENTIALRESPONSE']._serialized_end=2029
+  _globals['_BINDGITHUBLOGINREQUEST']._serialized_start=2032
+  _globals['_BINDGITHUBLOGINREQUEST']._serialized_end=2165
+  _globals['_BINDGITHUBLOGINRESPONSE']._serialized_start=2167
+  _globals['_BINDGITHUBLOGINRESPONSE']._serialized_end=2257
+  _globals['_ISSUETOKENREQUEST']._serialized_start=2259
+  _globals['_ISSUETOKENREQUEST']._serialized_end=2338
+  _globals['_ISSUETOKENRESPONSE']._serialized_start=2340
+  _globals['_ISSUETOKENRESPONSE']._serialized_end=2389
+  _globals['_CLAIMBLOBSREQUEST']._serialized_start=2392
+  _globals['_CLAIMBLOBSREQUEST']._serialized_end=2560
+  _globals['_CLAIMBLOBSRESPONSE']._serialized_start=2562
+  _globals['_CLAIMBLOBSRESPONSE']._serialized_end=2634
+  _globals['_FETCHBLOBREQUEST']._serialized_start=2637
+  _globals['_FETCHBLOBREQUEST']._serialized_end=2806
+  _globals['_FETCHBLOBRESPONSE']._serialized_start=2808
+  _globals['_FETCHBLOBRESPONSE']._serialized_end=2847
+  _globals['_STOREBLOBREQUEST']._serialized_start=2850
+  _globals['_STOREBLOBREQUEST']._serialized_end=3069
+  _globals['_STOREBLOBRESPONSE']._serialized_start=3071
+  _globals['_STOREBLOBRESPONSE']._serialized_end=3140
+  _globals['_CHECKOPTIONSREQUEST']._serialized_start=3143
+  _globals['_CHECKOPTIONSREQUEST']._serialized_end=3328
+  _globals['_CHECKOPTIONSRESPONSE']._serialized_start=3330
+  _globals['_CHECKOPTIONSRESPONSE']._serialized_end=3352
+  _globals['_ORGANIZATIONSERVICE']._serialized_start=3355
+  _globals['_ORGANIZATIONSERVICE']._serialized_end=4968
 # @@protoc_insertion_point(module_scope)

@@ -3,9 +3,12 @@
 isort:skip_file
 """
 
+from branchline.v1 import common_pb2 as _common_pb2
 from branchline.v1 import organizations_pb2 as _organizations_pb2
+from branchline.v1 import roles_pb2 as _roles_pb2
+from branchline.v1 import sessions_pb2 as _sessions_pb2
+from branchline.v1 import tasks_pb2 as _tasks_pb2
 from branchline.v1 import users_pb2 as _users_pb2
-from branchline.v1 import watches_pb2 as _watches_pb2
 from branchline_internal.spine.v1 import push_pb2 as _push_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
@@ -118,9 +121,7 @@ class AuthenticateResponse(_message.Message):
 
     USER_FIELD_NUMBER: _builtins.int
     MEMBERSHIPS_FIELD_NUMBER: _builtins.int
-    ROLE_LIMIT_FIELD_NUMBER: _builtins.int
-    role_limit: _organizations_pb2.Role.ValueType
-    """Most that the token may do; unspecified means no limit."""
+    SCOPE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def user(self) -> _users_pb2.User:
         """The user."""
@@ -129,16 +130,20 @@ class AuthenticateResponse(_message.Message):
     def memberships(self) -> _containers.RepeatedCompositeFieldContainer[_organizations_pb2.Member]:
         """The user's memberships."""
 
+    @_builtins.property
+    def scope(self) -> _users_pb2.TokenScope:
+        """What the token is held to; unset means whatever its user may do."""
+
     def __init__(
         self,
         *,
         user: _users_pb2.User | None = ...,
         memberships: _abc.Iterable[_organizations_pb2.Member] | None = ...,
-        role_limit: _organizations_pb2.Role.ValueType = ...,
+        scope: _users_pb2.TokenScope | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["user", b"user"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["scope", b"scope", "user", b"user"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["memberships", b"memberships", "role_limit", b"role_limit", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["memberships", b"memberships", "scope", b"scope", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -194,7 +199,7 @@ class ResolveRouteResponse(_message.Message):
     """The organization."""
     repository_id: _builtins.str
     """The repository; empty when an organization was asked for."""
-    role: _organizations_pb2.Role.ValueType
+    role: _roles_pb2.Role.ValueType
     """What the user may do there."""
     @_builtins.property
     def settings(self) -> _organizations_pb2.OrganizationSettings:
@@ -205,7 +210,7 @@ class ResolveRouteResponse(_message.Message):
         *,
         organization_id: _builtins.str = ...,
         repository_id: _builtins.str = ...,
-        role: _organizations_pb2.Role.ValueType = ...,
+        role: _roles_pb2.Role.ValueType = ...,
         settings: _organizations_pb2.OrganizationSettings | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["settings", b"settings"]  # noqa: Y015
@@ -225,6 +230,8 @@ class WatchIndexRequest(_message.Message):
     ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
     SELECTION_FIELD_NUMBER: _builtins.int
     HISTORY_FIELD_NUMBER: _builtins.int
+    KINDS_FIELD_NUMBER: _builtins.int
+    TASKS_FIELD_NUMBER: _builtins.int
     organization_id: _builtins.str
     """The organization."""
     history: _builtins.bool
@@ -233,16 +240,26 @@ class WatchIndexRequest(_message.Message):
     def selection(self) -> _push_pb2.WatchSelection:
         """From where, for whom and how long."""
 
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedScalarFieldContainer[_common_pb2.EntityKind.ValueType]:
+        """Kinds of entities to show; empty means all."""
+
+    @_builtins.property
+    def tasks(self) -> _tasks_pb2.TaskFilter:
+        """Which tasks a snapshot shows; unset means all that have not ended."""
+
     def __init__(
         self,
         *,
         organization_id: _builtins.str = ...,
         selection: _push_pb2.WatchSelection | None = ...,
         history: _builtins.bool = ...,
+        kinds: _abc.Iterable[_common_pb2.EntityKind.ValueType] | None = ...,
+        tasks: _tasks_pb2.TaskFilter | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["selection", b"selection"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["selection", b"selection", "tasks", b"tasks"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["history", b"history", "organization_id", b"organization_id", "selection", b"selection"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["history", b"history", "kinds", b"kinds", "organization_id", b"organization_id", "selection", b"selection", "tasks", b"tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -256,13 +273,13 @@ class WatchIndexResponse(_message.Message):
 
     FRAME_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def frame(self) -> _watches_pb2.WatchFrame:
+    def frame(self) -> _push_pb2.WatchFrame:
         """What happened."""
 
     def __init__(
         self,
         *,
-        frame: _watches_pb2.WatchFrame | None = ...,
+        frame: _push_pb2.WatchFrame | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -278,21 +295,23 @@ class AwaitConsistencyRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    CONSISTENCY_TOKEN_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_FIELD_NUMBER: _builtins.int
     ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
-    consistency_token: _builtins.str
-    """From a command's answer."""
     organization_id: _builtins.str
     """The organization that the caller asks about; only what is in it, or the caller's own, is waited for."""
+    @_builtins.property
+    def consistency(self) -> _common_pb2.Consistency:
+        """How fresh it must be."""
+
     def __init__(
         self,
         *,
-        consistency_token: _builtins.str = ...,
+        consistency: _common_pb2.Consistency | None = ...,
         organization_id: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token", "organization_id", b"organization_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "organization_id", b"organization_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -468,3 +487,232 @@ class IssueTokenResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___IssueTokenResponse: _TypeAlias = IssueTokenResponse  # noqa: Y015
+
+@_typing.final
+class ClaimBlobsRequest(_message.Message):
+    """See OrganizationService.ClaimBlobs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    BLOB_IDS_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    organization_id: _builtins.str
+    """The organization."""
+    task_id: _builtins.str
+    """The task."""
+    validate_only: _builtins.bool
+    """Whether it is only checked that they could be named; the task may be empty then."""
+    @_builtins.property
+    def blob_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The blobs."""
+
+    def __init__(
+        self,
+        *,
+        organization_id: _builtins.str = ...,
+        task_id: _builtins.str = ...,
+        blob_ids: _abc.Iterable[_builtins.str] | None = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob_ids", b"blob_ids", "organization_id", b"organization_id", "task_id", b"task_id", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClaimBlobsRequest: _TypeAlias = ClaimBlobsRequest  # noqa: Y015
+
+@_typing.final
+class ClaimBlobsResponse(_message.Message):
+    """See OrganizationService.ClaimBlobs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOBS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def blobs(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.BlobReference]:
+        """The blobs, in the order of the request."""
+
+    def __init__(
+        self,
+        *,
+        blobs: _abc.Iterable[_common_pb2.BlobReference] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blobs", b"blobs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClaimBlobsResponse: _TypeAlias = ClaimBlobsResponse  # noqa: Y015
+
+@_typing.final
+class FetchBlobRequest(_message.Message):
+    """See OrganizationService.FetchBlob."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    BLOB_ID_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    organization_id: _builtins.str
+    """The organization."""
+    task_id: _builtins.str
+    """The task that has named it."""
+    blob_id: _builtins.str
+    """The blob."""
+    offset: _builtins.int
+    """First byte wanted."""
+    def __init__(
+        self,
+        *,
+        organization_id: _builtins.str = ...,
+        task_id: _builtins.str = ...,
+        blob_id: _builtins.str = ...,
+        offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob_id", b"blob_id", "offset", b"offset", "organization_id", b"organization_id", "task_id", b"task_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchBlobRequest: _TypeAlias = FetchBlobRequest  # noqa: Y015
+
+@_typing.final
+class FetchBlobResponse(_message.Message):
+    """See OrganizationService.FetchBlob."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """Its bytes from there, at most 1 MiB; none past its end."""
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchBlobResponse: _TypeAlias = FetchBlobResponse  # noqa: Y015
+
+@_typing.final
+class StoreBlobRequest(_message.Message):
+    """See OrganizationService.StoreBlob."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    MEDIA_TYPE_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    organization_id: _builtins.str
+    """The organization."""
+    task_id: _builtins.str
+    """The task."""
+    display_name: _builtins.str
+    """Name shown to people."""
+    media_type: _builtins.str
+    """What its bytes are."""
+    data: _builtins.bytes
+    """The bytes."""
+    def __init__(
+        self,
+        *,
+        organization_id: _builtins.str = ...,
+        task_id: _builtins.str = ...,
+        display_name: _builtins.str = ...,
+        media_type: _builtins.str = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "display_name", b"display_name", "media_type", b"media_type", "organization_id", b"organization_id", "task_id", b"task_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StoreBlobRequest: _TypeAlias = StoreBlobRequest  # noqa: Y015
+
+@_typing.final
+class StoreBlobResponse(_message.Message):
+    """See OrganizationService.StoreBlob."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOB_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def blob(self) -> _common_pb2.BlobReference:
+        """The blob."""
+
+    def __init__(
+        self,
+        *,
+        blob: _common_pb2.BlobReference | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StoreBlobResponse: _TypeAlias = StoreBlobResponse  # noqa: Y015
+
+@_typing.final
+class CheckOptionsRequest(_message.Message):
+    """See OrganizationService.CheckOptions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    SANDBOX_FIELD_NUMBER: _builtins.int
+    organization_id: _builtins.str
+    """The organization."""
+    @_builtins.property
+    def session(self) -> _sessions_pb2.SessionOptions:
+        """Agent, model and mode; what is empty is not checked."""
+
+    @_builtins.property
+    def sandbox(self) -> _tasks_pb2.SandboxOptions:
+        """Provider; empty is not checked."""
+
+    def __init__(
+        self,
+        *,
+        organization_id: _builtins.str = ...,
+        session: _sessions_pb2.SessionOptions | None = ...,
+        sandbox: _tasks_pb2.SandboxOptions | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sandbox", b"sandbox", "session", b"session"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["organization_id", b"organization_id", "sandbox", b"sandbox", "session", b"session"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckOptionsRequest: _TypeAlias = CheckOptionsRequest  # noqa: Y015
+
+@_typing.final
+class CheckOptionsResponse(_message.Message):
+    """See OrganizationService.CheckOptions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckOptionsResponse: _TypeAlias = CheckOptionsResponse  # noqa: Y015

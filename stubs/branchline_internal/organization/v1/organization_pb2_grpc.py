@@ -71,6 +71,26 @@ class OrganizationServiceStub:
                 request_serializer=branchline__internal_dot_organization_dot_v1_dot_organization__pb2.IssueTokenRequest.SerializeToString,
                 response_deserializer=branchline__internal_dot_organization_dot_v1_dot_organization__pb2.IssueTokenResponse.FromString,
                 _registered_method=True)
+        self.CheckOptions = channel.unary_unary(
+                '/branchline.internal.organization.v1.OrganizationService/CheckOptions',
+                request_serializer=branchline__internal_dot_organization_dot_v1_dot_organization__pb2.CheckOptionsRequest.SerializeToString,
+                response_deserializer=branchline__internal_dot_organization_dot_v1_dot_organization__pb2.CheckOptionsResponse.FromString,
+                _registered_method=True)
+        self.ClaimBlobs = channel.unary_unary(
+                '/branchline.internal.organization.v1.OrganizationService/ClaimBlobs',
+                request_serializer=branchline__internal_dot_organization_dot_v1_dot_organization__pb2.ClaimBlobsRequest.SerializeToString,
+                response_deserializer=branchline__internal_dot_organization_dot_v1_dot_organization__pb2.ClaimBlobsResponse.FromString,
+                _registered_method=True)
+        self.FetchBlob = channel.unary_unary(
+                '/branchline.internal.organization.v1.OrganizationService/FetchBlob',
+                request_serializer=branchline__internal_dot_organization_dot_v1_dot_organization__pb2.FetchBlobRequest.SerializeToString,
+                response_deserializer=branchline__internal_dot_organization_dot_v1_dot_organization__pb2.FetchBlobResponse.FromString,
+                _registered_method=True)
+        self.StoreBlob = channel.unary_unary(
+                '/branchline.internal.organization.v1.OrganizationService/StoreBlob',
+                request_serializer=branchline__internal_dot_organization_dot_v1_dot_organization__pb2.StoreBlobRequest.SerializeToString,
+                response_deserializer=branchline__internal_dot_organization_dot_v1_dot_organization__pb2.StoreBlobResponse.FromString,
+                _registered_method=True)
         self.GetGitCredential = channel.unary_unary(
                 '/branchline.internal.organization.v1.OrganizationService/GetGitCredential',
                 request_serializer=branchline__internal_dot_organization_dot_v1_dot_organization__pb2.GetGitCredentialRequest.SerializeToString,
@@ -114,7 +134,7 @@ class OrganizationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def AwaitConsistency(self, request, context):
-        """Waits until the index is as new as the token. DEADLINE_EXCEEDED with reason INDEX_BEHIND.
+        """Waits until the index is as new as the token. UNAVAILABLE with reason INDEX_BEHIND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -129,6 +149,36 @@ class OrganizationServiceServicer:
 
     def IssueToken(self, request, context):
         """Makes an API token for a person, on the word of an operator. NOT_FOUND if nobody has the address.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CheckOptions(self, request, context):
+        """Checks that the agent, model, mode and sandbox provider of a new task are known, where the catalogue has any.
+        INVALID_ARGUMENT naming those that are.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ClaimBlobs(self, request, context):
+        """Names blobs on behalf of a task, so that they are kept as long as it lives. Idempotent. NOT_FOUND naming the first
+        that is not there, FAILED_PRECONDITION if it is not complete.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FetchBlob(self, request, context):
+        """Reads part of a blob that a task has named.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StoreBlob(self, request, context):
+        """Stores what an agent of a task has shown, at most 1 MiB, and names it on the task's behalf. Idempotent by digest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -178,6 +228,26 @@ def add_OrganizationServiceServicer_to_server(servicer, server):
                     servicer.IssueToken,
                     request_deserializer=branchline__internal_dot_organization_dot_v1_dot_organization__pb2.IssueTokenRequest.FromString,
                     response_serializer=branchline__internal_dot_organization_dot_v1_dot_organization__pb2.IssueTokenResponse.SerializeToString,
+            ),
+            'CheckOptions': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckOptions,
+                    request_deserializer=branchline__internal_dot_organization_dot_v1_dot_organization__pb2.CheckOptionsRequest.FromString,
+                    response_serializer=branchline__internal_dot_organization_dot_v1_dot_organization__pb2.CheckOptionsResponse.SerializeToString,
+            ),
+            'ClaimBlobs': grpc.unary_unary_rpc_method_handler(
+                    servicer.ClaimBlobs,
+                    request_deserializer=branchline__internal_dot_organization_dot_v1_dot_organization__pb2.ClaimBlobsRequest.FromString,
+                    response_serializer=branchline__internal_dot_organization_dot_v1_dot_organization__pb2.ClaimBlobsResponse.SerializeToString,
+            ),
+            'FetchBlob': grpc.unary_unary_rpc_method_handler(
+                    servicer.FetchBlob,
+                    request_deserializer=branchline__internal_dot_organization_dot_v1_dot_organization__pb2.FetchBlobRequest.FromString,
+                    response_serializer=branchline__internal_dot_organization_dot_v1_dot_organization__pb2.FetchBlobResponse.SerializeToString,
+            ),
+            'StoreBlob': grpc.unary_unary_rpc_method_handler(
+                    servicer.StoreBlob,
+                    request_deserializer=branchline__internal_dot_organization_dot_v1_dot_organization__pb2.StoreBlobRequest.FromString,
+                    response_serializer=branchline__internal_dot_organization_dot_v1_dot_organization__pb2.StoreBlobResponse.SerializeToString,
             ),
             'GetGitCredential': grpc.unary_unary_rpc_method_handler(
                     servicer.GetGitCredential,
@@ -376,6 +446,114 @@ class OrganizationService:
             '/branchline.internal.organization.v1.OrganizationService/IssueToken',
             branchline__internal_dot_organization_dot_v1_dot_organization__pb2.IssueTokenRequest.SerializeToString,
             branchline__internal_dot_organization_dot_v1_dot_organization__pb2.IssueTokenResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckOptions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.internal.organization.v1.OrganizationService/CheckOptions',
+            branchline__internal_dot_organization_dot_v1_dot_organization__pb2.CheckOptionsRequest.SerializeToString,
+            branchline__internal_dot_organization_dot_v1_dot_organization__pb2.CheckOptionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ClaimBlobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.internal.organization.v1.OrganizationService/ClaimBlobs',
+            branchline__internal_dot_organization_dot_v1_dot_organization__pb2.ClaimBlobsRequest.SerializeToString,
+            branchline__internal_dot_organization_dot_v1_dot_organization__pb2.ClaimBlobsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchBlob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.internal.organization.v1.OrganizationService/FetchBlob',
+            branchline__internal_dot_organization_dot_v1_dot_organization__pb2.FetchBlobRequest.SerializeToString,
+            branchline__internal_dot_organization_dot_v1_dot_organization__pb2.FetchBlobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StoreBlob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.internal.organization.v1.OrganizationService/StoreBlob',
+            branchline__internal_dot_organization_dot_v1_dot_organization__pb2.StoreBlobRequest.SerializeToString,
+            branchline__internal_dot_organization_dot_v1_dot_organization__pb2.StoreBlobResponse.FromString,
             options,
             channel_credentials,
             insecure,

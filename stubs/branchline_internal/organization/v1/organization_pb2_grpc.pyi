@@ -30,11 +30,23 @@ class OrganizationServiceStub:
     WatchIndex: _aio.UnaryStreamMultiCallable[_organization_pb2.WatchIndexRequest, _organization_pb2.WatchIndexResponse]
     """Watches all index tables of one organization, tombstones included. The gateway's upstream."""
     AwaitConsistency: _aio.UnaryUnaryMultiCallable[_organization_pb2.AwaitConsistencyRequest, _organization_pb2.AwaitConsistencyResponse]
-    """Waits until the index is as new as the token. DEADLINE_EXCEEDED with reason INDEX_BEHIND."""
+    """Waits until the index is as new as the token. UNAVAILABLE with reason INDEX_BEHIND."""
     BindGithubLogin: _aio.UnaryUnaryMultiCallable[_organization_pb2.BindGithubLoginRequest, _organization_pb2.BindGithubLoginResponse]
     """Binds a GitHub login to an organization, on the word of an operator. ALREADY_EXISTS if it is another's."""
     IssueToken: _aio.UnaryUnaryMultiCallable[_organization_pb2.IssueTokenRequest, _organization_pb2.IssueTokenResponse]
     """Makes an API token for a person, on the word of an operator. NOT_FOUND if nobody has the address."""
+    CheckOptions: _aio.UnaryUnaryMultiCallable[_organization_pb2.CheckOptionsRequest, _organization_pb2.CheckOptionsResponse]
+    """Checks that the agent, model, mode and sandbox provider of a new task are known, where the catalogue has any.
+    INVALID_ARGUMENT naming those that are.
+    """
+    ClaimBlobs: _aio.UnaryUnaryMultiCallable[_organization_pb2.ClaimBlobsRequest, _organization_pb2.ClaimBlobsResponse]
+    """Names blobs on behalf of a task, so that they are kept as long as it lives. Idempotent. NOT_FOUND naming the first
+    that is not there, FAILED_PRECONDITION if it is not complete.
+    """
+    FetchBlob: _aio.UnaryUnaryMultiCallable[_organization_pb2.FetchBlobRequest, _organization_pb2.FetchBlobResponse]
+    """Reads part of a blob that a task has named."""
+    StoreBlob: _aio.UnaryUnaryMultiCallable[_organization_pb2.StoreBlobRequest, _organization_pb2.StoreBlobResponse]
+    """Stores what an agent of a task has shown, at most 1 MiB, and names it on the task's behalf. Idempotent by digest."""
     GetGitCredential: _aio.UnaryUnaryMultiCallable[_organization_pb2.GetGitCredentialRequest, _organization_pb2.GetGitCredentialResponse]
     """Asks the user service for a git credential of a member. Not found is an empty answer."""
 
@@ -80,7 +92,7 @@ class OrganizationServiceServicer:
         request: _organization_pb2.AwaitConsistencyRequest,
         context: _aio.ServicerContext[_organization_pb2.AwaitConsistencyRequest, _abc.Awaitable[_organization_pb2.AwaitConsistencyResponse]],
     ) -> _abc.Awaitable[_organization_pb2.AwaitConsistencyResponse]:
-        """Waits until the index is as new as the token. DEADLINE_EXCEEDED with reason INDEX_BEHIND."""
+        """Waits until the index is as new as the token. UNAVAILABLE with reason INDEX_BEHIND."""
 
     def BindGithubLogin(
         self,
@@ -95,6 +107,38 @@ class OrganizationServiceServicer:
         context: _aio.ServicerContext[_organization_pb2.IssueTokenRequest, _abc.Awaitable[_organization_pb2.IssueTokenResponse]],
     ) -> _abc.Awaitable[_organization_pb2.IssueTokenResponse]:
         """Makes an API token for a person, on the word of an operator. NOT_FOUND if nobody has the address."""
+
+    def CheckOptions(
+        self,
+        request: _organization_pb2.CheckOptionsRequest,
+        context: _aio.ServicerContext[_organization_pb2.CheckOptionsRequest, _abc.Awaitable[_organization_pb2.CheckOptionsResponse]],
+    ) -> _abc.Awaitable[_organization_pb2.CheckOptionsResponse]:
+        """Checks that the agent, model, mode and sandbox provider of a new task are known, where the catalogue has any.
+        INVALID_ARGUMENT naming those that are.
+        """
+
+    def ClaimBlobs(
+        self,
+        request: _organization_pb2.ClaimBlobsRequest,
+        context: _aio.ServicerContext[_organization_pb2.ClaimBlobsRequest, _abc.Awaitable[_organization_pb2.ClaimBlobsResponse]],
+    ) -> _abc.Awaitable[_organization_pb2.ClaimBlobsResponse]:
+        """Names blobs on behalf of a task, so that they are kept as long as it lives. Idempotent. NOT_FOUND naming the first
+        that is not there, FAILED_PRECONDITION if it is not complete.
+        """
+
+    def FetchBlob(
+        self,
+        request: _organization_pb2.FetchBlobRequest,
+        context: _aio.ServicerContext[_organization_pb2.FetchBlobRequest, _abc.Awaitable[_organization_pb2.FetchBlobResponse]],
+    ) -> _abc.Awaitable[_organization_pb2.FetchBlobResponse]:
+        """Reads part of a blob that a task has named."""
+
+    def StoreBlob(
+        self,
+        request: _organization_pb2.StoreBlobRequest,
+        context: _aio.ServicerContext[_organization_pb2.StoreBlobRequest, _abc.Awaitable[_organization_pb2.StoreBlobResponse]],
+    ) -> _abc.Awaitable[_organization_pb2.StoreBlobResponse]:
+        """Stores what an agent of a task has shown, at most 1 MiB, and names it on the task's behalf. Idempotent by digest."""
 
     def GetGitCredential(
         self,

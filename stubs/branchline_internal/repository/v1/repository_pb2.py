@@ -22,13 +22,14 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from branchline.v1 import common_pb2 as branchline_dot_v1_dot_common__pb2
 from branchline.v1 import repositories_pb2 as branchline_dot_v1_dot_repositories__pb2
-from branchline.v1 import watches_pb2 as branchline_dot_v1_dot_watches__pb2
+from branchline.v1 import tasks_pb2 as branchline_dot_v1_dot_tasks__pb2
 from branchline_internal.spine.v1 import push_pb2 as branchline__internal_dot_spine_dot_v1_dot_push__pb2
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n2branchline_internal/repository/v1/repository.proto\x12!branchline.internal.repository.v1\x1a branchline/v1/repositories.proto\x1a\x1b\x62ranchline/v1/watches.proto\x1a\'branchline_internal/spine/v1/push.proto\x1a\x1b\x62uf/validate/validate.proto\"\x91\x02\n\x17\x45nsureRepositoryRequest\x12\x41\n\nrepository\x18\x01 \x01(\x0b\x32\x19.branchline.v1.RepositoryB\x06\xbaH\x03\xc8\x01\x01R\nrepository\x12\x16\n\x06github\x18\x02 \x01(\x08R\x06github\x12\x31\n\x08\x62ranches\x18\x03 \x03(\x0b\x32\x15.branchline.v1.BranchR\x08\x62ranches\x12?\n\rpull_requests\x18\x04 \x03(\x0b\x32\x1a.branchline.v1.PullRequestR\x0cpullRequests\x12\'\n\x0fgithub_revision\x18\x05 \x01(\x03R\x0egithubRevision\"\x1a\n\x18\x45nsureRepositoryResponse\"\x81\x01\n\x11WatchIndexRequest\x12 \n\x07task_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06taskId\x12J\n\tselection\x18\x02 \x01(\x0b\x32,.branchline.internal.spine.v1.WatchSelectionR\tselection\"E\n\x12WatchIndexResponse\x12/\n\x05\x66rame\x18\x01 \x01(\x0b\x32\x19.branchline.v1.WatchFrameR\x05\x66rame\";\n\x17GetGitCredentialRequest\x12 \n\x07task_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06taskId\"N\n\x18GetGitCredentialResponse\x12\x1a\n\x08username\x18\x01 \x01(\tR\x08username\x12\x16\n\x06secret\x18\x02 \x01(\tR\x06secret\"G\n\x17\x44\x65leteRepositoryRequest\x12,\n\rrepository_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0crepositoryId\"\x1a\n\x18\x44\x65leteRepositoryResponse2\xba\x04\n\x11RepositoryService\x12\x8b\x01\n\x10\x45nsureRepository\x12:.branchline.internal.repository.v1.EnsureRepositoryRequest\x1a;.branchline.internal.repository.v1.EnsureRepositoryResponse\x12\x8b\x01\n\x10\x44\x65leteRepository\x12:.branchline.internal.repository.v1.DeleteRepositoryRequest\x1a;.branchline.internal.repository.v1.DeleteRepositoryResponse\x12{\n\nWatchIndex\x12\x34.branchline.internal.repository.v1.WatchIndexRequest\x1a\x35.branchline.internal.repository.v1.WatchIndexResponse0\x01\x12\x8b\x01\n\x10GetGitCredential\x12:.branchline.internal.repository.v1.GetGitCredentialRequest\x1a;.branchline.internal.repository.v1.GetGitCredentialResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n2branchline_internal/repository/v1/repository.proto\x12!branchline.internal.repository.v1\x1a\x1a\x62ranchline/v1/common.proto\x1a branchline/v1/repositories.proto\x1a\x19\x62ranchline/v1/tasks.proto\x1a\'branchline_internal/spine/v1/push.proto\x1a\x1b\x62uf/validate/validate.proto\"\x91\x02\n\x17\x45nsureRepositoryRequest\x12\x41\n\nrepository\x18\x01 \x01(\x0b\x32\x19.branchline.v1.RepositoryB\x06\xbaH\x03\xc8\x01\x01R\nrepository\x12\x16\n\x06github\x18\x02 \x01(\x08R\x06github\x12\x31\n\x08\x62ranches\x18\x03 \x03(\x0b\x32\x15.branchline.v1.BranchR\x08\x62ranches\x12?\n\rpull_requests\x18\x04 \x03(\x0b\x32\x1a.branchline.v1.PullRequestR\x0cpullRequests\x12\'\n\x0fgithub_revision\x18\x05 \x01(\x03R\x0egithubRevision\"\x1a\n\x18\x45nsureRepositoryResponse\"\xc7\x01\n\x11WatchIndexRequest\x12 \n\x07task_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06taskId\x12J\n\tselection\x18\x02 \x01(\x0b\x32,.branchline.internal.spine.v1.WatchSelectionR\tselection\x12\x44\n\x0btranscripts\x18\x03 \x01(\x0b\x32\".branchline.v1.TranscriptSelectionR\x0btranscripts\"T\n\x12WatchIndexResponse\x12>\n\x05\x66rame\x18\x01 \x01(\x0b\x32(.branchline.internal.spine.v1.WatchFrameR\x05\x66rame\";\n\x17GetGitCredentialRequest\x12 \n\x07task_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06taskId\"N\n\x18GetGitCredentialResponse\x12\x1a\n\x08username\x18\x01 \x01(\tR\x08username\x12\x16\n\x06secret\x18\x02 \x01(\tR\x06secret\"G\n\x17\x44\x65leteRepositoryRequest\x12,\n\rrepository_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0crepositoryId\"\x1a\n\x18\x44\x65leteRepositoryResponse\"Z\n\x11\x43laimBlobsRequest\x12 \n\x07task_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06taskId\x12#\n\x08\x62lob_ids\x18\x02 \x03(\tB\x08\xbaH\x05\x92\x01\x02\x10@R\x07\x62lobIds\"H\n\x12\x43laimBlobsResponse\x12\x32\n\x05\x62lobs\x18\x01 \x03(\x0b\x32\x1c.branchline.v1.BlobReferenceR\x05\x62lobs\"w\n\x10\x46\x65tchBlobRequest\x12 \n\x07task_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06taskId\x12 \n\x07\x62lob_id\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06\x62lobId\x12\x1f\n\x06offset\x18\x03 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00R\x06offset\"\'\n\x11\x46\x65tchBlobResponse\x12\x12\n\x04\x64\x61ta\x18\x01 \x01(\x0cR\x04\x64\x61ta\"\xa9\x01\n\x10StoreBlobRequest\x12 \n\x07task_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06taskId\x12+\n\x0c\x64isplay_name\x18\x02 \x01(\tB\x08\xbaH\x05r\x03(\x80\x02R\x0b\x64isplayName\x12\'\n\nmedia_type\x18\x03 \x01(\tB\x08\xbaH\x05r\x03(\x80\x01R\tmediaType\x12\x1d\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x42\t\xbaH\x06z\x04\x18\x80\x80@R\x04\x64\x61ta\"E\n\x11StoreBlobResponse\x12\x30\n\x04\x62lob\x18\x01 \x01(\x0b\x32\x1c.branchline.v1.BlobReferenceR\x04\x62lob2\xa5\x07\n\x11RepositoryService\x12\x8b\x01\n\x10\x45nsureRepository\x12:.branchline.internal.repository.v1.EnsureRepositoryRequest\x1a;.branchline.internal.repository.v1.EnsureRepositoryResponse\x12\x8b\x01\n\x10\x44\x65leteRepository\x12:.branchline.internal.repository.v1.DeleteRepositoryRequest\x1a;.branchline.internal.repository.v1.DeleteRepositoryResponse\x12{\n\nWatchIndex\x12\x34.branchline.internal.repository.v1.WatchIndexRequest\x1a\x35.branchline.internal.repository.v1.WatchIndexResponse0\x01\x12y\n\nClaimBlobs\x12\x34.branchline.internal.repository.v1.ClaimBlobsRequest\x1a\x35.branchline.internal.repository.v1.ClaimBlobsResponse\x12v\n\tFetchBlob\x12\x33.branchline.internal.repository.v1.FetchBlobRequest\x1a\x34.branchline.internal.repository.v1.FetchBlobResponse\x12v\n\tStoreBlob\x12\x33.branchline.internal.repository.v1.StoreBlobRequest\x1a\x34.branchline.internal.repository.v1.StoreBlobResponse\x12\x8b\x01\n\x10GetGitCredential\x12:.branchline.internal.repository.v1.GetGitCredentialRequest\x1a;.branchline.internal.repository.v1.GetGitCredentialResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,22 +44,52 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETGITCREDENTIALREQUEST'].fields_by_name['task_id']._serialized_options = b'\272H\004r\002\020\001'
   _globals['_DELETEREPOSITORYREQUEST'].fields_by_name['repository_id']._loaded_options = None
   _globals['_DELETEREPOSITORYREQUEST'].fields_by_name['repository_id']._serialized_options = b'\272H\004r\002\020\001'
-  _globals['_ENSUREREPOSITORYREQUEST']._serialized_start=223
-  _globals['_ENSUREREPOSITORYREQUEST']._serialized_end=496
-  _globals['_ENSUREREPOSITORYRESPONSE']._serialized_start=498
-  _globals['_ENSUREREPOSITORYRESPONSE']._serialized_end=524
-  _globals['_WATCHINDEXREQUEST']._serialized_start=527
-  _globals['_WATCHINDEXREQUEST']._serialized_end=656
-  _globals['_WATCHINDEXRESPONSE']._serialized_start=658
-  _globals['_WATCHINDEXRESPONSE']._serialized_end=727
-  _globals['_GETGITCREDENTIALREQUEST']._serialized_start=729
-  _globals['_GETGITCREDENTIALREQUEST']._serialized_end=788
-  _globals['_GETGITCREDENTIALRESPONSE']._serialized_start=790
-  _globals['_GETGITCREDENTIALRESPONSE']._serialized_end=868
-  _globals['_DELETEREPOSITORYREQUEST']._serialized_start=870
-  _globals['_DELETEREPOSITORYREQUEST']._serialized_end=941
-  _globals['_DELETEREPOSITORYRESPONSE']._serialized_start=943
-  _globals['_DELETEREPOSITORYRESPONSE']._serialized_end=969
-  _globals['_REPOSITORYSERVICE']._serialized_start=972
-  _globals['_REPOSITORYSERVICE']._serialized_end=1542
+  _globals['_CLAIMBLOBSREQUEST'].fields_by_name['task_id']._loaded_options = None
+  _globals['_CLAIMBLOBSREQUEST'].fields_by_name['task_id']._serialized_options = b'\272H\004r\002\020\001'
+  _globals['_CLAIMBLOBSREQUEST'].fields_by_name['blob_ids']._loaded_options = None
+  _globals['_CLAIMBLOBSREQUEST'].fields_by_name['blob_ids']._serialized_options = b'\272H\005\222\001\002\020@'
+  _globals['_FETCHBLOBREQUEST'].fields_by_name['task_id']._loaded_options = None
+  _globals['_FETCHBLOBREQUEST'].fields_by_name['task_id']._serialized_options = b'\272H\004r\002\020\001'
+  _globals['_FETCHBLOBREQUEST'].fields_by_name['blob_id']._loaded_options = None
+  _globals['_FETCHBLOBREQUEST'].fields_by_name['blob_id']._serialized_options = b'\272H\004r\002\020\001'
+  _globals['_FETCHBLOBREQUEST'].fields_by_name['offset']._loaded_options = None
+  _globals['_FETCHBLOBREQUEST'].fields_by_name['offset']._serialized_options = b'\272H\004\"\002(\000'
+  _globals['_STOREBLOBREQUEST'].fields_by_name['task_id']._loaded_options = None
+  _globals['_STOREBLOBREQUEST'].fields_by_name['task_id']._serialized_options = b'\272H\004r\002\020\001'
+  _globals['_STOREBLOBREQUEST'].fields_by_name['display_name']._loaded_options = None
+  _globals['_STOREBLOBREQUEST'].fields_by_name['display_name']._serialized_options = b'\272H\005r\003(\200\002'
+  _globals['_STOREBLOBREQUEST'].fields_by_name['media_type']._loaded_options = None
+  _globals['_STOREBLOBREQUEST'].fields_by_name['media_type']._serialized_options = b'\272H\005r\003(\200\001'
+  _globals['_STOREBLOBREQUEST'].fields_by_name['data']._loaded_options = None
+  _globals['_STOREBLOBREQUEST'].fields_by_name['data']._serialized_options = b'\272H\006z\004\030\200\200@'
+  _globals['_ENSUREREPOSITORYREQUEST']._serialized_start=249
+  _globals['_ENSUREREPOSITORYREQUEST']._serialized_end=522
+  _globals['_ENSUREREPOSITORYRESPONSE']._serialized_start=524
+  _globals['_ENSUREREPOSITORYRESPONSE']._serialized_end=550
+  _globals['_WATCHINDEXREQUEST']._serialized_start=553
+  _globals['_WATCHINDEXREQUEST']._serialized_end=752
+  _globals['_WATCHINDEXRESPONSE']._serialized_start=754
+  _globals['_WATCHINDEXRESPONSE']._serialized_end=838
+  _globals['_GETGITCREDENTIALREQUEST']._serialized_start=840
+  _globals['_GETGITCREDENTIALREQUEST']._serialized_end=899
+  _globals['_GETGITCREDENTIALRESPONSE']._serialized_start=901
+  _globals['_GETGITCREDENTIALRESPONSE']._serialized_end=979
+  _globals['_DELETEREPOSITORYREQUEST']._serialized_start=981
+  _globals['_DELETEREPOSITORYREQUEST']._serialized_end=1052
+  _globals['_DELETEREPOSITORYRESPONSE']._serialized_start=1054
+  _globals['_DELETEREPOSITORYRESPONSE']._serialized_end=1080
+  _globals['_CLAIMBLOBSREQUEST']._serialized_start=1082
+  _globals['_CLAIMBLOBSREQUEST']._serialized_end=1172
+  _globals['_CLAIMBLOBSRESPONSE']._serialized_start=1174
+  _globals['_CLAIMBLOBSRESPONSE']._serialized_end=1246
+  _globals['_FETCHBLOBREQUEST']._serialized_start=1248
+  _globals['_FETCHBLOBREQUEST']._serialized_end=1367
+  _globals['_FETCHBLOBRESPONSE']._serialized_start=1369
+  _globals['_FETCHBLOBRESPONSE']._serialized_end=1408
+  _globals['_STOREBLOBREQUEST']._serialized_start=1411
+  _globals['_STOREBLOBREQUEST']._serialized_end=1580
+  _globals['_STOREBLOBRESPONSE']._serialized_start=1582
+  _globals['_STOREBLOBRESPONSE']._serialized_end=1651
+  _globals['_REPOSITORYSERVICE']._serialized_start=1654
+  _globals['_REPOSITORYSERVICE']._serialized_end=2587
 # @@protoc_insertion_point(module_scope)

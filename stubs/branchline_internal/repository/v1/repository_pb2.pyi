@@ -3,8 +3,9 @@
 isort:skip_file
 """
 
+from branchline.v1 import common_pb2 as _common_pb2
 from branchline.v1 import repositories_pb2 as _repositories_pb2
-from branchline.v1 import watches_pb2 as _watches_pb2
+from branchline.v1 import tasks_pb2 as _tasks_pb2
 from branchline_internal.spine.v1 import push_pb2 as _push_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
@@ -90,21 +91,27 @@ class WatchIndexRequest(_message.Message):
 
     TASK_ID_FIELD_NUMBER: _builtins.int
     SELECTION_FIELD_NUMBER: _builtins.int
+    TRANSCRIPTS_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     """The task."""
     @_builtins.property
     def selection(self) -> _push_pb2.WatchSelection:
         """From where, for whom and how long."""
 
+    @_builtins.property
+    def transcripts(self) -> _tasks_pb2.TranscriptSelection:
+        """Which transcripts, and how much of them, a snapshot shows."""
+
     def __init__(
         self,
         *,
         task_id: _builtins.str = ...,
         selection: _push_pb2.WatchSelection | None = ...,
+        transcripts: _tasks_pb2.TranscriptSelection | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["selection", b"selection"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["selection", b"selection", "transcripts", b"transcripts"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["selection", b"selection", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["selection", b"selection", "task_id", b"task_id", "transcripts", b"transcripts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -118,13 +125,13 @@ class WatchIndexResponse(_message.Message):
 
     FRAME_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def frame(self) -> _watches_pb2.WatchFrame:
+    def frame(self) -> _push_pb2.WatchFrame:
         """What happened."""
 
     def __init__(
         self,
         *,
-        frame: _watches_pb2.WatchFrame | None = ...,
+        frame: _push_pb2.WatchFrame | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -220,3 +227,165 @@ class DeleteRepositoryResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteRepositoryResponse: _TypeAlias = DeleteRepositoryResponse  # noqa: Y015
+
+@_typing.final
+class ClaimBlobsRequest(_message.Message):
+    """See RepositoryService.ClaimBlobs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    BLOB_IDS_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    """The task."""
+    @_builtins.property
+    def blob_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The blobs."""
+
+    def __init__(
+        self,
+        *,
+        task_id: _builtins.str = ...,
+        blob_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob_ids", b"blob_ids", "task_id", b"task_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClaimBlobsRequest: _TypeAlias = ClaimBlobsRequest  # noqa: Y015
+
+@_typing.final
+class ClaimBlobsResponse(_message.Message):
+    """See RepositoryService.ClaimBlobs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOBS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def blobs(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.BlobReference]:
+        """The blobs, in the order of the request."""
+
+    def __init__(
+        self,
+        *,
+        blobs: _abc.Iterable[_common_pb2.BlobReference] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blobs", b"blobs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClaimBlobsResponse: _TypeAlias = ClaimBlobsResponse  # noqa: Y015
+
+@_typing.final
+class FetchBlobRequest(_message.Message):
+    """See RepositoryService.FetchBlob."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    BLOB_ID_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    """The task that has named it."""
+    blob_id: _builtins.str
+    """The blob."""
+    offset: _builtins.int
+    """First byte wanted."""
+    def __init__(
+        self,
+        *,
+        task_id: _builtins.str = ...,
+        blob_id: _builtins.str = ...,
+        offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob_id", b"blob_id", "offset", b"offset", "task_id", b"task_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchBlobRequest: _TypeAlias = FetchBlobRequest  # noqa: Y015
+
+@_typing.final
+class FetchBlobResponse(_message.Message):
+    """See RepositoryService.FetchBlob."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """Its bytes from there, at most 1 MiB; none past its end."""
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchBlobResponse: _TypeAlias = FetchBlobResponse  # noqa: Y015
+
+@_typing.final
+class StoreBlobRequest(_message.Message):
+    """See RepositoryService.StoreBlob."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    MEDIA_TYPE_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    """The task."""
+    display_name: _builtins.str
+    """Name shown to people."""
+    media_type: _builtins.str
+    """What its bytes are."""
+    data: _builtins.bytes
+    """The bytes."""
+    def __init__(
+        self,
+        *,
+        task_id: _builtins.str = ...,
+        display_name: _builtins.str = ...,
+        media_type: _builtins.str = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "display_name", b"display_name", "media_type", b"media_type", "task_id", b"task_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StoreBlobRequest: _TypeAlias = StoreBlobRequest  # noqa: Y015
+
+@_typing.final
+class StoreBlobResponse(_message.Message):
+    """See RepositoryService.StoreBlob."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOB_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def blob(self) -> _common_pb2.BlobReference:
+        """The blob."""
+
+    def __init__(
+        self,
+        *,
+        blob: _common_pb2.BlobReference | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StoreBlobResponse: _TypeAlias = StoreBlobResponse  # noqa: Y015

@@ -51,6 +51,21 @@ class RepositoryServiceStub:
                 request_serializer=branchline__internal_dot_repository_dot_v1_dot_repository__pb2.WatchIndexRequest.SerializeToString,
                 response_deserializer=branchline__internal_dot_repository_dot_v1_dot_repository__pb2.WatchIndexResponse.FromString,
                 _registered_method=True)
+        self.ClaimBlobs = channel.unary_unary(
+                '/branchline.internal.repository.v1.RepositoryService/ClaimBlobs',
+                request_serializer=branchline__internal_dot_repository_dot_v1_dot_repository__pb2.ClaimBlobsRequest.SerializeToString,
+                response_deserializer=branchline__internal_dot_repository_dot_v1_dot_repository__pb2.ClaimBlobsResponse.FromString,
+                _registered_method=True)
+        self.FetchBlob = channel.unary_unary(
+                '/branchline.internal.repository.v1.RepositoryService/FetchBlob',
+                request_serializer=branchline__internal_dot_repository_dot_v1_dot_repository__pb2.FetchBlobRequest.SerializeToString,
+                response_deserializer=branchline__internal_dot_repository_dot_v1_dot_repository__pb2.FetchBlobResponse.FromString,
+                _registered_method=True)
+        self.StoreBlob = channel.unary_unary(
+                '/branchline.internal.repository.v1.RepositoryService/StoreBlob',
+                request_serializer=branchline__internal_dot_repository_dot_v1_dot_repository__pb2.StoreBlobRequest.SerializeToString,
+                response_deserializer=branchline__internal_dot_repository_dot_v1_dot_repository__pb2.StoreBlobResponse.FromString,
+                _registered_method=True)
         self.GetGitCredential = channel.unary_unary(
                 '/branchline.internal.repository.v1.RepositoryService/GetGitCredential',
                 request_serializer=branchline__internal_dot_repository_dot_v1_dot_repository__pb2.GetGitCredentialRequest.SerializeToString,
@@ -86,6 +101,27 @@ class RepositoryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ClaimBlobs(self, request, context):
+        """Asks upward: names blobs on behalf of a task. See OrganizationService.ClaimBlobs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FetchBlob(self, request, context):
+        """Asks upward: reads part of a blob that a task has named. See OrganizationService.FetchBlob.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StoreBlob(self, request, context):
+        """Asks upward: stores what an agent has shown. See OrganizationService.StoreBlob.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetGitCredential(self, request, context):
         """Asks upward for a git credential of a task's owner. Not found is an empty answer.
         """
@@ -110,6 +146,21 @@ def add_RepositoryServiceServicer_to_server(servicer, server):
                     servicer.WatchIndex,
                     request_deserializer=branchline__internal_dot_repository_dot_v1_dot_repository__pb2.WatchIndexRequest.FromString,
                     response_serializer=branchline__internal_dot_repository_dot_v1_dot_repository__pb2.WatchIndexResponse.SerializeToString,
+            ),
+            'ClaimBlobs': grpc.unary_unary_rpc_method_handler(
+                    servicer.ClaimBlobs,
+                    request_deserializer=branchline__internal_dot_repository_dot_v1_dot_repository__pb2.ClaimBlobsRequest.FromString,
+                    response_serializer=branchline__internal_dot_repository_dot_v1_dot_repository__pb2.ClaimBlobsResponse.SerializeToString,
+            ),
+            'FetchBlob': grpc.unary_unary_rpc_method_handler(
+                    servicer.FetchBlob,
+                    request_deserializer=branchline__internal_dot_repository_dot_v1_dot_repository__pb2.FetchBlobRequest.FromString,
+                    response_serializer=branchline__internal_dot_repository_dot_v1_dot_repository__pb2.FetchBlobResponse.SerializeToString,
+            ),
+            'StoreBlob': grpc.unary_unary_rpc_method_handler(
+                    servicer.StoreBlob,
+                    request_deserializer=branchline__internal_dot_repository_dot_v1_dot_repository__pb2.StoreBlobRequest.FromString,
+                    response_serializer=branchline__internal_dot_repository_dot_v1_dot_repository__pb2.StoreBlobResponse.SerializeToString,
             ),
             'GetGitCredential': grpc.unary_unary_rpc_method_handler(
                     servicer.GetGitCredential,
@@ -200,6 +251,87 @@ class RepositoryService:
             '/branchline.internal.repository.v1.RepositoryService/WatchIndex',
             branchline__internal_dot_repository_dot_v1_dot_repository__pb2.WatchIndexRequest.SerializeToString,
             branchline__internal_dot_repository_dot_v1_dot_repository__pb2.WatchIndexResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ClaimBlobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.internal.repository.v1.RepositoryService/ClaimBlobs',
+            branchline__internal_dot_repository_dot_v1_dot_repository__pb2.ClaimBlobsRequest.SerializeToString,
+            branchline__internal_dot_repository_dot_v1_dot_repository__pb2.ClaimBlobsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchBlob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.internal.repository.v1.RepositoryService/FetchBlob',
+            branchline__internal_dot_repository_dot_v1_dot_repository__pb2.FetchBlobRequest.SerializeToString,
+            branchline__internal_dot_repository_dot_v1_dot_repository__pb2.FetchBlobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StoreBlob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.internal.repository.v1.RepositoryService/StoreBlob',
+            branchline__internal_dot_repository_dot_v1_dot_repository__pb2.StoreBlobRequest.SerializeToString,
+            branchline__internal_dot_repository_dot_v1_dot_repository__pb2.StoreBlobResponse.FromString,
             options,
             channel_credentials,
             insecure,

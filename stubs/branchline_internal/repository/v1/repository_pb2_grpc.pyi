@@ -27,6 +27,12 @@ class RepositoryServiceStub:
     """
     WatchIndex: _aio.UnaryStreamMultiCallable[_repository_pb2.WatchIndexRequest, _repository_pb2.WatchIndexResponse]
     """Watches the index tables of one task, tombstones included. The gateway's upstream."""
+    ClaimBlobs: _aio.UnaryUnaryMultiCallable[_repository_pb2.ClaimBlobsRequest, _repository_pb2.ClaimBlobsResponse]
+    """Asks upward: names blobs on behalf of a task. See OrganizationService.ClaimBlobs."""
+    FetchBlob: _aio.UnaryUnaryMultiCallable[_repository_pb2.FetchBlobRequest, _repository_pb2.FetchBlobResponse]
+    """Asks upward: reads part of a blob that a task has named. See OrganizationService.FetchBlob."""
+    StoreBlob: _aio.UnaryUnaryMultiCallable[_repository_pb2.StoreBlobRequest, _repository_pb2.StoreBlobResponse]
+    """Asks upward: stores what an agent has shown. See OrganizationService.StoreBlob."""
     GetGitCredential: _aio.UnaryUnaryMultiCallable[_repository_pb2.GetGitCredentialRequest, _repository_pb2.GetGitCredentialResponse]
     """Asks upward for a git credential of a task's owner. Not found is an empty answer."""
 
@@ -59,6 +65,27 @@ class RepositoryServiceServicer:
         context: _aio.ServicerContext[_repository_pb2.WatchIndexRequest, _abc.AsyncIterator[_repository_pb2.WatchIndexResponse]],
     ) -> _abc.AsyncIterator[_repository_pb2.WatchIndexResponse]:
         """Watches the index tables of one task, tombstones included. The gateway's upstream."""
+
+    def ClaimBlobs(
+        self,
+        request: _repository_pb2.ClaimBlobsRequest,
+        context: _aio.ServicerContext[_repository_pb2.ClaimBlobsRequest, _abc.Awaitable[_repository_pb2.ClaimBlobsResponse]],
+    ) -> _abc.Awaitable[_repository_pb2.ClaimBlobsResponse]:
+        """Asks upward: names blobs on behalf of a task. See OrganizationService.ClaimBlobs."""
+
+    def FetchBlob(
+        self,
+        request: _repository_pb2.FetchBlobRequest,
+        context: _aio.ServicerContext[_repository_pb2.FetchBlobRequest, _abc.Awaitable[_repository_pb2.FetchBlobResponse]],
+    ) -> _abc.Awaitable[_repository_pb2.FetchBlobResponse]:
+        """Asks upward: reads part of a blob that a task has named. See OrganizationService.FetchBlob."""
+
+    def StoreBlob(
+        self,
+        request: _repository_pb2.StoreBlobRequest,
+        context: _aio.ServicerContext[_repository_pb2.StoreBlobRequest, _abc.Awaitable[_repository_pb2.StoreBlobResponse]],
+    ) -> _abc.Awaitable[_repository_pb2.StoreBlobResponse]:
+        """Asks upward: stores what an agent has shown. See OrganizationService.StoreBlob."""
 
     def GetGitCredential(
         self,

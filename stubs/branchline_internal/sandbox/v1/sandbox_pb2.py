@@ -22,11 +22,14 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from branchline.v1 import agents_pb2 as branchline_dot_v1_dot_agents__pb2
+from branchline.v1 import common_pb2 as branchline_dot_v1_dot_common__pb2
 from branchline.v1 import sessions_pb2 as branchline_dot_v1_dot_sessions__pb2
+from branchline.v1 import transcripts_pb2 as branchline_dot_v1_dot_transcripts__pb2
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,branchline_internal/sandbox/v1/sandbox.proto\x12\x1e\x62ranchline.internal.sandbox.v1\x1a\x1c\x62ranchline/v1/sessions.proto\x1a\x1b\x62uf/validate/validate.proto\"\x85\x01\n\x14\x43reateSandboxRequest\x12&\n\nsandbox_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\tsandboxId\x12 \n\x07task_id\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06taskId\x12#\n\x08provider\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x08provider\"5\n\x15\x43reateSandboxResponse\x12\x1c\n\tworkspace\x18\x01 \x01(\tR\tworkspace\"?\n\x15\x44\x65stroySandboxRequest\x12&\n\nsandbox_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\tsandboxId\"\x18\n\x16\x44\x65stroySandboxResponse\"\xcf\x02\n\x0e\x45xecuteRequest\x12&\n\nsandbox_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\tsandboxId\x12\"\n\x07\x63ommand\x18\x02 \x03(\tB\x08\xbaH\x05\x92\x01\x02\x08\x01R\x07\x63ommand\x12\x1c\n\tdirectory\x18\x03 \x01(\tR\tdirectory\x12\x61\n\x0b\x65nvironment\x18\x04 \x03(\x0b\x32?.branchline.internal.sandbox.v1.ExecuteRequest.EnvironmentEntryR\x0b\x65nvironment\x12\x30\n\x0ftimeout_seconds\x18\x05 \x01(\x05\x42\x07\xbaH\x04\x1a\x02 \x00R\x0etimeoutSeconds\x1a>\n\x10\x45nvironmentEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01\"{\n\x0f\x45xecuteResponse\x12\x1b\n\texit_code\x18\x01 \x01(\x05R\x08\x65xitCode\x12\x16\n\x06stdout\x18\x02 \x01(\tR\x06stdout\x12\x16\n\x06stderr\x18\x03 \x01(\tR\x06stderr\x12\x1b\n\ttimed_out\x18\x04 \x01(\x08R\x08timedOut\"\x8f\x01\n\x0ePutFileRequest\x12&\n\nsandbox_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\tsandboxId\x12\x1b\n\x04path\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04path\x12\x18\n\x07\x63ontent\x18\x03 \x01(\x0cR\x07\x63ontent\x12\x1e\n\x04mode\x18\x04 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xff\x03 \x00R\x04mode\"\x11\n\x0fPutFileResponse\"\x99\x01\n\x12OpenSessionRequest\x12&\n\nsandbox_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\tsandboxId\x12&\n\nsession_id\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\tsessionId\x12\x1d\n\x05\x61gent\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x05\x61gent\x12\x14\n\x05model\x18\x04 \x01(\tR\x05model\"\x15\n\x13OpenSessionResponse\"\xbd\x01\n\x10StartTurnRequest\x12&\n\nsession_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\tsessionId\x12\x1b\n\x04turn\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02 \x00R\x04turn\x12\x1d\n\x04text\x18\x03 \x01(\tB\t\xbaH\x06r\x04(\x80\x80\x04R\x04text\x12\x45\n\x0b\x61ttachments\x18\x04 \x03(\x0b\x32\x19.branchline.v1.AttachmentB\x08\xbaH\x05\x92\x01\x02\x10 R\x0b\x61ttachments\"\x13\n\x11StartTurnResponse\"X\n\x11\x43\x61ncelTurnRequest\x12&\n\nsession_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\tsessionId\x12\x1b\n\x04turn\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02 \x00R\x04turn\"\x14\n\x12\x43\x61ncelTurnResponse\"\xad\x01\n\x17\x41nswerPermissionRequest\x12&\n\nsession_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\tsessionId\x12\"\n\x08\x65ntry_id\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x07\x65ntryId\x12$\n\toption_id\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x08optionId\x12 \n\x07user_id\x18\x04 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06userId\"\x1a\n\x18\x41nswerPermissionResponse\"=\n\x13\x43loseSessionRequest\x12&\n\nsession_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\tsessionId\"\x16\n\x14\x43loseSessionResponse\"5\n\x11\x46orgetTaskRequest\x12 \n\x07task_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06taskId\"\x14\n\x12\x46orgetTaskResponse\"\xf2\x01\n\x0c\x41gentSession\x12\x1d\n\nsession_id\x18\x01 \x01(\tR\tsessionId\x12\x17\n\x07task_id\x18\x02 \x01(\tR\x06taskId\x12\x34\n\x06status\x18\x03 \x01(\x0e\x32\x1c.branchline.v1.SessionStatusR\x06status\x12#\n\rstatus_reason\x18\x04 \x01(\tR\x0cstatusReason\x12\x12\n\x04turn\x18\x05 \x01(\x05R\x04turn\x12\x1f\n\x0bhead_commit\x18\x07 \x01(\tR\nheadCommit\x12\x1a\n\x08revision\x18\x06 \x01(\x03R\x08revision2\xbe\t\n\x0eSandboxService\x12|\n\rCreateSandbox\x12\x34.branchline.internal.sandbox.v1.CreateSandboxRequest\x1a\x35.branchline.internal.sandbox.v1.CreateSandboxResponse\x12\x7f\n\x0e\x44\x65stroySandbox\x12\x35.branchline.internal.sandbox.v1.DestroySandboxRequest\x1a\x36.branchline.internal.sandbox.v1.DestroySandboxResponse\x12j\n\x07\x45xecute\x12..branchline.internal.sandbox.v1.ExecuteRequest\x1a/.branchline.internal.sandbox.v1.ExecuteResponse\x12j\n\x07PutFile\x12..branchline.internal.sandbox.v1.PutFileRequest\x1a/.branchline.internal.sandbox.v1.PutFileResponse\x12v\n\x0bOpenSession\x12\x32.branchline.internal.sandbox.v1.OpenSessionRequest\x1a\x33.branchline.internal.sandbox.v1.OpenSessionResponse\x12p\n\tStartTurn\x12\x30.branchline.internal.sandbox.v1.StartTurnRequest\x1a\x31.branchline.internal.sandbox.v1.StartTurnResponse\x12s\n\nCancelTurn\x12\x31.branchline.internal.sandbox.v1.CancelTurnRequest\x1a\x32.branchline.internal.sandbox.v1.CancelTurnResponse\x12\x85\x01\n\x10\x41nswerPermission\x12\x37.branchline.internal.sandbox.v1.AnswerPermissionRequest\x1a\x38.branchline.internal.sandbox.v1.AnswerPermissionResponse\x12y\n\x0c\x43loseSession\x12\x33.branchline.internal.sandbox.v1.CloseSessionRequest\x1a\x34.branchline.internal.sandbox.v1.CloseSessionResponse\x12s\n\nForgetTask\x12\x31.branchline.internal.sandbox.v1.ForgetTaskRequest\x1a\x32.branchline.internal.sandbox.v1.ForgetTaskResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,branchline_internal/sandbox/v1/sandbox.proto\x12\x1e\x62ranchline.internal.sandbox.v1\x1a\x1a\x62ranchline/v1/agents.proto\x1a\x1a\x62ranchline/v1/common.proto\x1a\x1c\x62ranchline/v1/sessions.proto\x1a\x1f\x62ranchline/v1/transcripts.proto\x1a\x1b\x62uf/validate/validate.proto\"\x85\x01\n\x14\x43reateSandboxRequest\x12&\n\nsandbox_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\tsandboxId\x12 \n\x07task_id\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06taskId\x12#\n\x08provider\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x08provider\"\x17\n\x15\x43reateSandboxResponse\"?\n\x15\x44\x65stroySandboxRequest\x12&\n\nsandbox_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\tsandboxId\"\x18\n\x16\x44\x65stroySandboxResponse\"\xcf\x02\n\x0e\x45xecuteRequest\x12&\n\nsandbox_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\tsandboxId\x12\"\n\x07\x63ommand\x18\x02 \x03(\tB\x08\xbaH\x05\x92\x01\x02\x08\x01R\x07\x63ommand\x12\x1c\n\tdirectory\x18\x03 \x01(\tR\tdirectory\x12\x61\n\x0b\x65nvironment\x18\x04 \x03(\x0b\x32?.branchline.internal.sandbox.v1.ExecuteRequest.EnvironmentEntryR\x0b\x65nvironment\x12\x30\n\x0ftimeout_seconds\x18\x05 \x01(\x05\x42\x07\xbaH\x04\x1a\x02 \x00R\x0etimeoutSeconds\x1a>\n\x10\x45nvironmentEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01\"{\n\x0f\x45xecuteResponse\x12\x1b\n\texit_code\x18\x01 \x01(\x05R\x08\x65xitCode\x12\x16\n\x06stdout\x18\x02 \x01(\tR\x06stdout\x12\x16\n\x06stderr\x18\x03 \x01(\tR\x06stderr\x12\x1b\n\ttimed_out\x18\x04 \x01(\x08R\x08timedOut\"\x8f\x01\n\x0ePutFileRequest\x12&\n\nsandbox_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\tsandboxId\x12\x1b\n\x04path\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04path\x12\x18\n\x07\x63ontent\x18\x03 \x01(\x0cR\x07\x63ontent\x12\x1e\n\x04mode\x18\x04 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xff\x03 \x00R\x04mode\"\x11\n\x0fPutFileResponse\"\xad\x01\n\x12OpenSessionRequest\x12&\n\nsandbox_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\tsandboxId\x12&\n\nsession_id\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\tsessionId\x12\x1d\n\x05\x61gent\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x05\x61gent\x12\x14\n\x05model\x18\x04 \x01(\tR\x05model\x12\x12\n\x04mode\x18\x05 \x01(\tR\x04mode\"\x15\n\x13OpenSessionResponse\"\x86\x01\n\x10StartTurnRequest\x12&\n\nsession_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\tsessionId\x12\x1b\n\x04turn\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02 \x00R\x04turn\x12-\n\x06prompt\x18\x03 \x01(\x0b\x32\x15.branchline.v1.PromptR\x06prompt\"\x13\n\x11StartTurnResponse\"X\n\x11\x43\x61ncelTurnRequest\x12&\n\nsession_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\tsessionId\x12\x1b\n\x04turn\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02 \x00R\x04turn\"\x14\n\x12\x43\x61ncelTurnResponse\"\xe2\x01\n\x12\x41nswerInputRequest\x12&\n\nsession_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\tsessionId\x12\x31\n\x10input_request_id\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0einputRequestId\x12:\n\x06\x61nswer\x18\x03 \x01(\x0b\x32\x1a.branchline.v1.InputAnswerB\x06\xbaH\x03\xc8\x01\x01R\x06\x61nswer\x12\x35\n\x0b\x61nswered_by\x18\x04 \x01(\x0b\x32\x14.branchline.v1.ActorR\nansweredBy\"\x15\n\x13\x41nswerInputResponse\"=\n\x13\x43loseSessionRequest\x12&\n\nsession_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\tsessionId\"\x16\n\x14\x43loseSessionResponse\"5\n\x11\x46orgetTaskRequest\x12 \n\x07task_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06taskId\"\x14\n\x12\x46orgetTaskResponse\"\x9b\x03\n\x0c\x41gentSession\x12\x1d\n\nsession_id\x18\x01 \x01(\tR\tsessionId\x12\x17\n\x07task_id\x18\x02 \x01(\tR\x06taskId\x12\x31\n\x05state\x18\x03 \x01(\x0e\x32\x1b.branchline.v1.SessionStateR\x05state\x12\x30\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x16.branchline.v1.FailureR\x07\x66\x61ilure\x12\x12\n\x04turn\x18\x05 \x01(\x05R\x04turn\x12\x1a\n\x08revision\x18\x06 \x01(\x03R\x08revision\x12\x1f\n\x0bhead_commit\x18\x07 \x01(\tR\nheadCommit\x12:\n\x0bstop_reason\x18\x08 \x01(\x0e\x32\x19.branchline.v1.StopReasonR\nstopReason\x12\x31\n\x06models\x18\t \x03(\x0b\x32\x19.branchline.v1.AgentModelR\x06models\x12.\n\x05modes\x18\n \x03(\x0b\x32\x18.branchline.v1.AgentModeR\x05modes\"\xbc\x01\n\x0b\x41gentReport\x12\x1d\n\nsandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x17\n\x07task_id\x18\x02 \x01(\tR\x06taskId\x12,\n\x06\x61gents\x18\x03 \x03(\x0b\x32\x14.branchline.v1.AgentR\x06\x61gents\x12+\n\x11sandbox_providers\x18\x04 \x03(\tR\x10sandboxProviders\x12\x1a\n\x08revision\x18\x05 \x01(\x03R\x08revision2\xae\t\n\x0eSandboxService\x12|\n\rCreateSandbox\x12\x34.branchline.internal.sandbox.v1.CreateSandboxRequest\x1a\x35.branchline.internal.sandbox.v1.CreateSandboxResponse\x12\x7f\n\x0e\x44\x65stroySandbox\x12\x35.branchline.internal.sandbox.v1.DestroySandboxRequest\x1a\x36.branchline.internal.sandbox.v1.DestroySandboxResponse\x12j\n\x07\x45xecute\x12..branchline.internal.sandbox.v1.ExecuteRequest\x1a/.branchline.internal.sandbox.v1.ExecuteResponse\x12j\n\x07PutFile\x12..branchline.internal.sandbox.v1.PutFileRequest\x1a/.branchline.internal.sandbox.v1.PutFileResponse\x12v\n\x0bOpenSession\x12\x32.branchline.internal.sandbox.v1.OpenSessionRequest\x1a\x33.branchline.internal.sandbox.v1.OpenSessionResponse\x12p\n\tStartTurn\x12\x30.branchline.internal.sandbox.v1.StartTurnRequest\x1a\x31.branchline.internal.sandbox.v1.StartTurnResponse\x12s\n\nCancelTurn\x12\x31.branchline.internal.sandbox.v1.CancelTurnRequest\x1a\x32.branchline.internal.sandbox.v1.CancelTurnResponse\x12v\n\x0b\x41nswerInput\x12\x32.branchline.internal.sandbox.v1.AnswerInputRequest\x1a\x33.branchline.internal.sandbox.v1.AnswerInputResponse\x12y\n\x0c\x43loseSession\x12\x33.branchline.internal.sandbox.v1.CloseSessionRequest\x1a\x34.branchline.internal.sandbox.v1.CloseSessionResponse\x12s\n\nForgetTask\x12\x31.branchline.internal.sandbox.v1.ForgetTaskRequest\x1a\x32.branchline.internal.sandbox.v1.ForgetTaskResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -65,70 +68,66 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STARTTURNREQUEST'].fields_by_name['session_id']._serialized_options = b'\272H\004r\002\020\001'
   _globals['_STARTTURNREQUEST'].fields_by_name['turn']._loaded_options = None
   _globals['_STARTTURNREQUEST'].fields_by_name['turn']._serialized_options = b'\272H\004\032\002 \000'
-  _globals['_STARTTURNREQUEST'].fields_by_name['text']._loaded_options = None
-  _globals['_STARTTURNREQUEST'].fields_by_name['text']._serialized_options = b'\272H\006r\004(\200\200\004'
-  _globals['_STARTTURNREQUEST'].fields_by_name['attachments']._loaded_options = None
-  _globals['_STARTTURNREQUEST'].fields_by_name['attachments']._serialized_options = b'\272H\005\222\001\002\020 '
   _globals['_CANCELTURNREQUEST'].fields_by_name['session_id']._loaded_options = None
   _globals['_CANCELTURNREQUEST'].fields_by_name['session_id']._serialized_options = b'\272H\004r\002\020\001'
   _globals['_CANCELTURNREQUEST'].fields_by_name['turn']._loaded_options = None
   _globals['_CANCELTURNREQUEST'].fields_by_name['turn']._serialized_options = b'\272H\004\032\002 \000'
-  _globals['_ANSWERPERMISSIONREQUEST'].fields_by_name['session_id']._loaded_options = None
-  _globals['_ANSWERPERMISSIONREQUEST'].fields_by_name['session_id']._serialized_options = b'\272H\004r\002\020\001'
-  _globals['_ANSWERPERMISSIONREQUEST'].fields_by_name['entry_id']._loaded_options = None
-  _globals['_ANSWERPERMISSIONREQUEST'].fields_by_name['entry_id']._serialized_options = b'\272H\004r\002\020\001'
-  _globals['_ANSWERPERMISSIONREQUEST'].fields_by_name['option_id']._loaded_options = None
-  _globals['_ANSWERPERMISSIONREQUEST'].fields_by_name['option_id']._serialized_options = b'\272H\004r\002\020\001'
-  _globals['_ANSWERPERMISSIONREQUEST'].fields_by_name['user_id']._loaded_options = None
-  _globals['_ANSWERPERMISSIONREQUEST'].fields_by_name['user_id']._serialized_options = b'\272H\004r\002\020\001'
+  _globals['_ANSWERINPUTREQUEST'].fields_by_name['session_id']._loaded_options = None
+  _globals['_ANSWERINPUTREQUEST'].fields_by_name['session_id']._serialized_options = b'\272H\004r\002\020\001'
+  _globals['_ANSWERINPUTREQUEST'].fields_by_name['input_request_id']._loaded_options = None
+  _globals['_ANSWERINPUTREQUEST'].fields_by_name['input_request_id']._serialized_options = b'\272H\004r\002\020\001'
+  _globals['_ANSWERINPUTREQUEST'].fields_by_name['answer']._loaded_options = None
+  _globals['_ANSWERINPUTREQUEST'].fields_by_name['answer']._serialized_options = b'\272H\003\310\001\001'
   _globals['_CLOSESESSIONREQUEST'].fields_by_name['session_id']._loaded_options = None
   _globals['_CLOSESESSIONREQUEST'].fields_by_name['session_id']._serialized_options = b'\272H\004r\002\020\001'
   _globals['_FORGETTASKREQUEST'].fields_by_name['task_id']._loaded_options = None
   _globals['_FORGETTASKREQUEST'].fields_by_name['task_id']._serialized_options = b'\272H\004r\002\020\001'
-  _globals['_CREATESANDBOXREQUEST']._serialized_start=140
-  _globals['_CREATESANDBOXREQUEST']._serialized_end=273
-  _globals['_CREATESANDBOXRESPONSE']._serialized_start=275
-  _globals['_CREATESANDBOXRESPONSE']._serialized_end=328
-  _globals['_DESTROYSANDBOXREQUEST']._serialized_start=330
-  _globals['_DESTROYSANDBOXREQUEST']._serialized_end=393
-  _globals['_DESTROYSANDBOXRESPONSE']._serialized_start=395
-  _globals['_DESTROYSANDBOXRESPONSE']._serialized_end=419
-  _globals['_EXECUTEREQUEST']._serialized_start=422
-  _globals['_EXECUTEREQUEST']._serialized_end=757
-  _globals['_EXECUTEREQUEST_ENVIRONMENTENTRY']._serialized_start=695
-  _globals['_EXECUTEREQUEST_ENVIRONMENTENTRY']._serialized_end=757
-  _globals['_EXECUTERESPONSE']._serialized_start=759
-  _globals['_EXECUTERESPONSE']._serialized_end=882
-  _globals['_PUTFILEREQUEST']._serialized_start=885
-  _globals['_PUTFILEREQUEST']._serialized_end=1028
-  _globals['_PUTFILERESPONSE']._serialized_start=1030
-  _globals['_PUTFILERESPONSE']._serialized_end=1047
-  _globals['_OPENSESSIONREQUEST']._serialized_start=1050
-  _globals['_OPENSESSIONREQUEST']._serialized_end=1203
-  _globals['_OPENSESSIONRESPONSE']._serialized_start=1205
-  _globals['_OPENSESSIONRESPONSE']._serialized_end=1226
-  _globals['_STARTTURNREQUEST']._serialized_start=1229
-  _globals['_STARTTURNREQUEST']._serialized_end=1418
-  _globals['_STARTTURNRESPONSE']._serialized_start=1420
-  _globals['_STARTTURNRESPONSE']._serialized_end=1439
-  _globals['_CANCELTURNREQUEST']._serialized_start=1441
-  _globals['_CANCELTURNREQUEST']._serialized_end=1529
-  _globals['_CANCELTURNRESPONSE']._serialized_start=1531
-  _globals['_CANCELTURNRESPONSE']._serialized_end=1551
-  _globals['_ANSWERPERMISSIONREQUEST']._serialized_start=1554
-  _globals['_ANSWERPERMISSIONREQUEST']._serialized_end=1727
-  _globals['_ANSWERPERMISSIONRESPONSE']._serialized_start=1729
-  _globals['_ANSWERPERMISSIONRESPONSE']._serialized_end=1755
-  _globals['_CLOSESESSIONREQUEST']._serialized_start=1757
-  _globals['_CLOSESESSIONREQUEST']._serialized_end=1818
-  _globals['_CLOSESESSIONRESPONSE']._serialized_start=1820
-  _globals['_CLOSESESSIONRESPONSE']._serialized_end=1842
-  _globals['_FORGETTASKREQUEST']._serialized_start=1844
-  _globals['_FORGETTASKREQUEST']._serialized_end=1897
-  _globals['_FORGETTASKRESPONSE']._serialized_start=1899
-  _globals['_FORGETTASKRESPONSE']._serialized_end=1919
-  _globals['_AGENTSESSION']._serialized_start=1922
-  _globals['_AGENTSESSION']._serialized_end=2164
-  _globals['_SANDBOXSERVICE']._serialized_start=2167
-  _globals['_SANDBOXSERVICE']._serialized_end=3381
+  _globals['_CREATESANDBOXREQUEST']._serialized_start=229
+  _globals['_CREATESANDBOXREQUEST']._serialized_end=362
+  _globals['_CREATESANDBOXRESPONSE']._serialized_start=364
+  _globals['_CREATESANDBOXRESPONSE']._serialized_end=387
+  _globals['_DESTROYSANDBOXREQUEST']._serialized_start=389
+  _globals['_DESTROYSANDBOXREQUEST']._serialized_end=452
+  _globals['_DESTROYSANDBOXRESPONSE']._serialized_start=454
+  _globals['_DESTROYSANDBOXRESPONSE']._serialized_end=478
+  _globals['_EXECUTEREQUEST']._serialized_start=481
+  _globals['_EXECUTEREQUEST']._serialized_end=816
+  _globals['_EXECUTEREQUEST_ENVIRONMENTENTRY']._serialized_start=754
+  _globals['_EXECUTEREQUEST_ENVIRONMENTENTRY']._serialized_end=816
+  _globals['_EXECUTERESPONSE']._serialized_start=818
+  _globals['_EXECUTERESPONSE']._serialized_end=941
+  _globals['_PUTFILEREQUEST']._serialized_start=944
+  _globals['_PUTFILEREQUEST']._serialized_end=1087
+  _globals['_PUTFILERESPONSE']._serialized_start=1089
+  _globals['_PUTFILERESPONSE']._serialized_end=1106
+  _globals['_OPENSESSIONREQUEST']._serialized_start=1109
+  _globals['_OPENSESSIONREQUEST']._serialized_end=1282
+  _globals['_OPENSESSIONRESPONSE']._serialized_start=1284
+  _globals['_OPENSESSIONRESPONSE']._serialized_end=1305
+  _globals['_STARTTURNREQUEST']._serialized_start=1308
+  _globals['_STARTTURNREQUEST']._serialized_end=1442
+  _globals['_STARTTURNRESPONSE']._serialized_start=1444
+  _globals['_STARTTURNRESPONSE']._serialized_end=1463
+  _globals['_CANCELTURNREQUEST']._serialized_start=1465
+  _globals['_CANCELTURNREQUEST']._serialized_end=1553
+  _globals['_CANCELTURNRESPONSE']._serialized_start=1555
+  _globals['_CANCELTURNRESPONSE']._serialized_end=1575
+  _globals['_ANSWERINPUTREQUEST']._serialized_start=1578
+  _globals['_ANSWERINPUTREQUEST']._serialized_end=1804
+  _globals['_ANSWERINPUTRESPONSE']._serialized_start=1806
+  _globals['_ANSWERINPUTRESPONSE']._serialized_end=1827
+  _globals['_CLOSESESSIONREQUEST']._serialized_start=1829
+  _globals['_CLOSESESSIONREQUEST']._serialized_end=1890
+  _globals['_CLOSESESSIONRESPONSE']._serialized_start=1892
+  _globals['_CLOSESESSIONRESPONSE']._serialized_end=1914
+  _globals['_FORGETTASKREQUEST']._serialized_start=1916
+  _globals['_FORGETTASKREQUEST']._serialized_end=1969
+  _globals['_FORGETTASKRESPONSE']._serialized_start=1971
+  _globals['_FORGETTASKRESPONSE']._serialized_end=1991
+  _globals['_AGENTSESSION']._serialized_start=1994
+  _globals['_AGENTSESSION']._serialized_end=2405
+  _globals['_AGENTREPORT']._serialized_start=2408
+  _globals['_AGENTREPORT']._serialized_end=2596
+  _globals['_SANDBOXSERVICE']._serialized_start=2599
+  _globals['_SANDBOXSERVICE']._serialized_end=3797
 # @@protoc_insertion_point(module_scope)

@@ -3,7 +3,10 @@
 isort:skip_file
 """
 
+from branchline.v1 import agents_pb2 as _agents_pb2
+from branchline.v1 import common_pb2 as _common_pb2
 from branchline.v1 import sessions_pb2 as _sessions_pb2
+from branchline.v1 import transcripts_pb2 as _transcripts_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -55,17 +58,12 @@ class CreateSandboxResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    WORKSPACE_FIELD_NUMBER: _builtins.int
-    workspace: _builtins.str
-    """Directory of the working tree inside the sandbox."""
     def __init__(
         self,
-        *,
-        workspace: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["workspace", b"workspace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -267,6 +265,7 @@ class OpenSessionRequest(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     AGENT_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
     sandbox_id: _builtins.str
     """The sandbox."""
     session_id: _builtins.str
@@ -275,6 +274,8 @@ class OpenSessionRequest(_message.Message):
     """The agent."""
     model: _builtins.str
     """The model; empty means the agent's default."""
+    mode: _builtins.str
+    """The mode; empty means the agent's default."""
     def __init__(
         self,
         *,
@@ -282,10 +283,11 @@ class OpenSessionRequest(_message.Message):
         session_id: _builtins.str = ...,
         agent: _builtins.str = ...,
         model: _builtins.str = ...,
+        mode: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "model", b"model", "sandbox_id", b"sandbox_id", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "mode", b"mode", "model", b"model", "sandbox_id", b"sandbox_id", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -316,29 +318,25 @@ class StartTurnRequest(_message.Message):
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
     TURN_FIELD_NUMBER: _builtins.int
-    TEXT_FIELD_NUMBER: _builtins.int
-    ATTACHMENTS_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The session."""
     turn: _builtins.int
     """Number of the turn, counted from 1."""
-    text: _builtins.str
-    """What to do."""
     @_builtins.property
-    def attachments(self) -> _containers.RepeatedCompositeFieldContainer[_sessions_pb2.Attachment]:
-        """Files attached to it."""
+    def prompt(self) -> _common_pb2.Prompt:
+        """What to do."""
 
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
         turn: _builtins.int = ...,
-        text: _builtins.str = ...,
-        attachments: _abc.Iterable[_sessions_pb2.Attachment] | None = ...,
+        prompt: _common_pb2.Prompt | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "session_id", b"session_id", "text", b"text", "turn", b"turn"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "session_id", b"session_id", "turn", b"turn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -405,42 +403,46 @@ class CancelTurnResponse(_message.Message):
 Global___CancelTurnResponse: _TypeAlias = CancelTurnResponse  # noqa: Y015
 
 @_typing.final
-class AnswerPermissionRequest(_message.Message):
-    """See SandboxService.AnswerPermission."""
+class AnswerInputRequest(_message.Message):
+    """See SandboxService.AnswerInput."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
-    ENTRY_ID_FIELD_NUMBER: _builtins.int
-    OPTION_ID_FIELD_NUMBER: _builtins.int
-    USER_ID_FIELD_NUMBER: _builtins.int
+    INPUT_REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ANSWER_FIELD_NUMBER: _builtins.int
+    ANSWERED_BY_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The session."""
-    entry_id: _builtins.str
-    """The transcript entry that asks."""
-    option_id: _builtins.str
-    """The option chosen."""
-    user_id: _builtins.str
-    """Who chose it."""
+    input_request_id: _builtins.str
+    """What is answered."""
+    @_builtins.property
+    def answer(self) -> _transcripts_pb2.InputAnswer:
+        """The answer."""
+
+    @_builtins.property
+    def answered_by(self) -> _common_pb2.Actor:
+        """Who answered."""
+
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
-        entry_id: _builtins.str = ...,
-        option_id: _builtins.str = ...,
-        user_id: _builtins.str = ...,
+        input_request_id: _builtins.str = ...,
+        answer: _transcripts_pb2.InputAnswer | None = ...,
+        answered_by: _common_pb2.Actor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "answered_by", b"answered_by"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry_id", b"entry_id", "option_id", b"option_id", "session_id", b"session_id", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "answered_by", b"answered_by", "input_request_id", b"input_request_id", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___AnswerPermissionRequest: _TypeAlias = AnswerPermissionRequest  # noqa: Y015
+Global___AnswerInputRequest: _TypeAlias = AnswerInputRequest  # noqa: Y015
 
 @_typing.final
-class AnswerPermissionResponse(_message.Message):
-    """See SandboxService.AnswerPermission."""
+class AnswerInputResponse(_message.Message):
+    """See SandboxService.AnswerInput."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -453,7 +455,7 @@ class AnswerPermissionResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___AnswerPermissionResponse: _TypeAlias = AnswerPermissionResponse  # noqa: Y015
+Global___AnswerInputResponse: _TypeAlias = AnswerInputResponse  # noqa: Y015
 
 @_typing.final
 class CloseSessionRequest(_message.Message):
@@ -541,40 +543,100 @@ class AgentSession(_message.Message):
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
     TASK_ID_FIELD_NUMBER: _builtins.int
-    STATUS_FIELD_NUMBER: _builtins.int
-    STATUS_REASON_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
     TURN_FIELD_NUMBER: _builtins.int
-    HEAD_COMMIT_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
+    HEAD_COMMIT_FIELD_NUMBER: _builtins.int
+    STOP_REASON_FIELD_NUMBER: _builtins.int
+    MODELS_FIELD_NUMBER: _builtins.int
+    MODES_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The session."""
     task_id: _builtins.str
     """The task."""
-    status: _sessions_pb2.SessionStatus.ValueType
-    """Where it stands: idle, running, waiting, error or closed."""
-    status_reason: _builtins.str
-    """Why, in words."""
+    state: _sessions_pb2.SessionState.ValueType
+    """Where it stands: idle, running, waiting, failed or closed."""
     turn: _builtins.int
-    """Turn that the status speaks of."""
-    head_commit: _builtins.str
-    """Commit at the tip of the branch when the turn ended, 40 hex digits; empty if it is not known."""
+    """Turn that the state speaks of."""
     revision: _builtins.int
     """Number of its state; grows with every change."""
+    head_commit: _builtins.str
+    """Commit at the tip of the branch when the turn ended, 40 hex digits; empty if it is not known."""
+    stop_reason: _transcripts_pb2.StopReason.ValueType
+    """Why the turn ended; set where it has."""
+    @_builtins.property
+    def failure(self) -> _common_pb2.Failure:
+        """Why it failed; set where it has."""
+
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[_agents_pb2.AgentModel]:
+        """Models that the agent offers, as it listed them."""
+
+    @_builtins.property
+    def modes(self) -> _containers.RepeatedCompositeFieldContainer[_agents_pb2.AgentMode]:
+        """Modes that the agent offers, as it listed them."""
+
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
         task_id: _builtins.str = ...,
-        status: _sessions_pb2.SessionStatus.ValueType = ...,
-        status_reason: _builtins.str = ...,
+        state: _sessions_pb2.SessionState.ValueType = ...,
+        failure: _common_pb2.Failure | None = ...,
         turn: _builtins.int = ...,
-        head_commit: _builtins.str = ...,
         revision: _builtins.int = ...,
+        head_commit: _builtins.str = ...,
+        stop_reason: _transcripts_pb2.StopReason.ValueType = ...,
+        models: _abc.Iterable[_agents_pb2.AgentModel] | None = ...,
+        modes: _abc.Iterable[_agents_pb2.AgentMode] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["head_commit", b"head_commit", "revision", b"revision", "session_id", b"session_id", "status", b"status", "status_reason", b"status_reason", "task_id", b"task_id", "turn", b"turn"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "head_commit", b"head_commit", "models", b"models", "modes", b"modes", "revision", b"revision", "session_id", b"session_id", "state", b"state", "stop_reason", b"stop_reason", "task_id", b"task_id", "turn", b"turn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AgentSession: _TypeAlias = AgentSession  # noqa: Y015
+
+@_typing.final
+class AgentReport(_message.Message):
+    """Pushed up to the organization: the agents that a sandbox knows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SANDBOX_ID_FIELD_NUMBER: _builtins.int
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    AGENTS_FIELD_NUMBER: _builtins.int
+    SANDBOX_PROVIDERS_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    sandbox_id: _builtins.str
+    """The sandbox; also the report's id."""
+    task_id: _builtins.str
+    """The task."""
+    revision: _builtins.int
+    """Number of its state; grows with every change."""
+    @_builtins.property
+    def agents(self) -> _containers.RepeatedCompositeFieldContainer[_agents_pb2.Agent]:
+        """The agents. Their organization_id is empty here."""
+
+    @_builtins.property
+    def sandbox_providers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Sandbox providers of the installation."""
+
+    def __init__(
+        self,
+        *,
+        sandbox_id: _builtins.str = ...,
+        task_id: _builtins.str = ...,
+        agents: _abc.Iterable[_agents_pb2.Agent] | None = ...,
+        sandbox_providers: _abc.Iterable[_builtins.str] | None = ...,
+        revision: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agents", b"agents", "revision", b"revision", "sandbox_id", b"sandbox_id", "sandbox_providers", b"sandbox_providers", "task_id", b"task_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AgentReport: _TypeAlias = AgentReport  # noqa: Y015

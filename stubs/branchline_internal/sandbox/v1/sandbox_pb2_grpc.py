@@ -71,10 +71,10 @@ class SandboxServiceStub:
                 request_serializer=branchline__internal_dot_sandbox_dot_v1_dot_sandbox__pb2.CancelTurnRequest.SerializeToString,
                 response_deserializer=branchline__internal_dot_sandbox_dot_v1_dot_sandbox__pb2.CancelTurnResponse.FromString,
                 _registered_method=True)
-        self.AnswerPermission = channel.unary_unary(
-                '/branchline.internal.sandbox.v1.SandboxService/AnswerPermission',
-                request_serializer=branchline__internal_dot_sandbox_dot_v1_dot_sandbox__pb2.AnswerPermissionRequest.SerializeToString,
-                response_deserializer=branchline__internal_dot_sandbox_dot_v1_dot_sandbox__pb2.AnswerPermissionResponse.FromString,
+        self.AnswerInput = channel.unary_unary(
+                '/branchline.internal.sandbox.v1.SandboxService/AnswerInput',
+                request_serializer=branchline__internal_dot_sandbox_dot_v1_dot_sandbox__pb2.AnswerInputRequest.SerializeToString,
+                response_deserializer=branchline__internal_dot_sandbox_dot_v1_dot_sandbox__pb2.AnswerInputResponse.FromString,
                 _registered_method=True)
         self.CloseSession = channel.unary_unary(
                 '/branchline.internal.sandbox.v1.SandboxService/CloseSession',
@@ -146,8 +146,8 @@ class SandboxServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def AnswerPermission(self, request, context):
-        """Records the answer to a permission request of the agent; the task has made sure that it is the first. Idempotent.
+    def AnswerInput(self, request, context):
+        """Records the answer to what an agent waits for; the task has made sure that it is the first. Idempotent.
         An answer that nobody waits for any more is dropped.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -206,10 +206,10 @@ def add_SandboxServiceServicer_to_server(servicer, server):
                     request_deserializer=branchline__internal_dot_sandbox_dot_v1_dot_sandbox__pb2.CancelTurnRequest.FromString,
                     response_serializer=branchline__internal_dot_sandbox_dot_v1_dot_sandbox__pb2.CancelTurnResponse.SerializeToString,
             ),
-            'AnswerPermission': grpc.unary_unary_rpc_method_handler(
-                    servicer.AnswerPermission,
-                    request_deserializer=branchline__internal_dot_sandbox_dot_v1_dot_sandbox__pb2.AnswerPermissionRequest.FromString,
-                    response_serializer=branchline__internal_dot_sandbox_dot_v1_dot_sandbox__pb2.AnswerPermissionResponse.SerializeToString,
+            'AnswerInput': grpc.unary_unary_rpc_method_handler(
+                    servicer.AnswerInput,
+                    request_deserializer=branchline__internal_dot_sandbox_dot_v1_dot_sandbox__pb2.AnswerInputRequest.FromString,
+                    response_serializer=branchline__internal_dot_sandbox_dot_v1_dot_sandbox__pb2.AnswerInputResponse.SerializeToString,
             ),
             'CloseSession': grpc.unary_unary_rpc_method_handler(
                     servicer.CloseSession,
@@ -424,7 +424,7 @@ class SandboxService:
             _registered_method=True)
 
     @staticmethod
-    def AnswerPermission(request,
+    def AnswerInput(request,
             target,
             options=(),
             channel_credentials=None,
@@ -437,9 +437,9 @@ class SandboxService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/branchline.internal.sandbox.v1.SandboxService/AnswerPermission',
-            branchline__internal_dot_sandbox_dot_v1_dot_sandbox__pb2.AnswerPermissionRequest.SerializeToString,
-            branchline__internal_dot_sandbox_dot_v1_dot_sandbox__pb2.AnswerPermissionResponse.FromString,
+            '/branchline.internal.sandbox.v1.SandboxService/AnswerInput',
+            branchline__internal_dot_sandbox_dot_v1_dot_sandbox__pb2.AnswerInputRequest.SerializeToString,
+            branchline__internal_dot_sandbox_dot_v1_dot_sandbox__pb2.AnswerInputResponse.FromString,
             options,
             channel_credentials,
             insecure,

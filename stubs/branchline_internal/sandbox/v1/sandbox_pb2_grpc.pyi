@@ -38,8 +38,8 @@ class SandboxServiceStub:
     """
     CancelTurn: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.CancelTurnRequest, _sandbox_pb2.CancelTurnResponse]
     """Records that the turn shall stop; the agent is told until it does, and ended if it does not. Idempotent."""
-    AnswerPermission: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.AnswerPermissionRequest, _sandbox_pb2.AnswerPermissionResponse]
-    """Records the answer to a permission request of the agent; the task has made sure that it is the first. Idempotent.
+    AnswerInput: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.AnswerInputRequest, _sandbox_pb2.AnswerInputResponse]
+    """Records the answer to what an agent waits for; the task has made sure that it is the first. Idempotent.
     An answer that nobody waits for any more is dropped.
     """
     CloseSession: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.CloseSessionRequest, _sandbox_pb2.CloseSessionResponse]
@@ -108,12 +108,12 @@ class SandboxServiceServicer:
     ) -> _abc.Awaitable[_sandbox_pb2.CancelTurnResponse]:
         """Records that the turn shall stop; the agent is told until it does, and ended if it does not. Idempotent."""
 
-    def AnswerPermission(
+    def AnswerInput(
         self,
-        request: _sandbox_pb2.AnswerPermissionRequest,
-        context: _aio.ServicerContext[_sandbox_pb2.AnswerPermissionRequest, _abc.Awaitable[_sandbox_pb2.AnswerPermissionResponse]],
-    ) -> _abc.Awaitable[_sandbox_pb2.AnswerPermissionResponse]:
-        """Records the answer to a permission request of the agent; the task has made sure that it is the first. Idempotent.
+        request: _sandbox_pb2.AnswerInputRequest,
+        context: _aio.ServicerContext[_sandbox_pb2.AnswerInputRequest, _abc.Awaitable[_sandbox_pb2.AnswerInputResponse]],
+    ) -> _abc.Awaitable[_sandbox_pb2.AnswerInputResponse]:
+        """Records the answer to what an agent waits for; the task has made sure that it is the first. Idempotent.
         An answer that nobody waits for any more is dropped.
         """
 

@@ -22,37 +22,42 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
-from branchline.v1 import vocabulary_pb2 as branchline_dot_v1_dot_vocabulary__pb2
+from branchline.v1 import common_pb2 as branchline_dot_v1_dot_common__pb2
+from branchline.v1 import watches_pb2 as branchline_dot_v1_dot_watches__pb2
 from google.protobuf import any_pb2 as google_dot_protobuf_dot_any__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'branchline_internal/spine/v1/push.proto\x12\x1c\x62ranchline.internal.spine.v1\x1a\x1e\x62ranchline/v1/vocabulary.proto\x1a\x19google/protobuf/any.proto\"\x9c\x01\n\tPushEntry\x12\x1d\n\noutbox_seq\x18\x01 \x01(\x03R\toutboxSeq\x12\x0e\n\x02id\x18\x02 \x01(\tR\x02id\x12\x1a\n\x08revision\x18\x03 \x01(\x03R\x08revision\x12\x18\n\x07\x64\x65leted\x18\x04 \x01(\x08R\x07\x64\x65leted\x12*\n\x05state\x18\x05 \x01(\x0b\x32\x14.google.protobuf.AnyR\x05state\"|\n\x0bPushRequest\x12\x14\n\x05\x63hild\x18\x01 \x01(\tR\x05\x63hild\x12\x14\n\x05\x62\x61tch\x18\x02 \x01(\x03R\x05\x62\x61tch\x12\x41\n\x07\x65ntries\x18\x03 \x03(\x0b\x32\'.branchline.internal.spine.v1.PushEntryR\x07\x65ntries\"F\n\rRejectedEntry\x12\x1d\n\noutbox_seq\x18\x01 \x01(\x03R\toutboxSeq\x12\x16\n\x06reason\x18\x02 \x01(\tR\x06reason\"m\n\x0cPushResponse\x12\x14\n\x05\x62\x61tch\x18\x01 \x01(\x03R\x05\x62\x61tch\x12G\n\x08rejected\x18\x02 \x03(\x0b\x32+.branchline.internal.spine.v1.RejectedEntryR\x08rejected\"\\\n\x10\x43onsistencyPoint\x12H\n\x08\x65ntities\x18\x01 \x03(\x0b\x32,.branchline.internal.spine.v1.EntityRevisionR\x08\x65ntities\"k\n\x0e\x45ntityRevision\x12-\n\x04kind\x18\x01 \x01(\x0e\x32\x19.branchline.v1.EntityKindR\x04kind\x12\x0e\n\x02id\x18\x02 \x01(\tR\x02id\x12\x1a\n\x08revision\x18\x03 \x01(\x03R\x08revision\"X\n\x0bResumePoint\x12\x14\n\x05topic\x18\x01 \x01(\tR\x05topic\x12\x14\n\x05\x65poch\x18\x02 \x01(\tR\x05\x65poch\x12\x1d\n\nchange_seq\x18\x03 \x01(\x03R\tchangeSeq\"i\n\nPageCursor\x12\x18\n\x07\x62inding\x18\x01 \x01(\x0cR\x07\x62inding\x12\x41\n\x06values\x18\x02 \x03(\x0b\x32).branchline.internal.spine.v1.CursorValueR\x06values\"b\n\x0b\x43ursorValue\x12\x14\n\x04text\x18\x01 \x01(\tH\x00R\x04text\x12\x18\n\x06number\x18\x02 \x01(\x03H\x00R\x06number\x12\x1a\n\x07seconds\x18\x03 \x01(\x01H\x00R\x07secondsB\x07\n\x05value\"\xb4\x01\n\x0eWatchSelection\x12!\n\x0cresume_token\x18\x01 \x01(\tR\x0bresumeToken\x12\x12\n\x04tail\x18\x02 \x01(\x08R\x04tail\x12!\n\x0cuntil_synced\x18\x03 \x01(\x08R\x0buntilSynced\x12+\n\x11\x63onsistency_token\x18\x04 \x01(\tR\x10\x63onsistencyToken\x12\x1b\n\tviewer_id\x18\x05 \x01(\tR\x08viewerId2p\n\x0bPushService\x12\x61\n\x04Push\x12).branchline.internal.spine.v1.PushRequest\x1a*.branchline.internal.spine.v1.PushResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'branchline_internal/spine/v1/push.proto\x12\x1c\x62ranchline.internal.spine.v1\x1a\x1a\x62ranchline/v1/common.proto\x1a\x1b\x62ranchline/v1/watches.proto\x1a\x19google/protobuf/any.proto\"\x9c\x01\n\tPushEntry\x12\x1d\n\noutbox_seq\x18\x01 \x01(\x03R\toutboxSeq\x12\x0e\n\x02id\x18\x02 \x01(\tR\x02id\x12\x1a\n\x08revision\x18\x03 \x01(\x03R\x08revision\x12\x18\n\x07\x64\x65leted\x18\x04 \x01(\x08R\x07\x64\x65leted\x12*\n\x05state\x18\x05 \x01(\x0b\x32\x14.google.protobuf.AnyR\x05state\"|\n\x0bPushRequest\x12\x14\n\x05\x63hild\x18\x01 \x01(\tR\x05\x63hild\x12\x14\n\x05\x62\x61tch\x18\x02 \x01(\x03R\x05\x62\x61tch\x12\x41\n\x07\x65ntries\x18\x03 \x03(\x0b\x32\'.branchline.internal.spine.v1.PushEntryR\x07\x65ntries\"F\n\rRejectedEntry\x12\x1d\n\noutbox_seq\x18\x01 \x01(\x03R\toutboxSeq\x12\x16\n\x06reason\x18\x02 \x01(\tR\x06reason\"m\n\x0cPushResponse\x12\x14\n\x05\x62\x61tch\x18\x01 \x01(\x03R\x05\x62\x61tch\x12G\n\x08rejected\x18\x02 \x03(\x0b\x32+.branchline.internal.spine.v1.RejectedEntryR\x08rejected\"\\\n\x10\x43onsistencyPoint\x12H\n\x08\x65ntities\x18\x01 \x03(\x0b\x32,.branchline.internal.spine.v1.EntityRevisionR\x08\x65ntities\"k\n\x0e\x45ntityRevision\x12-\n\x04kind\x18\x01 \x01(\x0e\x32\x19.branchline.v1.EntityKindR\x04kind\x12\x0e\n\x02id\x18\x02 \x01(\tR\x02id\x12\x1a\n\x08revision\x18\x03 \x01(\x03R\x08revision\"v\n\x0bResumePoint\x12\x14\n\x05topic\x18\x01 \x01(\tR\x05topic\x12\x14\n\x05\x65poch\x18\x02 \x01(\tR\x05\x65poch\x12\x1d\n\nchange_seq\x18\x03 \x01(\x03R\tchangeSeq\x12\x1c\n\tselection\x18\x04 \x01(\x0cR\tselection\"i\n\nPageCursor\x12\x18\n\x07\x62inding\x18\x01 \x01(\x0cR\x07\x62inding\x12\x41\n\x06values\x18\x02 \x03(\x0b\x32).branchline.internal.spine.v1.CursorValueR\x06values\"b\n\x0b\x43ursorValue\x12\x14\n\x04text\x18\x01 \x01(\tH\x00R\x04text\x12\x18\n\x06number\x18\x02 \x01(\x03H\x00R\x06number\x12\x1a\n\x07seconds\x18\x03 \x01(\x01H\x00R\x07secondsB\x07\n\x05value\"\xc5\x01\n\x0eWatchSelection\x12!\n\x0cresume_token\x18\x01 \x01(\tR\x0bresumeToken\x12\x12\n\x04tail\x18\x02 \x01(\x08R\x04tail\x12!\n\x0cuntil_synced\x18\x03 \x01(\x08R\x0buntilSynced\x12<\n\x0b\x63onsistency\x18\x04 \x01(\x0b\x32\x1a.branchline.v1.ConsistencyR\x0b\x63onsistency\x12\x1b\n\tviewer_id\x18\x05 \x01(\tR\x08viewerId\"\xbb\x02\n\x0bWatchChange\x12-\n\x04kind\x18\x01 \x01(\x0e\x32\x19.branchline.v1.EntityKindR\x04kind\x12\x0e\n\x02id\x18\x02 \x01(\tR\x02id\x12\x1a\n\x08revision\x18\x03 \x01(\x03R\x08revision\x12\x1d\n\nchange_seq\x18\x04 \x01(\x03R\tchangeSeq\x12-\n\x04type\x18\x05 \x01(\x0e\x32\x19.branchline.v1.ChangeTypeR\x04type\x12\x16\n\x06\x65ntity\x18\x06 \x01(\x0cR\x06\x65ntity\x12\x1b\n\tviewer_id\x18\x07 \x01(\tR\x08viewerId\x12\x17\n\x07task_id\x18\x08 \x01(\tR\x06taskId\x12\x1d\n\nsession_id\x18\t \x01(\tR\tsessionId\x12\x16\n\x06hidden\x18\n \x01(\x08R\x06hidden\"\x80\x02\n\nWatchFrame\x12,\n\x04kind\x18\x01 \x01(\x0e\x32\x18.branchline.v1.FrameKindR\x04kind\x12\x43\n\x07\x63hanges\x18\x02 \x03(\x0b\x32).branchline.internal.spine.v1.WatchChangeR\x07\x63hanges\x12\x1d\n\nchange_seq\x18\x03 \x01(\x03R\tchangeSeq\x12!\n\x0cresume_token\x18\x04 \x01(\tR\x0bresumeToken\x12=\n\x0creset_reason\x18\x05 \x01(\x0e\x32\x1a.branchline.v1.ResetReasonR\x0bresetReason2p\n\x0bPushService\x12\x61\n\x04Push\x12).branchline.internal.spine.v1.PushRequest\x1a*.branchline.internal.spine.v1.PushResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'branchline_internal.spine.v1.push_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PUSHENTRY']._serialized_start=133
-  _globals['_PUSHENTRY']._serialized_end=289
-  _globals['_PUSHREQUEST']._serialized_start=291
-  _globals['_PUSHREQUEST']._serialized_end=415
-  _globals['_REJECTEDENTRY']._serialized_start=417
-  _globals['_REJECTEDENTRY']._serialized_end=487
-  _globals['_PUSHRESPONSE']._serialized_start=489
-  _globals['_PUSHRESPONSE']._serialized_end=598
-  _globals['_CONSISTENCYPOINT']._serialized_start=600
-  _globals['_CONSISTENCYPOINT']._serialized_end=692
-  _globals['_ENTITYREVISION']._serialized_start=694
-  _globals['_ENTITYREVISION']._serialized_end=801
-  _globals['_RESUMEPOINT']._serialized_start=803
-  _globals['_RESUMEPOINT']._serialized_end=891
-  _globals['_PAGECURSOR']._serialized_start=893
-  _globals['_PAGECURSOR']._serialized_end=998
-  _globals['_CURSORVALUE']._serialized_start=1000
-  _globals['_CURSORVALUE']._serialized_end=1098
-  _globals['_WATCHSELECTION']._serialized_start=1101
-  _globals['_WATCHSELECTION']._serialized_end=1281
-  _globals['_PUSHSERVICE']._serialized_start=1283
-  _globals['_PUSHSERVICE']._serialized_end=1395
+  _globals['_PUSHENTRY']._serialized_start=158
+  _globals['_PUSHENTRY']._serialized_end=314
+  _globals['_PUSHREQUEST']._serialized_start=316
+  _globals['_PUSHREQUEST']._serialized_end=440
+  _globals['_REJECTEDENTRY']._serialized_start=442
+  _globals['_REJECTEDENTRY']._serialized_end=512
+  _globals['_PUSHRESPONSE']._serialized_start=514
+  _globals['_PUSHRESPONSE']._serialized_end=623
+  _globals['_CONSISTENCYPOINT']._serialized_start=625
+  _globals['_CONSISTENCYPOINT']._serialized_end=717
+  _globals['_ENTITYREVISION']._serialized_start=719
+  _globals['_ENTITYREVISION']._serialized_end=826
+  _globals['_RESUMEPOINT']._serialized_start=828
+  _globals['_RESUMEPOINT']._serialized_end=946
+  _globals['_PAGECURSOR']._serialized_start=948
+  _globals['_PAGECURSOR']._serialized_end=1053
+  _globals['_CURSORVALUE']._serialized_start=1055
+  _globals['_CURSORVALUE']._serialized_end=1153
+  _globals['_WATCHSELECTION']._serialized_start=1156
+  _globals['_WATCHSELECTION']._serialized_end=1353
+  _globals['_WATCHCHANGE']._serialized_start=1356
+  _globals['_WATCHCHANGE']._serialized_end=1671
+  _globals['_WATCHFRAME']._serialized_start=1674
+  _globals['_WATCHFRAME']._serialized_end=1930
+  _globals['_PUSHSERVICE']._serialized_start=1932
+  _globals['_PUSHSERVICE']._serialized_end=2044
 # @@protoc_insertion_point(module_scope)

@@ -3,7 +3,8 @@
 isort:skip_file
 """
 
-from branchline.v1 import vocabulary_pb2 as _vocabulary_pb2
+from branchline.v1 import common_pb2 as _common_pb2
+from branchline.v1 import watches_pb2 as _watches_pb2
 from collections import abc as _abc
 from google.protobuf import any_pb2 as _any_pb2
 from google.protobuf import descriptor as _descriptor
@@ -179,7 +180,7 @@ class EntityRevision(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     ID_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
-    kind: _vocabulary_pb2.EntityKind.ValueType
+    kind: _common_pb2.EntityKind.ValueType
     """What it is."""
     id: _builtins.str
     """Its id."""
@@ -188,7 +189,7 @@ class EntityRevision(_message.Message):
     def __init__(
         self,
         *,
-        kind: _vocabulary_pb2.EntityKind.ValueType = ...,
+        kind: _common_pb2.EntityKind.ValueType = ...,
         id: _builtins.str = ...,
         revision: _builtins.int = ...,
     ) -> None: ...
@@ -209,22 +210,26 @@ class ResumePoint(_message.Message):
     TOPIC_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     CHANGE_SEQ_FIELD_NUMBER: _builtins.int
+    SELECTION_FIELD_NUMBER: _builtins.int
     topic: _builtins.str
     """What is watched, such as "organization/org_1"."""
     epoch: _builtins.str
     """Identity of the sequence; a rebuilt database has another one."""
     change_seq: _builtins.int
     """The last change that was delivered."""
+    selection: _builtins.bytes
+    """What the request selects: a hash of everything in it but token, freshness and heartbeat. Empty between services."""
     def __init__(
         self,
         *,
         topic: _builtins.str = ...,
         epoch: _builtins.str = ...,
         change_seq: _builtins.int = ...,
+        selection: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["change_seq", b"change_seq", "epoch", b"epoch", "topic", b"topic"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["change_seq", b"change_seq", "epoch", b"epoch", "selection", b"selection", "topic", b"topic"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -299,7 +304,7 @@ class WatchSelection(_message.Message):
     RESUME_TOKEN_FIELD_NUMBER: _builtins.int
     TAIL_FIELD_NUMBER: _builtins.int
     UNTIL_SYNCED_FIELD_NUMBER: _builtins.int
-    CONSISTENCY_TOKEN_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_FIELD_NUMBER: _builtins.int
     VIEWER_ID_FIELD_NUMBER: _builtins.int
     resume_token: _builtins.str
     """Token of an earlier watch; empty for a snapshot."""
@@ -307,23 +312,125 @@ class WatchSelection(_message.Message):
     """Whether a watch without a usable token begins at the present instead of with a snapshot."""
     until_synced: _builtins.bool
     """Whether the watch ends once it is synced."""
-    consistency_token: _builtins.str
-    """From a command's answer: begin only once its change is visible."""
     viewer_id: _builtins.str
     """Whose own entities are shown beside those that are for everybody; "*" shows everybody's."""
+    @_builtins.property
+    def consistency(self) -> _common_pb2.Consistency:
+        """How fresh it must be to begin."""
+
     def __init__(
         self,
         *,
         resume_token: _builtins.str = ...,
         tail: _builtins.bool = ...,
         until_synced: _builtins.bool = ...,
-        consistency_token: _builtins.str = ...,
+        consistency: _common_pb2.Consistency | None = ...,
         viewer_id: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token", "resume_token", b"resume_token", "tail", b"tail", "until_synced", b"until_synced", "viewer_id", b"viewer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "resume_token", b"resume_token", "tail", b"tail", "until_synced", b"until_synced", "viewer_id", b"viewer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchSelection: _TypeAlias = WatchSelection  # noqa: Y015
+
+@_typing.final
+class WatchChange(_message.Message):
+    """The newest state of one entity of an index, or that it left what is watched."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    CHANGE_SEQ_FIELD_NUMBER: _builtins.int
+    TYPE_FIELD_NUMBER: _builtins.int
+    ENTITY_FIELD_NUMBER: _builtins.int
+    VIEWER_ID_FIELD_NUMBER: _builtins.int
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    HIDDEN_FIELD_NUMBER: _builtins.int
+    kind: _common_pb2.EntityKind.ValueType
+    """What it is."""
+    id: _builtins.str
+    """Its id, unique within the kind."""
+    revision: _builtins.int
+    """Revision of the entity that this reflects."""
+    change_seq: _builtins.int
+    """Number of the change within the watched coordinator."""
+    type: _watches_pb2.ChangeType.ValueType
+    """What happened to it."""
+    entity: _builtins.bytes
+    """The entity itself, serialized: the message of branchline.v1 that the kind stands for. Of one that is removed or
+    deleted only the identifying fields.
+    """
+    viewer_id: _builtins.str
+    """The user who alone may see it; empty for everybody of the organization."""
+    task_id: _builtins.str
+    """The task that it belongs to; may be empty."""
+    session_id: _builtins.str
+    """The session that it belongs to; may be empty."""
+    hidden: _builtins.bool
+    """Whether it is no part of snapshots, such as a task that has ended."""
+    def __init__(
+        self,
+        *,
+        kind: _common_pb2.EntityKind.ValueType = ...,
+        id: _builtins.str = ...,
+        revision: _builtins.int = ...,
+        change_seq: _builtins.int = ...,
+        type: _watches_pb2.ChangeType.ValueType = ...,
+        entity: _builtins.bytes = ...,
+        viewer_id: _builtins.str = ...,
+        task_id: _builtins.str = ...,
+        session_id: _builtins.str = ...,
+        hidden: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["change_seq", b"change_seq", "entity", b"entity", "hidden", b"hidden", "id", b"id", "kind", b"kind", "revision", b"revision", "session_id", b"session_id", "task_id", b"task_id", "type", b"type", "viewer_id", b"viewer_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchChange: _TypeAlias = WatchChange  # noqa: Y015
+
+@_typing.final
+class WatchFrame(_message.Message):
+    """One message of an index's watch: reset, snapshot, synced, then changes and heartbeats for ever."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    CHANGES_FIELD_NUMBER: _builtins.int
+    CHANGE_SEQ_FIELD_NUMBER: _builtins.int
+    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    RESET_REASON_FIELD_NUMBER: _builtins.int
+    kind: _watches_pb2.FrameKind.ValueType
+    """What this frame is."""
+    change_seq: _builtins.int
+    """Position of the view once this frame is applied."""
+    resume_token: _builtins.str
+    """Token of that position, bound to the index; empty before the view is complete."""
+    reset_reason: _watches_pb2.ResetReason.ValueType
+    """Why everything begins anew; set where `kind` is RESET."""
+    @_builtins.property
+    def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___WatchChange]:
+        """The changes, in the order of their change_seq."""
+
+    def __init__(
+        self,
+        *,
+        kind: _watches_pb2.FrameKind.ValueType = ...,
+        changes: _abc.Iterable[Global___WatchChange] | None = ...,
+        change_seq: _builtins.int = ...,
+        resume_token: _builtins.str = ...,
+        reset_reason: _watches_pb2.ResetReason.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["change_seq", b"change_seq", "changes", b"changes", "kind", b"kind", "reset_reason", b"reset_reason", "resume_token", b"resume_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchFrame: _TypeAlias = WatchFrame  # noqa: Y015

@@ -22,13 +22,14 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from branchline.v1 import common_pb2 as branchline_dot_v1_dot_common__pb2
 from branchline.v1 import repositories_pb2 as branchline_dot_v1_dot_repositories__pb2
 from branchline.v1 import sessions_pb2 as branchline_dot_v1_dot_sessions__pb2
 from branchline.v1 import tasks_pb2 as branchline_dot_v1_dot_tasks__pb2
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&branchline_internal/task/v1/task.proto\x12\x1b\x62ranchline.internal.task.v1\x1a branchline/v1/repositories.proto\x1a\x1c\x62ranchline/v1/sessions.proto\x1a\x19\x62ranchline/v1/tasks.proto\x1a\x1b\x62uf/validate/validate.proto\"7\n\x0bGitIdentity\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n\x05\x65mail\x18\x02 \x01(\tR\x05\x65mail\"\xcf\x02\n\x11\x43reateTaskRequest\x12/\n\x04task\x18\x01 \x01(\x0b\x32\x13.branchline.v1.TaskB\x06\xbaH\x03\xc8\x01\x01R\x04task\x12\x38\n\x07session\x18\x02 \x01(\x0b\x32\x16.branchline.v1.SessionB\x06\xbaH\x03\xc8\x01\x01R\x07session\x12\x41\n\nrepository\x18\x03 \x01(\x0b\x32\x19.branchline.v1.RepositoryB\x06\xbaH\x03\xc8\x01\x01R\nrepository\x12\x44\n\x08identity\x18\x04 \x01(\x0b\x32(.branchline.internal.task.v1.GitIdentityR\x08identity\x12\x1f\n\x0bhold_prompt\x18\x05 \x01(\x08R\nholdPrompt\x12%\n\x0e\x64\x65rived_branch\x18\x06 \x01(\x08R\rderivedBranch\"\x14\n\x12\x43reateTaskResponse\"z\n\x15SetPullRequestRequest\x12\"\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x06taskId\x12=\n\x0cpull_request\x18\x02 \x01(\x0b\x32\x1a.branchline.v1.PullRequestR\x0bpullRequest\"\x18\n\x16SetPullRequestResponse\"^\n\rStartWorkflow\x12\x1a\n\x08workflow\x18\x01 \x01(\tR\x08workflow\x12\x17\n\x07task_id\x18\x02 \x01(\tR\x06taskId\x12\x18\n\x07\x61ttempt\x18\x03 \x01(\x05R\x07\x61ttempt\"7\n\x11\x44\x65leteTaskRequest\x12\"\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x06taskId\"\x14\n\x12\x44\x65leteTaskResponse2\xe6\x02\n\x0bTaskService\x12m\n\nCreateTask\x12..branchline.internal.task.v1.CreateTaskRequest\x1a/.branchline.internal.task.v1.CreateTaskResponse\x12y\n\x0eSetPullRequest\x12\x32.branchline.internal.task.v1.SetPullRequestRequest\x1a\x33.branchline.internal.task.v1.SetPullRequestResponse\x12m\n\nDeleteTask\x12..branchline.internal.task.v1.DeleteTaskRequest\x1a/.branchline.internal.task.v1.DeleteTaskResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&branchline_internal/task/v1/task.proto\x12\x1b\x62ranchline.internal.task.v1\x1a\x1a\x62ranchline/v1/common.proto\x1a branchline/v1/repositories.proto\x1a\x1c\x62ranchline/v1/sessions.proto\x1a\x19\x62ranchline/v1/tasks.proto\x1a\x1b\x62uf/validate/validate.proto\"7\n\x0bGitIdentity\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n\x05\x65mail\x18\x02 \x01(\tR\x05\x65mail\"\xdd\x02\n\x11\x43reateTaskRequest\x12/\n\x04task\x18\x01 \x01(\x0b\x32\x13.branchline.v1.TaskB\x06\xbaH\x03\xc8\x01\x01R\x04task\x12\x38\n\x07session\x18\x02 \x01(\x0b\x32\x16.branchline.v1.SessionB\x06\xbaH\x03\xc8\x01\x01R\x07session\x12\x41\n\nrepository\x18\x03 \x01(\x0b\x32\x19.branchline.v1.RepositoryB\x06\xbaH\x03\xc8\x01\x01R\nrepository\x12\x44\n\x08identity\x18\x04 \x01(\x0b\x32(.branchline.internal.task.v1.GitIdentityR\x08identity\x12\x1f\n\x0bhold_prompt\x18\x05 \x01(\x08R\nholdPrompt\x12\x33\n\x06\x62ranch\x18\x06 \x01(\x0b\x32\x1b.branchline.v1.BranchChoiceR\x06\x62ranch\"\x14\n\x12\x43reateTaskResponse\"z\n\x15SetPullRequestRequest\x12\"\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x06taskId\x12=\n\x0cpull_request\x18\x02 \x01(\x0b\x32\x1a.branchline.v1.PullRequestR\x0bpullRequest\"\x18\n\x16SetPullRequestResponse\"^\n\rStartWorkflow\x12\x1a\n\x08workflow\x18\x01 \x01(\tR\x08workflow\x12\x17\n\x07task_id\x18\x02 \x01(\tR\x06taskId\x12\x18\n\x07\x61ttempt\x18\x03 \x01(\x05R\x07\x61ttempt\"7\n\x11\x44\x65leteTaskRequest\x12\"\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x06taskId\"\x14\n\x12\x44\x65leteTaskResponse\"w\n\x10\x46\x65tchBlobRequest\x12 \n\x07task_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06taskId\x12 \n\x07\x62lob_id\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06\x62lobId\x12\x1f\n\x06offset\x18\x03 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00R\x06offset\"\'\n\x11\x46\x65tchBlobResponse\x12\x12\n\x04\x64\x61ta\x18\x01 \x01(\x0cR\x04\x64\x61ta\"\xa9\x01\n\x10StoreBlobRequest\x12 \n\x07task_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06taskId\x12+\n\x0c\x64isplay_name\x18\x02 \x01(\tB\x08\xbaH\x05r\x03(\x80\x02R\x0b\x64isplayName\x12\'\n\nmedia_type\x18\x03 \x01(\tB\x08\xbaH\x05r\x03(\x80\x01R\tmediaType\x12\x1d\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x42\t\xbaH\x06z\x04\x18\x80\x80@R\x04\x64\x61ta\"E\n\x11StoreBlobResponse\x12\x30\n\x04\x62lob\x18\x01 \x01(\x0b\x32\x1c.branchline.v1.BlobReferenceR\x04\x62lob2\xbe\x04\n\x0bTaskService\x12m\n\nCreateTask\x12..branchline.internal.task.v1.CreateTaskRequest\x1a/.branchline.internal.task.v1.CreateTaskResponse\x12j\n\tFetchBlob\x12-.branchline.internal.task.v1.FetchBlobRequest\x1a..branchline.internal.task.v1.FetchBlobResponse\x12j\n\tStoreBlob\x12-.branchline.internal.task.v1.StoreBlobRequest\x1a..branchline.internal.task.v1.StoreBlobResponse\x12y\n\x0eSetPullRequest\x12\x32.branchline.internal.task.v1.SetPullRequestRequest\x1a\x33.branchline.internal.task.v1.SetPullRequestResponse\x12m\n\nDeleteTask\x12..branchline.internal.task.v1.DeleteTaskRequest\x1a/.branchline.internal.task.v1.DeleteTaskResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,22 +46,44 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SETPULLREQUESTREQUEST'].fields_by_name['task_id']._serialized_options = b'\272H\006r\004\020\001\030@'
   _globals['_DELETETASKREQUEST'].fields_by_name['task_id']._loaded_options = None
   _globals['_DELETETASKREQUEST'].fields_by_name['task_id']._serialized_options = b'\272H\006r\004\020\001\030@'
-  _globals['_GITIDENTITY']._serialized_start=191
-  _globals['_GITIDENTITY']._serialized_end=246
-  _globals['_CREATETASKREQUEST']._serialized_start=249
-  _globals['_CREATETASKREQUEST']._serialized_end=584
-  _globals['_CREATETASKRESPONSE']._serialized_start=586
-  _globals['_CREATETASKRESPONSE']._serialized_end=606
-  _globals['_SETPULLREQUESTREQUEST']._serialized_start=608
-  _globals['_SETPULLREQUESTREQUEST']._serialized_end=730
-  _globals['_SETPULLREQUESTRESPONSE']._serialized_start=732
-  _globals['_SETPULLREQUESTRESPONSE']._serialized_end=756
-  _globals['_STARTWORKFLOW']._serialized_start=758
-  _globals['_STARTWORKFLOW']._serialized_end=852
-  _globals['_DELETETASKREQUEST']._serialized_start=854
-  _globals['_DELETETASKREQUEST']._serialized_end=909
-  _globals['_DELETETASKRESPONSE']._serialized_start=911
-  _globals['_DELETETASKRESPONSE']._serialized_end=931
-  _globals['_TASKSERVICE']._serialized_start=934
-  _globals['_TASKSERVICE']._serialized_end=1292
+  _globals['_FETCHBLOBREQUEST'].fields_by_name['task_id']._loaded_options = None
+  _globals['_FETCHBLOBREQUEST'].fields_by_name['task_id']._serialized_options = b'\272H\004r\002\020\001'
+  _globals['_FETCHBLOBREQUEST'].fields_by_name['blob_id']._loaded_options = None
+  _globals['_FETCHBLOBREQUEST'].fields_by_name['blob_id']._serialized_options = b'\272H\004r\002\020\001'
+  _globals['_FETCHBLOBREQUEST'].fields_by_name['offset']._loaded_options = None
+  _globals['_FETCHBLOBREQUEST'].fields_by_name['offset']._serialized_options = b'\272H\004\"\002(\000'
+  _globals['_STOREBLOBREQUEST'].fields_by_name['task_id']._loaded_options = None
+  _globals['_STOREBLOBREQUEST'].fields_by_name['task_id']._serialized_options = b'\272H\004r\002\020\001'
+  _globals['_STOREBLOBREQUEST'].fields_by_name['display_name']._loaded_options = None
+  _globals['_STOREBLOBREQUEST'].fields_by_name['display_name']._serialized_options = b'\272H\005r\003(\200\002'
+  _globals['_STOREBLOBREQUEST'].fields_by_name['media_type']._loaded_options = None
+  _globals['_STOREBLOBREQUEST'].fields_by_name['media_type']._serialized_options = b'\272H\005r\003(\200\001'
+  _globals['_STOREBLOBREQUEST'].fields_by_name['data']._loaded_options = None
+  _globals['_STOREBLOBREQUEST'].fields_by_name['data']._serialized_options = b'\272H\006z\004\030\200\200@'
+  _globals['_GITIDENTITY']._serialized_start=219
+  _globals['_GITIDENTITY']._serialized_end=274
+  _globals['_CREATETASKREQUEST']._serialized_start=277
+  _globals['_CREATETASKREQUEST']._serialized_end=626
+  _globals['_CREATETASKRESPONSE']._serialized_start=628
+  _globals['_CREATETASKRESPONSE']._serialized_end=648
+  _globals['_SETPULLREQUESTREQUEST']._serialized_start=650
+  _globals['_SETPULLREQUESTREQUEST']._serialized_end=772
+  _globals['_SETPULLREQUESTRESPONSE']._serialized_start=774
+  _globals['_SETPULLREQUESTRESPONSE']._serialized_end=798
+  _globals['_STARTWORKFLOW']._serialized_start=800
+  _globals['_STARTWORKFLOW']._serialized_end=894
+  _globals['_DELETETASKREQUEST']._serialized_start=896
+  _globals['_DELETETASKREQUEST']._serialized_end=951
+  _globals['_DELETETASKRESPONSE']._serialized_start=953
+  _globals['_DELETETASKRESPONSE']._serialized_end=973
+  _globals['_FETCHBLOBREQUEST']._serialized_start=975
+  _globals['_FETCHBLOBREQUEST']._serialized_end=1094
+  _globals['_FETCHBLOBRESPONSE']._serialized_start=1096
+  _globals['_FETCHBLOBRESPONSE']._serialized_end=1135
+  _globals['_STOREBLOBREQUEST']._serialized_start=1138
+  _globals['_STOREBLOBREQUEST']._serialized_end=1307
+  _globals['_STOREBLOBRESPONSE']._serialized_start=1309
+  _globals['_STOREBLOBRESPONSE']._serialized_end=1378
+  _globals['_TASKSERVICE']._serialized_start=1381
+  _globals['_TASKSERVICE']._serialized_end=1955
 # @@protoc_insertion_point(module_scope)

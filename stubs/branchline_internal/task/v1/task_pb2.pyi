@@ -3,6 +3,7 @@
 isort:skip_file
 """
 
+from branchline.v1 import common_pb2 as _common_pb2
 from branchline.v1 import repositories_pb2 as _repositories_pb2
 from branchline.v1 import sessions_pb2 as _sessions_pb2
 from branchline.v1 import tasks_pb2 as _tasks_pb2
@@ -56,11 +57,9 @@ class CreateTaskRequest(_message.Message):
     REPOSITORY_FIELD_NUMBER: _builtins.int
     IDENTITY_FIELD_NUMBER: _builtins.int
     HOLD_PROMPT_FIELD_NUMBER: _builtins.int
-    DERIVED_BRANCH_FIELD_NUMBER: _builtins.int
+    BRANCH_FIELD_NUMBER: _builtins.int
     hold_prompt: _builtins.bool
     """Whether the task's text waits instead of being the first prompt."""
-    derived_branch: _builtins.bool
-    """Whether the branch's name was derived: one that the remote has is then not continued but gets a number."""
     @_builtins.property
     def task(self) -> _tasks_pb2.Task:
         """The task at revision 1."""
@@ -77,6 +76,10 @@ class CreateTaskRequest(_message.Message):
     def identity(self) -> Global___GitIdentity:
         """Author of the commits."""
 
+    @_builtins.property
+    def branch(self) -> _tasks_pb2.BranchChoice:
+        """How the branch was chosen, and where one that is made starts."""
+
     def __init__(
         self,
         *,
@@ -85,11 +88,11 @@ class CreateTaskRequest(_message.Message):
         repository: _repositories_pb2.Repository | None = ...,
         identity: Global___GitIdentity | None = ...,
         hold_prompt: _builtins.bool = ...,
-        derived_branch: _builtins.bool = ...,
+        branch: _tasks_pb2.BranchChoice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "repository", b"repository", "session", b"session", "task", b"task"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["branch", b"branch", "identity", b"identity", "repository", b"repository", "session", b"session", "task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["derived_branch", b"derived_branch", "hold_prompt", b"hold_prompt", "identity", b"identity", "repository", b"repository", "session", b"session", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["branch", b"branch", "hold_prompt", b"hold_prompt", "identity", b"identity", "repository", b"repository", "session", b"session", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -225,3 +228,113 @@ class DeleteTaskResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteTaskResponse: _TypeAlias = DeleteTaskResponse  # noqa: Y015
+
+@_typing.final
+class FetchBlobRequest(_message.Message):
+    """See TaskService.FetchBlob."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    BLOB_ID_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    """The task that has named it."""
+    blob_id: _builtins.str
+    """The blob."""
+    offset: _builtins.int
+    """First byte wanted."""
+    def __init__(
+        self,
+        *,
+        task_id: _builtins.str = ...,
+        blob_id: _builtins.str = ...,
+        offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob_id", b"blob_id", "offset", b"offset", "task_id", b"task_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchBlobRequest: _TypeAlias = FetchBlobRequest  # noqa: Y015
+
+@_typing.final
+class FetchBlobResponse(_message.Message):
+    """See TaskService.FetchBlob."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """Its bytes from there, at most 1 MiB; none past its end."""
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchBlobResponse: _TypeAlias = FetchBlobResponse  # noqa: Y015
+
+@_typing.final
+class StoreBlobRequest(_message.Message):
+    """See TaskService.StoreBlob."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    MEDIA_TYPE_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    """The task."""
+    display_name: _builtins.str
+    """Name shown to people."""
+    media_type: _builtins.str
+    """What its bytes are."""
+    data: _builtins.bytes
+    """The bytes."""
+    def __init__(
+        self,
+        *,
+        task_id: _builtins.str = ...,
+        display_name: _builtins.str = ...,
+        media_type: _builtins.str = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "display_name", b"display_name", "media_type", b"media_type", "task_id", b"task_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StoreBlobRequest: _TypeAlias = StoreBlobRequest  # noqa: Y015
+
+@_typing.final
+class StoreBlobResponse(_message.Message):
+    """See TaskService.StoreBlob."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOB_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def blob(self) -> _common_pb2.BlobReference:
+        """The blob."""
+
+    def __init__(
+        self,
+        *,
+        blob: _common_pb2.BlobReference | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StoreBlobResponse: _TypeAlias = StoreBlobResponse  # noqa: Y015

@@ -41,6 +41,16 @@ class TaskServiceStub:
                 request_serializer=branchline__internal_dot_task_dot_v1_dot_task__pb2.CreateTaskRequest.SerializeToString,
                 response_deserializer=branchline__internal_dot_task_dot_v1_dot_task__pb2.CreateTaskResponse.FromString,
                 _registered_method=True)
+        self.FetchBlob = channel.unary_unary(
+                '/branchline.internal.task.v1.TaskService/FetchBlob',
+                request_serializer=branchline__internal_dot_task_dot_v1_dot_task__pb2.FetchBlobRequest.SerializeToString,
+                response_deserializer=branchline__internal_dot_task_dot_v1_dot_task__pb2.FetchBlobResponse.FromString,
+                _registered_method=True)
+        self.StoreBlob = channel.unary_unary(
+                '/branchline.internal.task.v1.TaskService/StoreBlob',
+                request_serializer=branchline__internal_dot_task_dot_v1_dot_task__pb2.StoreBlobRequest.SerializeToString,
+                response_deserializer=branchline__internal_dot_task_dot_v1_dot_task__pb2.StoreBlobResponse.FromString,
+                _registered_method=True)
         self.SetPullRequest = channel.unary_unary(
                 '/branchline.internal.task.v1.TaskService/SetPullRequest',
                 request_serializer=branchline__internal_dot_task_dot_v1_dot_task__pb2.SetPullRequestRequest.SerializeToString,
@@ -61,6 +71,20 @@ class TaskServiceServicer:
     def CreateTask(self, request, context):
         """Creates a task in the state that the coordinator already shows, and starts its provisioning.
         Idempotent by the task's id.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FetchBlob(self, request, context):
+        """Asks upward: reads part of a blob that a task has named.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StoreBlob(self, request, context):
+        """Asks upward: stores what an agent of a task has shown.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -88,6 +112,16 @@ def add_TaskServiceServicer_to_server(servicer, server):
                     servicer.CreateTask,
                     request_deserializer=branchline__internal_dot_task_dot_v1_dot_task__pb2.CreateTaskRequest.FromString,
                     response_serializer=branchline__internal_dot_task_dot_v1_dot_task__pb2.CreateTaskResponse.SerializeToString,
+            ),
+            'FetchBlob': grpc.unary_unary_rpc_method_handler(
+                    servicer.FetchBlob,
+                    request_deserializer=branchline__internal_dot_task_dot_v1_dot_task__pb2.FetchBlobRequest.FromString,
+                    response_serializer=branchline__internal_dot_task_dot_v1_dot_task__pb2.FetchBlobResponse.SerializeToString,
+            ),
+            'StoreBlob': grpc.unary_unary_rpc_method_handler(
+                    servicer.StoreBlob,
+                    request_deserializer=branchline__internal_dot_task_dot_v1_dot_task__pb2.StoreBlobRequest.FromString,
+                    response_serializer=branchline__internal_dot_task_dot_v1_dot_task__pb2.StoreBlobResponse.SerializeToString,
             ),
             'SetPullRequest': grpc.unary_unary_rpc_method_handler(
                     servicer.SetPullRequest,
@@ -129,6 +163,60 @@ class TaskService:
             '/branchline.internal.task.v1.TaskService/CreateTask',
             branchline__internal_dot_task_dot_v1_dot_task__pb2.CreateTaskRequest.SerializeToString,
             branchline__internal_dot_task_dot_v1_dot_task__pb2.CreateTaskResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchBlob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.internal.task.v1.TaskService/FetchBlob',
+            branchline__internal_dot_task_dot_v1_dot_task__pb2.FetchBlobRequest.SerializeToString,
+            branchline__internal_dot_task_dot_v1_dot_task__pb2.FetchBlobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StoreBlob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.internal.task.v1.TaskService/StoreBlob',
+            branchline__internal_dot_task_dot_v1_dot_task__pb2.StoreBlobRequest.SerializeToString,
+            branchline__internal_dot_task_dot_v1_dot_task__pb2.StoreBlobResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -21,6 +21,10 @@ class TaskServiceStub:
     """Creates a task in the state that the coordinator already shows, and starts its provisioning.
     Idempotent by the task's id.
     """
+    FetchBlob: _aio.UnaryUnaryMultiCallable[_task_pb2.FetchBlobRequest, _task_pb2.FetchBlobResponse]
+    """Asks upward: reads part of a blob that a task has named."""
+    StoreBlob: _aio.UnaryUnaryMultiCallable[_task_pb2.StoreBlobRequest, _task_pb2.StoreBlobResponse]
+    """Asks upward: stores what an agent of a task has shown."""
     SetPullRequest: _aio.UnaryUnaryMultiCallable[_task_pb2.SetPullRequestRequest, _task_pb2.SetPullRequestResponse]
     """Says which open pull request the task's branch has now. Idempotent."""
     DeleteTask: _aio.UnaryUnaryMultiCallable[_task_pb2.DeleteTaskRequest, _task_pb2.DeleteTaskResponse]
@@ -41,6 +45,20 @@ class TaskServiceServicer:
         """Creates a task in the state that the coordinator already shows, and starts its provisioning.
         Idempotent by the task's id.
         """
+
+    def FetchBlob(
+        self,
+        request: _task_pb2.FetchBlobRequest,
+        context: _aio.ServicerContext[_task_pb2.FetchBlobRequest, _abc.Awaitable[_task_pb2.FetchBlobResponse]],
+    ) -> _abc.Awaitable[_task_pb2.FetchBlobResponse]:
+        """Asks upward: reads part of a blob that a task has named."""
+
+    def StoreBlob(
+        self,
+        request: _task_pb2.StoreBlobRequest,
+        context: _aio.ServicerContext[_task_pb2.StoreBlobRequest, _abc.Awaitable[_task_pb2.StoreBlobResponse]],
+    ) -> _abc.Awaitable[_task_pb2.StoreBlobResponse]:
+        """Asks upward: stores what an agent of a task has shown."""
 
     def SetPullRequest(
         self,

@@ -27,7 +27,7 @@ from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&branchline_internal/user/v1/user.proto\x12\x1b\x62ranchline.internal.user.v1\x1a\x19\x62ranchline/v1/users.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x96\x01\n\x11\x43reateUserRequest\x12 \n\x07user_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06userId\x12*\n\x0c\x64isplay_name\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0b\x64isplayName\x12\x14\n\x05\x65mail\x18\x03 \x01(\tR\x05\x65mail\x12\x1d\n\ntoken_name\x18\x04 \x01(\tR\ttokenName\"\x87\x01\n\x12\x43reateUserResponse\x12\'\n\x04user\x18\x01 \x01(\x0b\x32\x13.branchline.v1.UserR\x04user\x12\x1b\n\tapi_token\x18\x02 \x01(\tR\x08\x61piToken\x12+\n\x11\x63onsistency_token\x18\x03 \x01(\tR\x10\x63onsistencyToken\"O\n\x17GetGitCredentialRequest\x12 \n\x07user_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06userId\x12\x12\n\x04host\x18\x02 \x01(\tR\x04host\"N\n\x18GetGitCredentialResponse\x12\x1a\n\x08username\x18\x01 \x01(\tR\x08username\x12\x16\n\x06secret\x18\x02 \x01(\tR\x06secret\"\xc5\x01\n\x11MarkUnreadRequest\x12\x30\n\x0forganization_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0eorganizationId\x12\x19\n\x08user_ids\x18\x02 \x03(\tR\x07userIds\x12 \n\x07task_id\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06taskId\x12\x1d\n\nsession_id\x18\x04 \x01(\tR\tsessionId\x12\"\n\x08\x65vent_id\x18\x05 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x07\x65ventId\"\x14\n\x12MarkUnreadResponse\"\xa1\x01\n\rApiTokenState\x12\x34\n\tapi_token\x18\x01 \x01(\x0b\x32\x17.branchline.v1.ApiTokenR\x08\x61piToken\x12\x1d\n\ntoken_hash\x18\x02 \x01(\tR\ttokenHash\x12;\n\x0brevoke_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nrevokeTime\"R\n\x11IssueTokenRequest\x12 \n\x07user_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06userId\x12\x1b\n\x04name\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04name\"^\n\x12IssueTokenResponse\x12\x1b\n\tapi_token\x18\x01 \x01(\tR\x08\x61piToken\x12+\n\x11\x63onsistency_token\x18\x02 \x01(\tR\x10\x63onsistencyToken\"}\n\x17\x46orgetTaskStatesRequest\x12\x30\n\x0forganization_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0eorganizationId\x12\x17\n\x07user_id\x18\x02 \x01(\tR\x06userId\x12\x17\n\x07task_id\x18\x03 \x01(\tR\x06taskId\"\x1a\n\x18\x46orgetTaskStatesResponse2\xdc\x04\n\x0bUserService\x12m\n\nCreateUser\x12..branchline.internal.user.v1.CreateUserRequest\x1a/.branchline.internal.user.v1.CreateUserResponse\x12m\n\nIssueToken\x12..branchline.internal.user.v1.IssueTokenRequest\x1a/.branchline.internal.user.v1.IssueTokenResponse\x12\x7f\n\x10\x46orgetTaskStates\x12\x34.branchline.internal.user.v1.ForgetTaskStatesRequest\x1a\x35.branchline.internal.user.v1.ForgetTaskStatesResponse\x12\x7f\n\x10GetGitCredential\x12\x34.branchline.internal.user.v1.GetGitCredentialRequest\x1a\x35.branchline.internal.user.v1.GetGitCredentialResponse\x12m\n\nMarkUnread\x12..branchline.internal.user.v1.MarkUnreadRequest\x1a/.branchline.internal.user.v1.MarkUnreadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&branchline_internal/user/v1/user.proto\x12\x1b\x62ranchline.internal.user.v1\x1a\x19\x62ranchline/v1/users.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcf\x01\n\x11\x43reateUserRequest\x12 \n\x07user_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06userId\x12*\n\x0c\x64isplay_name\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0b\x64isplayName\x12\x14\n\x05\x65mail\x18\x03 \x01(\tR\x05\x65mail\x12\x37\n\ntoken_hash\x18\x04 \x01(\tB\x18\xbaH\x15r\x13\x32\x11^([0-9a-f]{64})?$R\ttokenHash\x12\x1d\n\ntoken_name\x18\x05 \x01(\tR\ttokenName\"j\n\x12\x43reateUserResponse\x12\'\n\x04user\x18\x01 \x01(\x0b\x32\x13.branchline.v1.UserR\x04user\x12+\n\x11\x63onsistency_token\x18\x02 \x01(\tR\x10\x63onsistencyToken\"O\n\x17GetGitCredentialRequest\x12 \n\x07user_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06userId\x12\x12\n\x04host\x18\x02 \x01(\tR\x04host\"N\n\x18GetGitCredentialResponse\x12\x1a\n\x08username\x18\x01 \x01(\tR\x08username\x12\x16\n\x06secret\x18\x02 \x01(\tR\x06secret\"\xc5\x01\n\x11MarkUnreadRequest\x12\x30\n\x0forganization_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0eorganizationId\x12\x19\n\x08user_ids\x18\x02 \x03(\tR\x07userIds\x12 \n\x07task_id\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06taskId\x12\x1d\n\nsession_id\x18\x04 \x01(\tR\tsessionId\x12\"\n\x08\x65vent_id\x18\x05 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x07\x65ventId\"\x14\n\x12MarkUnreadResponse\"\xa1\x01\n\rApiTokenState\x12\x34\n\tapi_token\x18\x01 \x01(\x0b\x32\x17.branchline.v1.ApiTokenR\x08\x61piToken\x12\x1d\n\ntoken_hash\x18\x02 \x01(\tR\ttokenHash\x12;\n\x0brevoke_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nrevokeTime\"R\n\x11IssueTokenRequest\x12 \n\x07user_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06userId\x12\x1b\n\x04name\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04name\"^\n\x12IssueTokenResponse\x12\x1b\n\tapi_token\x18\x01 \x01(\tR\x08\x61piToken\x12+\n\x11\x63onsistency_token\x18\x02 \x01(\tR\x10\x63onsistencyToken\"}\n\x17\x46orgetTaskStatesRequest\x12\x30\n\x0forganization_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x0eorganizationId\x12\x17\n\x07user_id\x18\x02 \x01(\tR\x06userId\x12\x17\n\x07task_id\x18\x03 \x01(\tR\x06taskId\"\x1a\n\x18\x46orgetTaskStatesResponse\"z\n\nDraftState\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12\'\n\x0forganization_id\x18\x02 \x01(\tR\x0eorganizationId\x12*\n\x05\x64raft\x18\x03 \x01(\x0b\x32\x14.branchline.v1.DraftR\x05\x64raft2\xdc\x04\n\x0bUserService\x12m\n\nCreateUser\x12..branchline.internal.user.v1.CreateUserRequest\x1a/.branchline.internal.user.v1.CreateUserResponse\x12m\n\nIssueToken\x12..branchline.internal.user.v1.IssueTokenRequest\x1a/.branchline.internal.user.v1.IssueTokenResponse\x12\x7f\n\x10\x46orgetTaskStates\x12\x34.branchline.internal.user.v1.ForgetTaskStatesRequest\x1a\x35.branchline.internal.user.v1.ForgetTaskStatesResponse\x12\x7f\n\x10GetGitCredential\x12\x34.branchline.internal.user.v1.GetGitCredentialRequest\x1a\x35.branchline.internal.user.v1.GetGitCredentialResponse\x12m\n\nMarkUnread\x12..branchline.internal.user.v1.MarkUnreadRequest\x1a/.branchline.internal.user.v1.MarkUnreadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,6 +38,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATEUSERREQUEST'].fields_by_name['user_id']._serialized_options = b'\272H\004r\002\020\001'
   _globals['_CREATEUSERREQUEST'].fields_by_name['display_name']._loaded_options = None
   _globals['_CREATEUSERREQUEST'].fields_by_name['display_name']._serialized_options = b'\272H\004r\002\020\001'
+  _globals['_CREATEUSERREQUEST'].fields_by_name['token_hash']._loaded_options = None
+  _globals['_CREATEUSERREQUEST'].fields_by_name['token_hash']._serialized_options = b'\272H\025r\0232\021^([0-9a-f]{64})?$'
   _globals['_GETGITCREDENTIALREQUEST'].fields_by_name['user_id']._loaded_options = None
   _globals['_GETGITCREDENTIALREQUEST'].fields_by_name['user_id']._serialized_options = b'\272H\004r\002\020\001'
   _globals['_MARKUNREADREQUEST'].fields_by_name['organization_id']._loaded_options = None
@@ -53,27 +55,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FORGETTASKSTATESREQUEST'].fields_by_name['organization_id']._loaded_options = None
   _globals['_FORGETTASKSTATESREQUEST'].fields_by_name['organization_id']._serialized_options = b'\272H\004r\002\020\001'
   _globals['_CREATEUSERREQUEST']._serialized_start=161
-  _globals['_CREATEUSERREQUEST']._serialized_end=311
-  _globals['_CREATEUSERRESPONSE']._serialized_start=314
-  _globals['_CREATEUSERRESPONSE']._serialized_end=449
-  _globals['_GETGITCREDENTIALREQUEST']._serialized_start=451
-  _globals['_GETGITCREDENTIALREQUEST']._serialized_end=530
-  _globals['_GETGITCREDENTIALRESPONSE']._serialized_start=532
-  _globals['_GETGITCREDENTIALRESPONSE']._serialized_end=610
-  _globals['_MARKUNREADREQUEST']._serialized_start=613
-  _globals['_MARKUNREADREQUEST']._serialized_end=810
-  _globals['_MARKUNREADRESPONSE']._serialized_start=812
-  _globals['_MARKUNREADRESPONSE']._serialized_end=832
-  _globals['_APITOKENSTATE']._serialized_start=835
-  _globals['_APITOKENSTATE']._serialized_end=996
-  _globals['_ISSUETOKENREQUEST']._serialized_start=998
-  _globals['_ISSUETOKENREQUEST']._serialized_end=1080
-  _globals['_ISSUETOKENRESPONSE']._serialized_start=1082
-  _globals['_ISSUETOKENRESPONSE']._serialized_end=1176
-  _globals['_FORGETTASKSTATESREQUEST']._serialized_start=1178
-  _globals['_FORGETTASKSTATESREQUEST']._serialized_end=1303
-  _globals['_FORGETTASKSTATESRESPONSE']._serialized_start=1305
-  _globals['_FORGETTASKSTATESRESPONSE']._serialized_end=1331
-  _globals['_USERSERVICE']._serialized_start=1334
-  _globals['_USERSERVICE']._serialized_end=1938
+  _globals['_CREATEUSERREQUEST']._serialized_end=368
+  _globals['_CREATEUSERRESPONSE']._serialized_start=370
+  _globals['_CREATEUSERRESPONSE']._serialized_end=476
+  _globals['_GETGITCREDENTIALREQUEST']._serialized_start=478
+  _globals['_GETGITCREDENTIALREQUEST']._serialized_end=557
+  _globals['_GETGITCREDENTIALRESPONSE']._serialized_start=559
+  _globals['_GETGITCREDENTIALRESPONSE']._serialized_end=637
+  _globals['_MARKUNREADREQUEST']._serialized_start=640
+  _globals['_MARKUNREADREQUEST']._serialized_end=837
+  _globals['_MARKUNREADRESPONSE']._serialized_start=839
+  _globals['_MARKUNREADRESPONSE']._serialized_end=859
+  _globals['_APITOKENSTATE']._serialized_start=862
+  _globals['_APITOKENSTATE']._serialized_end=1023
+  _globals['_ISSUETOKENREQUEST']._serialized_start=1025
+  _globals['_ISSUETOKENREQUEST']._serialized_end=1107
+  _globals['_ISSUETOKENRESPONSE']._serialized_start=1109
+  _globals['_ISSUETOKENRESPONSE']._serialized_end=1203
+  _globals['_FORGETTASKSTATESREQUEST']._serialized_start=1205
+  _globals['_FORGETTASKSTATESREQUEST']._serialized_end=1330
+  _globals['_FORGETTASKSTATESRESPONSE']._serialized_start=1332
+  _globals['_FORGETTASKSTATESRESPONSE']._serialized_end=1358
+  _globals['_DRAFTSTATE']._serialized_start=1360
+  _globals['_DRAFTSTATE']._serialized_end=1482
+  _globals['_USERSERVICE']._serialized_start=1485
+  _globals['_USERSERVICE']._serialized_end=2089
 # @@protoc_insertion_point(module_scope)

@@ -29,6 +29,7 @@ class CreateUserRequest(_message.Message):
     USER_ID_FIELD_NUMBER: _builtins.int
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
     EMAIL_FIELD_NUMBER: _builtins.int
+    TOKEN_HASH_FIELD_NUMBER: _builtins.int
     TOKEN_NAME_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """Id, chosen by the coordinator."""
@@ -36,19 +37,22 @@ class CreateUserRequest(_message.Message):
     """Name shown to people."""
     email: _builtins.str
     """E-mail address."""
+    token_hash: _builtins.str
+    """The first API token, as the SHA-256 of its secret, 64 hex digits; empty makes none."""
     token_name: _builtins.str
-    """Name of the first API token; empty makes none."""
+    """Name of the first API token."""
     def __init__(
         self,
         *,
         user_id: _builtins.str = ...,
         display_name: _builtins.str = ...,
         email: _builtins.str = ...,
+        token_hash: _builtins.str = ...,
         token_name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["display_name", b"display_name", "email", b"email", "token_name", b"token_name", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["display_name", b"display_name", "email", b"email", "token_hash", b"token_hash", "token_name", b"token_name", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -61,12 +65,9 @@ class CreateUserResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     USER_FIELD_NUMBER: _builtins.int
-    API_TOKEN_FIELD_NUMBER: _builtins.int
     CONSISTENCY_TOKEN_FIELD_NUMBER: _builtins.int
-    api_token: _builtins.str
-    """The token, where one was made; else empty."""
     consistency_token: _builtins.str
-    """Names the user and the token."""
+    """Names the user, and the token where one was made."""
     @_builtins.property
     def user(self) -> _users_pb2.User:
         """The user."""
@@ -75,12 +76,11 @@ class CreateUserResponse(_message.Message):
         self,
         *,
         user: _users_pb2.User | None = ...,
-        api_token: _builtins.str = ...,
         consistency_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["user", b"user"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_token", b"api_token", "consistency_token", b"consistency_token", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -327,3 +327,35 @@ class ForgetTaskStatesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ForgetTaskStatesResponse: _TypeAlias = ForgetTaskStatesResponse  # noqa: Y015
+
+@_typing.final
+class DraftState(_message.Message):
+    """Pushed to the organization: what a user has half written, or that it is forgotten."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
+    DRAFT_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """The user."""
+    organization_id: _builtins.str
+    """The organization."""
+    @_builtins.property
+    def draft(self) -> _users_pb2.Draft:
+        """The draft."""
+
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        organization_id: _builtins.str = ...,
+        draft: _users_pb2.Draft | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft", "organization_id", b"organization_id", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DraftState: _TypeAlias = DraftState  # noqa: Y015

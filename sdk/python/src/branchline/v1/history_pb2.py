@@ -22,13 +22,15 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
-from branchline.v1 import vocabulary_pb2 as branchline_dot_v1_dot_vocabulary__pb2
+from branchline.v1 import common_pb2 as branchline_dot_v1_dot_common__pb2
+from branchline.v1 import options_pb2 as branchline_dot_v1_dot_options__pb2
 from branchline.v1 import watches_pb2 as branchline_dot_v1_dot_watches__pb2
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x62ranchline/v1/history.proto\x12\rbranchline.v1\x1a\x1e\x62ranchline/v1/vocabulary.proto\x1a\x1b\x62ranchline/v1/watches.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe3\x03\n\x12ListHistoryRequest\x12\x32\n\x0forganization_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x0eorganizationId\x12,\n\rrepository_id\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x0crepositoryId\x12 \n\x07task_id\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x06taskId\x12 \n\x06\x62ranch\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01R\x06\x62ranch\x12 \n\x07user_id\x18\x05 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x06userId\x12\x1e\n\x05kinds\x18\x06 \x03(\tB\x08\xbaH\x05\x92\x01\x02\x10 R\x05kinds\x12\x39\n\nstart_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tstartTime\x12\x35\n\x08\x65nd_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x07\x65ndTime\x12!\n\x0coldest_first\x18\t \x01(\x08R\x0boldestFirst\x12\'\n\tpage_size\x18\n \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00R\x08pageSize\x12\'\n\npage_token\x18\x0b \x01(\tB\x08\xbaH\x05r\x03\x18\x80 R\tpageToken\"r\n\x13ListHistoryResponse\x12\x33\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1b.branchline.v1.HistoryEventR\x06\x65vents\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x98\x01\n\x13WatchHistoryRequest\x12\x32\n\x0forganization_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x0eorganizationId\x12 \n\x07task_id\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x06taskId\x12+\n\x0cresume_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80 R\x0bresumeToken\"G\n\x14WatchHistoryResponse\x12/\n\x05\x66rame\x18\x01 \x01(\x0b\x32\x19.branchline.v1.WatchFrameR\x05\x66rame\"\xb8\x04\n\x0cHistoryEvent\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\'\n\x0forganization_id\x18\x02 \x01(\tR\x0eorganizationId\x12\x1a\n\x08sequence\x18\x03 \x01(\x03R\x08sequence\x12\x39\n\nevent_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\teventTime\x12\x37\n\nactor_kind\x18\x05 \x01(\x0e\x32\x18.branchline.v1.ActorKindR\tactorKind\x12\"\n\ractor_user_id\x18\x06 \x01(\tR\x0b\x61\x63torUserId\x12,\n\x04kind\x18\x07 \x01(\x0e\x32\x18.branchline.v1.EventKindR\x04kind\x12#\n\rrepository_id\x18\x08 \x01(\tR\x0crepositoryId\x12\x17\n\x07task_id\x18\t \x01(\tR\x06taskId\x12\x16\n\x06\x62ranch\x18\n \x01(\tR\x06\x62ranch\x12\x1d\n\nsession_id\x18\x0b \x01(\tR\tsessionId\x12\x18\n\x07summary\x18\x0c \x01(\tR\x07summary\x12\x42\n\x07\x64\x65tails\x18\r \x03(\x0b\x32(.branchline.v1.HistoryEvent.DetailsEntryR\x07\x64\x65tails\x1a:\n\x0c\x44\x65tailsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01*i\n\tActorKind\x12\x1a\n\x16\x41\x43TOR_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x41\x43TOR_KIND_USER\x10\x01\x12\x15\n\x11\x41\x43TOR_KIND_SYSTEM\x10\x02\x12\x14\n\x10\x41\x43TOR_KIND_AGENT\x10\x03\x32\xc1\x01\n\x0eHistoryService\x12T\n\x0bListHistory\x12!.branchline.v1.ListHistoryRequest\x1a\".branchline.v1.ListHistoryResponse\x12Y\n\x0cWatchHistory\x12\".branchline.v1.WatchHistoryRequest\x1a#.branchline.v1.WatchHistoryResponse0\x01\x42\x44ZBgithub.com/branchline/branchline/sdk/go/branchline/v1;branchlinev1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x62ranchline/v1/history.proto\x12\rbranchline.v1\x1a\x1a\x62ranchline/v1/common.proto\x1a\x1b\x62ranchline/v1/options.proto\x1a\x1b\x62ranchline/v1/watches.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe3\x04\n\x0cHistoryEvent\x12\x17\n\x02id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02(@R\x02id\x12\x30\n\x0forganization_id\x18\x02 \x01(\tB\x07\xbaH\x04r\x02(@R\x0eorganizationId\x12\x1e\n\x08sequence\x18\x03 \x01(\x03\x42\x02\x30\x01R\x08sequence\x12\x39\n\nevent_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\teventTime\x12*\n\x05\x61\x63tor\x18\x05 \x01(\x0b\x32\x14.branchline.v1.ActorR\x05\x61\x63tor\x12,\n\x04kind\x18\x06 \x01(\x0e\x32\x18.branchline.v1.EventKindR\x04kind\x12,\n\rrepository_id\x18\x07 \x01(\tB\x07\xbaH\x04r\x02(@R\x0crepositoryId\x12 \n\x07task_id\x18\x08 \x01(\tB\x07\xbaH\x04r\x02(@R\x06taskId\x12 \n\x06\x62ranch\x18\t \x01(\tB\x08\xbaH\x05r\x03(\xc8\x01R\x06\x62ranch\x12&\n\nsession_id\x18\n \x01(\tB\x07\xbaH\x04r\x02(@R\tsessionId\x12\"\n\x07summary\x18\x0b \x01(\tB\x08\xbaH\x05r\x03(\x80\x08R\x07summary\x12Y\n\x07\x64\x65tails\x18\x0c \x03(\x0b\x32(.branchline.v1.HistoryEvent.DetailsEntryB\x15\xbaH\x12\x9a\x01\x0f\x10\x10\"\x04r\x02(@*\x05r\x03(\x80\x04R\x07\x64\x65tails\x1a:\n\x0c\x44\x65tailsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01\"\x84\x03\n\rHistoryFilter\x12\x37\n\x0erepository_ids\x18\x01 \x03(\tB\x10\xbaH\r\x92\x01\n\x10 \"\x06r\x04\x10\x01(@R\rrepositoryIds\x12+\n\x08task_ids\x18\x02 \x03(\tB\x10\xbaH\r\x92\x01\n\x10 \"\x06r\x04\x10\x01(@R\x07taskIds\x12+\n\x08\x62ranches\x18\x03 \x03(\tB\x0f\xbaH\x0c\x92\x01\t\x10 \"\x05r\x03(\xc8\x01R\x08\x62ranches\x12+\n\x08user_ids\x18\x04 \x03(\tB\x10\xbaH\r\x92\x01\n\x10 \"\x06r\x04\x10\x01(@R\x07userIds\x12\x41\n\x05kinds\x18\x05 \x03(\x0e\x32\x18.branchline.v1.EventKindB\x11\xbaH\x0e\x92\x01\x0b\x10 \"\x07\x82\x01\x04\x10\x01 \x00R\x05kinds\x12\x39\n\nstart_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tstartTime\x12\x35\n\x08\x65nd_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x07\x65ndTime\"\xb5\x02\n\x18ListHistoryEventsRequest\x12\x32\n\x0forganization_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01(@R\x0eorganizationId\x12\x34\n\x06\x66ilter\x18\x02 \x01(\x0b\x32\x1c.branchline.v1.HistoryFilterR\x06\x66ilter\x12\"\n\x08order_by\x18\x03 \x01(\tB\x07\xbaH\x04r\x02(@R\x07orderBy\x12$\n\tpage_size\x18\x04 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00R\x08pageSize\x12\'\n\npage_token\x18\x05 \x01(\tB\x08\xbaH\x05r\x03(\x80 R\tpageToken\x12<\n\x0b\x63onsistency\x18\x06 \x01(\x0b\x32\x1a.branchline.v1.ConsistencyR\x0b\x63onsistency\"\xba\x01\n\x19ListHistoryEventsResponse\x12>\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1b.branchline.v1.HistoryEventB\t\xbaH\x06\x92\x01\x03\x10\xe8\x07R\x06\x65vents\x12\x30\n\x0fnext_page_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03(\x80 R\rnextPageToken\x12+\n\x0cresume_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03(\x80 R\x0bresumeToken\"\xc2\x02\n\x13WatchHistoryRequest\x12\x32\n\x0forganization_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01(@R\x0eorganizationId\x12\x34\n\x06\x66ilter\x18\x02 \x01(\x0b\x32\x1c.branchline.v1.HistoryFilterR\x06\x66ilter\x12+\n\x0cresume_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03(\x80 R\x0bresumeToken\x12<\n\x0b\x63onsistency\x18\x04 \x01(\x0b\x32\x1a.branchline.v1.ConsistencyR\x0b\x63onsistency\x12V\n\x12heartbeat_interval\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationB\x0c\xbaH\t\xaa\x01\x06\"\x02\x08<2\x00R\x11heartbeatInterval\"\x82\x01\n\x14WatchHistoryResponse\x12\x32\n\x06header\x18\x01 \x01(\x0b\x32\x1a.branchline.v1.FrameHeaderR\x06header\x12\x36\n\x07\x63hanges\x18\x02 \x03(\x0b\x32\x1c.branchline.v1.HistoryChangeR\x07\x63hanges\"\x8c\x01\n\rHistoryChange\x12-\n\x04type\x18\x01 \x01(\x0e\x32\x19.branchline.v1.ChangeTypeR\x04type\x12\x42\n\rhistory_event\x18\n \x01(\x0b\x32\x1b.branchline.v1.HistoryEventH\x00R\x0chistoryEventB\x08\n\x06\x65ntity*\xa6\x06\n\tEventKind\x12\x1a\n\x16\x45VENT_KIND_UNSPECIFIED\x10\x00\x12#\n\x1f\x45VENT_KIND_ORGANIZATION_CREATED\x10\x01\x12#\n\x1f\x45VENT_KIND_ORGANIZATION_UPDATED\x10\x02\x12$\n EVENT_KIND_ORGANIZATION_DELETING\x10\x03\x12\x1c\n\x18\x45VENT_KIND_MEMBER_JOINED\x10\x04\x12\x1d\n\x19\x45VENT_KIND_MEMBER_UPDATED\x10\x05\x12\x1d\n\x19\x45VENT_KIND_MEMBER_REMOVED\x10\x06\x12!\n\x1d\x45VENT_KIND_REPOSITORY_CREATED\x10\x07\x12\"\n\x1e\x45VENT_KIND_REPOSITORY_DELETING\x10\x08\x12!\n\x1d\x45VENT_KIND_REPOSITORY_DELETED\x10\t\x12\x1b\n\x17\x45VENT_KIND_TASK_CREATED\x10\n\x12!\n\x1d\x45VENT_KIND_TASK_STATE_CHANGED\x10\x0b\x12\x1a\n\x16\x45VENT_KIND_TASK_FAILED\x10\x0c\x12\x1b\n\x17\x45VENT_KIND_TASK_DELETED\x10\r\x12\x1b\n\x17\x45VENT_KIND_BRANCH_MOVED\x10\x0e\x12\x1e\n\x1a\x45VENT_KIND_SESSION_CREATED\x10\x0f\x12\x1e\n\x1a\x45VENT_KIND_SESSION_UPDATED\x10\x10\x12\x1d\n\x19\x45VENT_KIND_SESSION_CLOSED\x10\x11\x12\x1f\n\x1b\x45VENT_KIND_SESSION_REOPENED\x10\x12\x12\x1b\n\x17\x45VENT_KIND_MESSAGE_SENT\x10\x13\x12\x1d\n\x19\x45VENT_KIND_TURN_CANCELLED\x10\x14\x12\x1d\n\x19\x45VENT_KIND_INPUT_ANSWERED\x10\x15\x12\x1a\n\x16\x45VENT_KIND_AGENT_ASKED\x10\x16\x12\x1d\n\x19\x45VENT_KIND_AGENT_FINISHED\x10\x17\x12\x1b\n\x17\x45VENT_KIND_AGENT_FAILED\x10\x18\x32\x94\x02\n\x0eHistoryService\x12\x86\x01\n\x11ListHistoryEvents\x12\'.branchline.v1.ListHistoryEventsRequest\x1a(.branchline.v1.ListHistoryEventsResponse\"\x1e\x90\x02\x01\xda\xe7\x18\x17\x08\x01\x10\x02\x1a\x0forganization_id \x01\x12y\n\x0cWatchHistory\x12\".branchline.v1.WatchHistoryRequest\x1a#.branchline.v1.WatchHistoryResponse\"\x1e\x90\x02\x01\xda\xe7\x18\x17\x08\x01\x10\x01\x1a\x0forganization_id \x01\x30\x01\x42\x44ZBgithub.com/branchline/branchline/sdk/go/branchline/v1;branchlinev1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,44 +38,78 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'branchline.v1.history_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'ZBgithub.com/branchline/branchline/sdk/go/branchline/v1;branchlinev1'
-  _globals['_LISTHISTORYREQUEST'].fields_by_name['organization_id']._loaded_options = None
-  _globals['_LISTHISTORYREQUEST'].fields_by_name['organization_id']._serialized_options = b'\272H\006r\004\020\001\030@'
-  _globals['_LISTHISTORYREQUEST'].fields_by_name['repository_id']._loaded_options = None
-  _globals['_LISTHISTORYREQUEST'].fields_by_name['repository_id']._serialized_options = b'\272H\004r\002\030@'
-  _globals['_LISTHISTORYREQUEST'].fields_by_name['task_id']._loaded_options = None
-  _globals['_LISTHISTORYREQUEST'].fields_by_name['task_id']._serialized_options = b'\272H\004r\002\030@'
-  _globals['_LISTHISTORYREQUEST'].fields_by_name['branch']._loaded_options = None
-  _globals['_LISTHISTORYREQUEST'].fields_by_name['branch']._serialized_options = b'\272H\005r\003\030\310\001'
-  _globals['_LISTHISTORYREQUEST'].fields_by_name['user_id']._loaded_options = None
-  _globals['_LISTHISTORYREQUEST'].fields_by_name['user_id']._serialized_options = b'\272H\004r\002\030@'
-  _globals['_LISTHISTORYREQUEST'].fields_by_name['kinds']._loaded_options = None
-  _globals['_LISTHISTORYREQUEST'].fields_by_name['kinds']._serialized_options = b'\272H\005\222\001\002\020 '
-  _globals['_LISTHISTORYREQUEST'].fields_by_name['page_size']._loaded_options = None
-  _globals['_LISTHISTORYREQUEST'].fields_by_name['page_size']._serialized_options = b'\272H\007\032\005\030\350\007(\000'
-  _globals['_LISTHISTORYREQUEST'].fields_by_name['page_token']._loaded_options = None
-  _globals['_LISTHISTORYREQUEST'].fields_by_name['page_token']._serialized_options = b'\272H\005r\003\030\200 '
-  _globals['_WATCHHISTORYREQUEST'].fields_by_name['organization_id']._loaded_options = None
-  _globals['_WATCHHISTORYREQUEST'].fields_by_name['organization_id']._serialized_options = b'\272H\006r\004\020\001\030@'
-  _globals['_WATCHHISTORYREQUEST'].fields_by_name['task_id']._loaded_options = None
-  _globals['_WATCHHISTORYREQUEST'].fields_by_name['task_id']._serialized_options = b'\272H\004r\002\030@'
-  _globals['_WATCHHISTORYREQUEST'].fields_by_name['resume_token']._loaded_options = None
-  _globals['_WATCHHISTORYREQUEST'].fields_by_name['resume_token']._serialized_options = b'\272H\005r\003\030\200 '
   _globals['_HISTORYEVENT_DETAILSENTRY']._loaded_options = None
   _globals['_HISTORYEVENT_DETAILSENTRY']._serialized_options = b'8\001'
-  _globals['_ACTORKIND']._serialized_start=1570
-  _globals['_ACTORKIND']._serialized_end=1675
-  _globals['_LISTHISTORYREQUEST']._serialized_start=170
-  _globals['_LISTHISTORYREQUEST']._serialized_end=653
-  _globals['_LISTHISTORYRESPONSE']._serialized_start=655
-  _globals['_LISTHISTORYRESPONSE']._serialized_end=769
-  _globals['_WATCHHISTORYREQUEST']._serialized_start=772
-  _globals['_WATCHHISTORYREQUEST']._serialized_end=924
-  _globals['_WATCHHISTORYRESPONSE']._serialized_start=926
-  _globals['_WATCHHISTORYRESPONSE']._serialized_end=997
-  _globals['_HISTORYEVENT']._serialized_start=1000
-  _globals['_HISTORYEVENT']._serialized_end=1568
-  _globals['_HISTORYEVENT_DETAILSENTRY']._serialized_start=1510
-  _globals['_HISTORYEVENT_DETAILSENTRY']._serialized_end=1568
-  _globals['_HISTORYSERVICE']._serialized_start=1678
-  _globals['_HISTORYSERVICE']._serialized_end=1871
+  _globals['_HISTORYEVENT'].fields_by_name['id']._loaded_options = None
+  _globals['_HISTORYEVENT'].fields_by_name['id']._serialized_options = b'\272H\004r\002(@'
+  _globals['_HISTORYEVENT'].fields_by_name['organization_id']._loaded_options = None
+  _globals['_HISTORYEVENT'].fields_by_name['organization_id']._serialized_options = b'\272H\004r\002(@'
+  _globals['_HISTORYEVENT'].fields_by_name['sequence']._loaded_options = None
+  _globals['_HISTORYEVENT'].fields_by_name['sequence']._serialized_options = b'0\001'
+  _globals['_HISTORYEVENT'].fields_by_name['repository_id']._loaded_options = None
+  _globals['_HISTORYEVENT'].fields_by_name['repository_id']._serialized_options = b'\272H\004r\002(@'
+  _globals['_HISTORYEVENT'].fields_by_name['task_id']._loaded_options = None
+  _globals['_HISTORYEVENT'].fields_by_name['task_id']._serialized_options = b'\272H\004r\002(@'
+  _globals['_HISTORYEVENT'].fields_by_name['branch']._loaded_options = None
+  _globals['_HISTORYEVENT'].fields_by_name['branch']._serialized_options = b'\272H\005r\003(\310\001'
+  _globals['_HISTORYEVENT'].fields_by_name['session_id']._loaded_options = None
+  _globals['_HISTORYEVENT'].fields_by_name['session_id']._serialized_options = b'\272H\004r\002(@'
+  _globals['_HISTORYEVENT'].fields_by_name['summary']._loaded_options = None
+  _globals['_HISTORYEVENT'].fields_by_name['summary']._serialized_options = b'\272H\005r\003(\200\010'
+  _globals['_HISTORYEVENT'].fields_by_name['details']._loaded_options = None
+  _globals['_HISTORYEVENT'].fields_by_name['details']._serialized_options = b'\272H\022\232\001\017\020\020\"\004r\002(@*\005r\003(\200\004'
+  _globals['_HISTORYFILTER'].fields_by_name['repository_ids']._loaded_options = None
+  _globals['_HISTORYFILTER'].fields_by_name['repository_ids']._serialized_options = b'\272H\r\222\001\n\020 \"\006r\004\020\001(@'
+  _globals['_HISTORYFILTER'].fields_by_name['task_ids']._loaded_options = None
+  _globals['_HISTORYFILTER'].fields_by_name['task_ids']._serialized_options = b'\272H\r\222\001\n\020 \"\006r\004\020\001(@'
+  _globals['_HISTORYFILTER'].fields_by_name['branches']._loaded_options = None
+  _globals['_HISTORYFILTER'].fields_by_name['branches']._serialized_options = b'\272H\014\222\001\t\020 \"\005r\003(\310\001'
+  _globals['_HISTORYFILTER'].fields_by_name['user_ids']._loaded_options = None
+  _globals['_HISTORYFILTER'].fields_by_name['user_ids']._serialized_options = b'\272H\r\222\001\n\020 \"\006r\004\020\001(@'
+  _globals['_HISTORYFILTER'].fields_by_name['kinds']._loaded_options = None
+  _globals['_HISTORYFILTER'].fields_by_name['kinds']._serialized_options = b'\272H\016\222\001\013\020 \"\007\202\001\004\020\001 \000'
+  _globals['_LISTHISTORYEVENTSREQUEST'].fields_by_name['organization_id']._loaded_options = None
+  _globals['_LISTHISTORYEVENTSREQUEST'].fields_by_name['organization_id']._serialized_options = b'\272H\006r\004\020\001(@'
+  _globals['_LISTHISTORYEVENTSREQUEST'].fields_by_name['order_by']._loaded_options = None
+  _globals['_LISTHISTORYEVENTSREQUEST'].fields_by_name['order_by']._serialized_options = b'\272H\004r\002(@'
+  _globals['_LISTHISTORYEVENTSREQUEST'].fields_by_name['page_size']._loaded_options = None
+  _globals['_LISTHISTORYEVENTSREQUEST'].fields_by_name['page_size']._serialized_options = b'\272H\004\032\002(\000'
+  _globals['_LISTHISTORYEVENTSREQUEST'].fields_by_name['page_token']._loaded_options = None
+  _globals['_LISTHISTORYEVENTSREQUEST'].fields_by_name['page_token']._serialized_options = b'\272H\005r\003(\200 '
+  _globals['_LISTHISTORYEVENTSRESPONSE'].fields_by_name['events']._loaded_options = None
+  _globals['_LISTHISTORYEVENTSRESPONSE'].fields_by_name['events']._serialized_options = b'\272H\006\222\001\003\020\350\007'
+  _globals['_LISTHISTORYEVENTSRESPONSE'].fields_by_name['next_page_token']._loaded_options = None
+  _globals['_LISTHISTORYEVENTSRESPONSE'].fields_by_name['next_page_token']._serialized_options = b'\272H\005r\003(\200 '
+  _globals['_LISTHISTORYEVENTSRESPONSE'].fields_by_name['resume_token']._loaded_options = None
+  _globals['_LISTHISTORYEVENTSRESPONSE'].fields_by_name['resume_token']._serialized_options = b'\272H\005r\003(\200 '
+  _globals['_WATCHHISTORYREQUEST'].fields_by_name['organization_id']._loaded_options = None
+  _globals['_WATCHHISTORYREQUEST'].fields_by_name['organization_id']._serialized_options = b'\272H\006r\004\020\001(@'
+  _globals['_WATCHHISTORYREQUEST'].fields_by_name['resume_token']._loaded_options = None
+  _globals['_WATCHHISTORYREQUEST'].fields_by_name['resume_token']._serialized_options = b'\272H\005r\003(\200 '
+  _globals['_WATCHHISTORYREQUEST'].fields_by_name['heartbeat_interval']._loaded_options = None
+  _globals['_WATCHHISTORYREQUEST'].fields_by_name['heartbeat_interval']._serialized_options = b'\272H\t\252\001\006\"\002\010<2\000'
+  _globals['_HISTORYSERVICE'].methods_by_name['ListHistoryEvents']._loaded_options = None
+  _globals['_HISTORYSERVICE'].methods_by_name['ListHistoryEvents']._serialized_options = b'\220\002\001\332\347\030\027\010\001\020\002\032\017organization_id \001'
+  _globals['_HISTORYSERVICE'].methods_by_name['WatchHistory']._loaded_options = None
+  _globals['_HISTORYSERVICE'].methods_by_name['WatchHistory']._serialized_options = b'\220\002\001\332\347\030\027\010\001\020\001\032\017organization_id \001'
+  _globals['_EVENTKIND']._serialized_start=2334
+  _globals['_EVENTKIND']._serialized_end=3140
+  _globals['_HISTORYEVENT']._serialized_start=227
+  _globals['_HISTORYEVENT']._serialized_end=838
+  _globals['_HISTORYEVENT_DETAILSENTRY']._serialized_start=780
+  _globals['_HISTORYEVENT_DETAILSENTRY']._serialized_end=838
+  _globals['_HISTORYFILTER']._serialized_start=841
+  _globals['_HISTORYFILTER']._serialized_end=1229
+  _globals['_LISTHISTORYEVENTSREQUEST']._serialized_start=1232
+  _globals['_LISTHISTORYEVENTSREQUEST']._serialized_end=1541
+  _globals['_LISTHISTORYEVENTSRESPONSE']._serialized_start=1544
+  _globals['_LISTHISTORYEVENTSRESPONSE']._serialized_end=1730
+  _globals['_WATCHHISTORYREQUEST']._serialized_start=1733
+  _globals['_WATCHHISTORYREQUEST']._serialized_end=2055
+  _globals['_WATCHHISTORYRESPONSE']._serialized_start=2058
+  _globals['_WATCHHISTORYRESPONSE']._serialized_end=2188
+  _globals['_HISTORYCHANGE']._serialized_start=2191
+  _globals['_HISTORYCHANGE']._serialized_end=2331
+  _globals['_HISTORYSERVICE']._serialized_start=3143
+  _globals['_HISTORYSERVICE']._serialized_end=3419
 # @@protoc_insertion_point(module_scope)

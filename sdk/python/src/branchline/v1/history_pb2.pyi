@@ -3,10 +3,11 @@
 isort:skip_file
 """
 
-from branchline.v1 import vocabulary_pb2 as _vocabulary_pb2
+from branchline.v1 import common_pb2 as _common_pb2
 from branchline.v1 import watches_pb2 as _watches_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -22,183 +23,117 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class _ActorKind:
+class _EventKind:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
 
-class _ActorKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ActorKind.ValueType], _builtins.type):
+class _EventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventKind.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
-    ACTOR_KIND_UNSPECIFIED: _ActorKind.ValueType  # 0
+    EVENT_KIND_UNSPECIFIED: _EventKind.ValueType  # 0
     """Not set."""
-    ACTOR_KIND_USER: _ActorKind.ValueType  # 1
-    """A member."""
-    ACTOR_KIND_SYSTEM: _ActorKind.ValueType  # 2
-    """Branchline itself."""
-    ACTOR_KIND_AGENT: _ActorKind.ValueType  # 3
-    """An agent."""
+    EVENT_KIND_ORGANIZATION_CREATED: _EventKind.ValueType  # 1
+    """An organization was created."""
+    EVENT_KIND_ORGANIZATION_UPDATED: _EventKind.ValueType  # 2
+    """An organization's profile or settings were changed."""
+    EVENT_KIND_ORGANIZATION_DELETING: _EventKind.ValueType  # 3
+    """An organization's deletion began."""
+    EVENT_KIND_MEMBER_JOINED: _EventKind.ValueType  # 4
+    """A person became a member."""
+    EVENT_KIND_MEMBER_UPDATED: _EventKind.ValueType  # 5
+    """A member's role was changed."""
+    EVENT_KIND_MEMBER_REMOVED: _EventKind.ValueType  # 6
+    """A member was removed."""
+    EVENT_KIND_REPOSITORY_CREATED: _EventKind.ValueType  # 7
+    """A repository was created."""
+    EVENT_KIND_REPOSITORY_DELETING: _EventKind.ValueType  # 8
+    """A repository's deletion began."""
+    EVENT_KIND_REPOSITORY_DELETED: _EventKind.ValueType  # 9
+    """A repository and all its tasks are gone."""
+    EVENT_KIND_TASK_CREATED: _EventKind.ValueType  # 10
+    """A task was created."""
+    EVENT_KIND_TASK_STATE_CHANGED: _EventKind.ValueType  # 11
+    """A task's state or activity changed; details hold "from" and "to"."""
+    EVENT_KIND_TASK_FAILED: _EventKind.ValueType  # 12
+    """A task is FAILED."""
+    EVENT_KIND_TASK_DELETED: _EventKind.ValueType  # 13
+    """A task is gone."""
+    EVENT_KIND_BRANCH_MOVED: _EventKind.ValueType  # 14
+    """A task's branch points to another commit, or got another name."""
+    EVENT_KIND_SESSION_CREATED: _EventKind.ValueType  # 15
+    """A session was created."""
+    EVENT_KIND_SESSION_UPDATED: _EventKind.ValueType  # 16
+    """A session was changed, such as its name."""
+    EVENT_KIND_SESSION_CLOSED: _EventKind.ValueType  # 17
+    """A session was closed."""
+    EVENT_KIND_SESSION_REOPENED: _EventKind.ValueType  # 18
+    """A session was reopened."""
+    EVENT_KIND_MESSAGE_SENT: _EventKind.ValueType  # 19
+    """A message was sent or queued."""
+    EVENT_KIND_TURN_CANCELLED: _EventKind.ValueType  # 20
+    """A turn was cancelled by a member; told once of each turn."""
+    EVENT_KIND_INPUT_ANSWERED: _EventKind.ValueType  # 21
+    """An input request was answered."""
+    EVENT_KIND_AGENT_ASKED: _EventKind.ValueType  # 22
+    """An agent waits for an answer."""
+    EVENT_KIND_AGENT_FINISHED: _EventKind.ValueType  # 23
+    """An agent ended its turn; details hold "stop_reason", such as "end_turn" or "cancelled"."""
+    EVENT_KIND_AGENT_FAILED: _EventKind.ValueType  # 24
+    """An agent's turn failed."""
 
-class ActorKind(_ActorKind, metaclass=_ActorKindEnumTypeWrapper):
-    """Who did it."""
+class EventKind(_EventKind, metaclass=_EventKindEnumTypeWrapper):
+    """What happened, in the feed."""
 
-ACTOR_KIND_UNSPECIFIED: ActorKind.ValueType  # 0
+EVENT_KIND_UNSPECIFIED: EventKind.ValueType  # 0
 """Not set."""
-ACTOR_KIND_USER: ActorKind.ValueType  # 1
-"""A member."""
-ACTOR_KIND_SYSTEM: ActorKind.ValueType  # 2
-"""Branchline itself."""
-ACTOR_KIND_AGENT: ActorKind.ValueType  # 3
-"""An agent."""
-Global___ActorKind: _TypeAlias = ActorKind  # noqa: Y015
-
-@_typing.final
-class ListHistoryRequest(_message.Message):
-    """See HistoryService.ListHistory."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
-    REPOSITORY_ID_FIELD_NUMBER: _builtins.int
-    TASK_ID_FIELD_NUMBER: _builtins.int
-    BRANCH_FIELD_NUMBER: _builtins.int
-    USER_ID_FIELD_NUMBER: _builtins.int
-    KINDS_FIELD_NUMBER: _builtins.int
-    START_TIME_FIELD_NUMBER: _builtins.int
-    END_TIME_FIELD_NUMBER: _builtins.int
-    OLDEST_FIRST_FIELD_NUMBER: _builtins.int
-    PAGE_SIZE_FIELD_NUMBER: _builtins.int
-    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
-    organization_id: _builtins.str
-    """The organization."""
-    repository_id: _builtins.str
-    """Only events of this repository. May be empty."""
-    task_id: _builtins.str
-    """Only events of this task. May be empty."""
-    branch: _builtins.str
-    """Only events of this branch. May be empty."""
-    user_id: _builtins.str
-    """Only events of this user. May be empty."""
-    oldest_first: _builtins.bool
-    """Whether the oldest event comes first."""
-    page_size: _builtins.int
-    """Most events in one answer, at most 1000; 0 means 100."""
-    page_token: _builtins.str
-    """Token of the page before; empty for the first."""
-    @_builtins.property
-    def kinds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Only events of these kinds, such as "task.created". May be empty."""
-
-    @_builtins.property
-    def start_time(self) -> _timestamp_pb2.Timestamp:
-        """Only events at or after this time."""
-
-    @_builtins.property
-    def end_time(self) -> _timestamp_pb2.Timestamp:
-        """Only events before this time."""
-
-    def __init__(
-        self,
-        *,
-        organization_id: _builtins.str = ...,
-        repository_id: _builtins.str = ...,
-        task_id: _builtins.str = ...,
-        branch: _builtins.str = ...,
-        user_id: _builtins.str = ...,
-        kinds: _abc.Iterable[_builtins.str] | None = ...,
-        start_time: _timestamp_pb2.Timestamp | None = ...,
-        end_time: _timestamp_pb2.Timestamp | None = ...,
-        oldest_first: _builtins.bool = ...,
-        page_size: _builtins.int = ...,
-        page_token: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "start_time", b"start_time"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["branch", b"branch", "end_time", b"end_time", "kinds", b"kinds", "oldest_first", b"oldest_first", "organization_id", b"organization_id", "page_size", b"page_size", "page_token", b"page_token", "repository_id", b"repository_id", "start_time", b"start_time", "task_id", b"task_id", "user_id", b"user_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ListHistoryRequest: _TypeAlias = ListHistoryRequest  # noqa: Y015
-
-@_typing.final
-class ListHistoryResponse(_message.Message):
-    """See HistoryService.ListHistory."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    EVENTS_FIELD_NUMBER: _builtins.int
-    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
-    next_page_token: _builtins.str
-    """Token of the next page; empty on the last."""
-    @_builtins.property
-    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___HistoryEvent]:
-        """The events."""
-
-    def __init__(
-        self,
-        *,
-        events: _abc.Iterable[Global___HistoryEvent] | None = ...,
-        next_page_token: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "next_page_token", b"next_page_token"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ListHistoryResponse: _TypeAlias = ListHistoryResponse  # noqa: Y015
-
-@_typing.final
-class WatchHistoryRequest(_message.Message):
-    """See HistoryService.WatchHistory."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
-    TASK_ID_FIELD_NUMBER: _builtins.int
-    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
-    organization_id: _builtins.str
-    """The organization."""
-    task_id: _builtins.str
-    """Only events of this task. May be empty."""
-    resume_token: _builtins.str
-    """Token of an earlier watch of the same organization; empty for a snapshot."""
-    def __init__(
-        self,
-        *,
-        organization_id: _builtins.str = ...,
-        task_id: _builtins.str = ...,
-        resume_token: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["organization_id", b"organization_id", "resume_token", b"resume_token", "task_id", b"task_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___WatchHistoryRequest: _TypeAlias = WatchHistoryRequest  # noqa: Y015
-
-@_typing.final
-class WatchHistoryResponse(_message.Message):
-    """See HistoryService.WatchHistory."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    FRAME_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def frame(self) -> _watches_pb2.WatchFrame:
-        """What happened."""
-
-    def __init__(
-        self,
-        *,
-        frame: _watches_pb2.WatchFrame | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___WatchHistoryResponse: _TypeAlias = WatchHistoryResponse  # noqa: Y015
+EVENT_KIND_ORGANIZATION_CREATED: EventKind.ValueType  # 1
+"""An organization was created."""
+EVENT_KIND_ORGANIZATION_UPDATED: EventKind.ValueType  # 2
+"""An organization's profile or settings were changed."""
+EVENT_KIND_ORGANIZATION_DELETING: EventKind.ValueType  # 3
+"""An organization's deletion began."""
+EVENT_KIND_MEMBER_JOINED: EventKind.ValueType  # 4
+"""A person became a member."""
+EVENT_KIND_MEMBER_UPDATED: EventKind.ValueType  # 5
+"""A member's role was changed."""
+EVENT_KIND_MEMBER_REMOVED: EventKind.ValueType  # 6
+"""A member was removed."""
+EVENT_KIND_REPOSITORY_CREATED: EventKind.ValueType  # 7
+"""A repository was created."""
+EVENT_KIND_REPOSITORY_DELETING: EventKind.ValueType  # 8
+"""A repository's deletion began."""
+EVENT_KIND_REPOSITORY_DELETED: EventKind.ValueType  # 9
+"""A repository and all its tasks are gone."""
+EVENT_KIND_TASK_CREATED: EventKind.ValueType  # 10
+"""A task was created."""
+EVENT_KIND_TASK_STATE_CHANGED: EventKind.ValueType  # 11
+"""A task's state or activity changed; details hold "from" and "to"."""
+EVENT_KIND_TASK_FAILED: EventKind.ValueType  # 12
+"""A task is FAILED."""
+EVENT_KIND_TASK_DELETED: EventKind.ValueType  # 13
+"""A task is gone."""
+EVENT_KIND_BRANCH_MOVED: EventKind.ValueType  # 14
+"""A task's branch points to another commit, or got another name."""
+EVENT_KIND_SESSION_CREATED: EventKind.ValueType  # 15
+"""A session was created."""
+EVENT_KIND_SESSION_UPDATED: EventKind.ValueType  # 16
+"""A session was changed, such as its name."""
+EVENT_KIND_SESSION_CLOSED: EventKind.ValueType  # 17
+"""A session was closed."""
+EVENT_KIND_SESSION_REOPENED: EventKind.ValueType  # 18
+"""A session was reopened."""
+EVENT_KIND_MESSAGE_SENT: EventKind.ValueType  # 19
+"""A message was sent or queued."""
+EVENT_KIND_TURN_CANCELLED: EventKind.ValueType  # 20
+"""A turn was cancelled by a member; told once of each turn."""
+EVENT_KIND_INPUT_ANSWERED: EventKind.ValueType  # 21
+"""An input request was answered."""
+EVENT_KIND_AGENT_ASKED: EventKind.ValueType  # 22
+"""An agent waits for an answer."""
+EVENT_KIND_AGENT_FINISHED: EventKind.ValueType  # 23
+"""An agent ended its turn; details hold "stop_reason", such as "end_turn" or "cancelled"."""
+EVENT_KIND_AGENT_FAILED: EventKind.ValueType  # 24
+"""An agent's turn failed."""
+Global___EventKind: _TypeAlias = EventKind  # noqa: Y015
 
 @_typing.final
 class HistoryEvent(_message.Message):
@@ -230,8 +165,7 @@ class HistoryEvent(_message.Message):
     ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
     EVENT_TIME_FIELD_NUMBER: _builtins.int
-    ACTOR_KIND_FIELD_NUMBER: _builtins.int
-    ACTOR_USER_ID_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     REPOSITORY_ID_FIELD_NUMBER: _builtins.int
     TASK_ID_FIELD_NUMBER: _builtins.int
@@ -245,11 +179,7 @@ class HistoryEvent(_message.Message):
     """The organization."""
     sequence: _builtins.int
     """Place in the organization's feed, counted from 1; 0 until history has numbered it."""
-    actor_kind: Global___ActorKind.ValueType
-    """Who did it."""
-    actor_user_id: _builtins.str
-    """The user, where a user did it."""
-    kind: _vocabulary_pb2.EventKind.ValueType
+    kind: Global___EventKind.ValueType
     """What happened."""
     repository_id: _builtins.str
     """The repository; may be empty."""
@@ -266,8 +196,12 @@ class HistoryEvent(_message.Message):
         """When it happened."""
 
     @_builtins.property
+    def actor(self) -> _common_pb2.Actor:
+        """Who did it."""
+
+    @_builtins.property
     def details(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Details by name, such as "from" and "to" of a status change."""
+        """Details by name, such as "from" and "to" of a change of state."""
 
     def __init__(
         self,
@@ -276,9 +210,8 @@ class HistoryEvent(_message.Message):
         organization_id: _builtins.str = ...,
         sequence: _builtins.int = ...,
         event_time: _timestamp_pb2.Timestamp | None = ...,
-        actor_kind: Global___ActorKind.ValueType = ...,
-        actor_user_id: _builtins.str = ...,
-        kind: _vocabulary_pb2.EventKind.ValueType = ...,
+        actor: _common_pb2.Actor | None = ...,
+        kind: Global___EventKind.ValueType = ...,
         repository_id: _builtins.str = ...,
         task_id: _builtins.str = ...,
         branch: _builtins.str = ...,
@@ -286,10 +219,252 @@ class HistoryEvent(_message.Message):
         summary: _builtins.str = ...,
         details: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event_time", b"event_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "event_time", b"event_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor_kind", b"actor_kind", "actor_user_id", b"actor_user_id", "branch", b"branch", "details", b"details", "event_time", b"event_time", "id", b"id", "kind", b"kind", "organization_id", b"organization_id", "repository_id", b"repository_id", "sequence", b"sequence", "session_id", b"session_id", "summary", b"summary", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "branch", b"branch", "details", b"details", "event_time", b"event_time", "id", b"id", "kind", b"kind", "organization_id", b"organization_id", "repository_id", b"repository_id", "sequence", b"sequence", "session_id", b"session_id", "summary", b"summary", "task_id", b"task_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HistoryEvent: _TypeAlias = HistoryEvent  # noqa: Y015
+
+@_typing.final
+class HistoryFilter(_message.Message):
+    """Which events are meant; all that are given must hold."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPOSITORY_IDS_FIELD_NUMBER: _builtins.int
+    TASK_IDS_FIELD_NUMBER: _builtins.int
+    BRANCHES_FIELD_NUMBER: _builtins.int
+    USER_IDS_FIELD_NUMBER: _builtins.int
+    KINDS_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def repository_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Only events of these repositories; empty means all."""
+
+    @_builtins.property
+    def task_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Only events of these tasks; empty means all."""
+
+    @_builtins.property
+    def branches(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Only events of these branches; empty means all."""
+
+    @_builtins.property
+    def user_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Only events of these users; empty means all."""
+
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedScalarFieldContainer[Global___EventKind.ValueType]:
+        """Only events of these kinds; empty means all."""
+
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """Only events at or after this time."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """Only events before this time."""
+
+    def __init__(
+        self,
+        *,
+        repository_ids: _abc.Iterable[_builtins.str] | None = ...,
+        task_ids: _abc.Iterable[_builtins.str] | None = ...,
+        branches: _abc.Iterable[_builtins.str] | None = ...,
+        user_ids: _abc.Iterable[_builtins.str] | None = ...,
+        kinds: _abc.Iterable[Global___EventKind.ValueType] | None = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["branches", b"branches", "end_time", b"end_time", "kinds", b"kinds", "repository_ids", b"repository_ids", "start_time", b"start_time", "task_ids", b"task_ids", "user_ids", b"user_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HistoryFilter: _TypeAlias = HistoryFilter  # noqa: Y015
+
+@_typing.final
+class ListHistoryEventsRequest(_message.Message):
+    """See HistoryService.ListHistoryEvents."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    ORDER_BY_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_FIELD_NUMBER: _builtins.int
+    organization_id: _builtins.str
+    """The organization."""
+    order_by: _builtins.str
+    """"sequence desc" or "sequence"; empty means "sequence desc"."""
+    page_size: _builtins.int
+    """Most in one answer; 0 means 100, more than 1000 is taken as 1000. A page also ends at 1 MiB."""
+    page_token: _builtins.str
+    """Token of the page before; empty for the first."""
+    @_builtins.property
+    def filter(self) -> Global___HistoryFilter:
+        """Which events."""
+
+    @_builtins.property
+    def consistency(self) -> _common_pb2.Consistency:
+        """How fresh the answer must be."""
+
+    def __init__(
+        self,
+        *,
+        organization_id: _builtins.str = ...,
+        filter: Global___HistoryFilter | None = ...,
+        order_by: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        consistency: _common_pb2.Consistency | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "filter", b"filter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "filter", b"filter", "order_by", b"order_by", "organization_id", b"organization_id", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListHistoryEventsRequest: _TypeAlias = ListHistoryEventsRequest  # noqa: Y015
+
+@_typing.final
+class ListHistoryEventsResponse(_message.Message):
+    """See HistoryService.ListHistoryEvents."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page; empty on the last."""
+    resume_token: _builtins.str
+    """With the first page: a watch with the same filter goes on from here, without a gap."""
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___HistoryEvent]:
+        """The events."""
+
+    def __init__(
+        self,
+        *,
+        events: _abc.Iterable[Global___HistoryEvent] | None = ...,
+        next_page_token: _builtins.str = ...,
+        resume_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "next_page_token", b"next_page_token", "resume_token", b"resume_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListHistoryEventsResponse: _TypeAlias = ListHistoryEventsResponse  # noqa: Y015
+
+@_typing.final
+class WatchHistoryRequest(_message.Message):
+    """See HistoryService.WatchHistory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_INTERVAL_FIELD_NUMBER: _builtins.int
+    organization_id: _builtins.str
+    """The organization."""
+    resume_token: _builtins.str
+    """Token of an earlier watch, or of a list, that selects the same; empty for a snapshot."""
+    @_builtins.property
+    def filter(self) -> Global___HistoryFilter:
+        """Which events. A snapshot holds those among the newest of the organization; what was before, ListHistoryEvents has."""
+
+    @_builtins.property
+    def consistency(self) -> _common_pb2.Consistency:
+        """How fresh the snapshot must be."""
+
+    @_builtins.property
+    def heartbeat_interval(self) -> _duration_pb2.Duration:
+        """Time between heartbeats, from 1 s to 60 s; unset means 10 s."""
+
+    def __init__(
+        self,
+        *,
+        organization_id: _builtins.str = ...,
+        filter: Global___HistoryFilter | None = ...,
+        resume_token: _builtins.str = ...,
+        consistency: _common_pb2.Consistency | None = ...,
+        heartbeat_interval: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "filter", b"filter", "heartbeat_interval", b"heartbeat_interval"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "filter", b"filter", "heartbeat_interval", b"heartbeat_interval", "organization_id", b"organization_id", "resume_token", b"resume_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchHistoryRequest: _TypeAlias = WatchHistoryRequest  # noqa: Y015
+
+@_typing.final
+class WatchHistoryResponse(_message.Message):
+    """See HistoryService.WatchHistory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    CHANGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def header(self) -> _watches_pb2.FrameHeader:
+        """What every frame carries."""
+
+    @_builtins.property
+    def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___HistoryChange]:
+        """The changes, in the order in which they happened."""
+
+    def __init__(
+        self,
+        *,
+        header: _watches_pb2.FrameHeader | None = ...,
+        changes: _abc.Iterable[Global___HistoryChange] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["header", b"header"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes", "header", b"header"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchHistoryResponse: _TypeAlias = WatchHistoryResponse  # noqa: Y015
+
+@_typing.final
+class HistoryChange(_message.Message):
+    """One event, or that the feed no longer shows it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TYPE_FIELD_NUMBER: _builtins.int
+    HISTORY_EVENT_FIELD_NUMBER: _builtins.int
+    type: _watches_pb2.ChangeType.ValueType
+    """What happened to it."""
+    @_builtins.property
+    def history_event(self) -> Global___HistoryEvent:
+        """The event."""
+
+    def __init__(
+        self,
+        *,
+        type: _watches_pb2.ChangeType.ValueType = ...,
+        history_event: Global___HistoryEvent | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["entity", b"entity", "history_event", b"history_event"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entity", b"entity", "history_event", b"history_event", "type", b"type"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_entity: _TypeAlias = _typing.Literal["history_event"]  # noqa: Y015
+    _WhichOneofArgType_entity: _TypeAlias = _typing.Literal["entity", b"entity"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_entity) -> _WhichOneofReturnType_entity | None: ...
+
+Global___HistoryChange: _TypeAlias = HistoryChange  # noqa: Y015

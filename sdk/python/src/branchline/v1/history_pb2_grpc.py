@@ -35,10 +35,10 @@ class HistoryServiceStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.ListHistory = channel.unary_unary(
-                '/branchline.v1.HistoryService/ListHistory',
-                request_serializer=branchline_dot_v1_dot_history__pb2.ListHistoryRequest.SerializeToString,
-                response_deserializer=branchline_dot_v1_dot_history__pb2.ListHistoryResponse.FromString,
+        self.ListHistoryEvents = channel.unary_unary(
+                '/branchline.v1.HistoryService/ListHistoryEvents',
+                request_serializer=branchline_dot_v1_dot_history__pb2.ListHistoryEventsRequest.SerializeToString,
+                response_deserializer=branchline_dot_v1_dot_history__pb2.ListHistoryEventsResponse.FromString,
                 _registered_method=True)
         self.WatchHistory = channel.unary_stream(
                 '/branchline.v1.HistoryService/WatchHistory',
@@ -51,8 +51,8 @@ class HistoryServiceServicer:
     """The feed of everything that happened in an organization.
     """
 
-    def ListHistory(self, request, context):
-        """Lists events, newest first or oldest first.
+    def ListHistoryEvents(self, request, context):
+        """Lists events, newest first unless `order_by` says otherwise.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -68,10 +68,10 @@ class HistoryServiceServicer:
 
 def add_HistoryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'ListHistory': grpc.unary_unary_rpc_method_handler(
-                    servicer.ListHistory,
-                    request_deserializer=branchline_dot_v1_dot_history__pb2.ListHistoryRequest.FromString,
-                    response_serializer=branchline_dot_v1_dot_history__pb2.ListHistoryResponse.SerializeToString,
+            'ListHistoryEvents': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListHistoryEvents,
+                    request_deserializer=branchline_dot_v1_dot_history__pb2.ListHistoryEventsRequest.FromString,
+                    response_serializer=branchline_dot_v1_dot_history__pb2.ListHistoryEventsResponse.SerializeToString,
             ),
             'WatchHistory': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchHistory,
@@ -91,7 +91,7 @@ class HistoryService:
     """
 
     @staticmethod
-    def ListHistory(request,
+    def ListHistoryEvents(request,
             target,
             options=(),
             channel_credentials=None,
@@ -104,9 +104,9 @@ class HistoryService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/branchline.v1.HistoryService/ListHistory',
-            branchline_dot_v1_dot_history__pb2.ListHistoryRequest.SerializeToString,
-            branchline_dot_v1_dot_history__pb2.ListHistoryResponse.FromString,
+            '/branchline.v1.HistoryService/ListHistoryEvents',
+            branchline_dot_v1_dot_history__pb2.ListHistoryEventsRequest.SerializeToString,
+            branchline_dot_v1_dot_history__pb2.ListHistoryEventsResponse.FromString,
             options,
             channel_credentials,
             insecure,

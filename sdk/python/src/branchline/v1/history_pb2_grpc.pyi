@@ -15,20 +15,20 @@ class HistoryServiceStub:
     """The feed of everything that happened in an organization."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
-    ListHistory: _aio.UnaryUnaryMultiCallable[_history_pb2.ListHistoryRequest, _history_pb2.ListHistoryResponse]
-    """Lists events, newest first or oldest first."""
+    ListHistoryEvents: _aio.UnaryUnaryMultiCallable[_history_pb2.ListHistoryEventsRequest, _history_pb2.ListHistoryEventsResponse]
+    """Lists events, newest first unless `order_by` says otherwise."""
     WatchHistory: _aio.UnaryStreamMultiCallable[_history_pb2.WatchHistoryRequest, _history_pb2.WatchHistoryResponse]
     """Watches the feed: the newest events, then each event as it arrives."""
 
 class HistoryServiceServicer:
     """The feed of everything that happened in an organization."""
 
-    def ListHistory(
+    def ListHistoryEvents(
         self,
-        request: _history_pb2.ListHistoryRequest,
-        context: _aio.ServicerContext[_history_pb2.ListHistoryRequest, _abc.Awaitable[_history_pb2.ListHistoryResponse]],
-    ) -> _abc.Awaitable[_history_pb2.ListHistoryResponse]:
-        """Lists events, newest first or oldest first."""
+        request: _history_pb2.ListHistoryEventsRequest,
+        context: _aio.ServicerContext[_history_pb2.ListHistoryEventsRequest, _abc.Awaitable[_history_pb2.ListHistoryEventsResponse]],
+    ) -> _abc.Awaitable[_history_pb2.ListHistoryEventsResponse]:
+        """Lists events, newest first unless `order_by` says otherwise."""
 
     def WatchHistory(
         self,

@@ -3,9 +3,17 @@
 isort:skip_file
 """
 
+from branchline.v1 import agents_pb2 as _agents_pb2
+from branchline.v1 import common_pb2 as _common_pb2
+from branchline.v1 import repositories_pb2 as _repositories_pb2
+from branchline.v1 import roles_pb2 as _roles_pb2
+from branchline.v1 import tasks_pb2 as _tasks_pb2
+from branchline.v1 import transcripts_pb2 as _transcripts_pb2
+from branchline.v1 import users_pb2 as _users_pb2
 from branchline.v1 import watches_pb2 as _watches_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
@@ -46,38 +54,6 @@ ORGANIZATION_KIND_PERSONAL: OrganizationKind.ValueType  # 2
 """One person's own account."""
 Global___OrganizationKind: _TypeAlias = OrganizationKind  # noqa: Y015
 
-class _Role:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
-
-class _RoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Role.ValueType], _builtins.type):
-    DESCRIPTOR: _descriptor.EnumDescriptor
-    ROLE_UNSPECIFIED: _Role.ValueType  # 0
-    """Not set; refused in requests."""
-    ROLE_VIEWER: _Role.ValueType  # 1
-    """May read and watch."""
-    ROLE_MEMBER: _Role.ValueType  # 2
-    """May create tasks and talk to agents."""
-    ROLE_ADMIN: _Role.ValueType  # 3
-    """May add repositories and members."""
-    ROLE_OWNER: _Role.ValueType  # 4
-    """May do everything, the organization's deletion included."""
-
-class Role(_Role, metaclass=_RoleEnumTypeWrapper):
-    """What a member may do. Every role includes those below it."""
-
-ROLE_UNSPECIFIED: Role.ValueType  # 0
-"""Not set; refused in requests."""
-ROLE_VIEWER: Role.ValueType  # 1
-"""May read and watch."""
-ROLE_MEMBER: Role.ValueType  # 2
-"""May create tasks and talk to agents."""
-ROLE_ADMIN: Role.ValueType  # 3
-"""May add repositories and members."""
-ROLE_OWNER: Role.ValueType  # 4
-"""May do everything, the organization's deletion included."""
-Global___Role: _TypeAlias = Role  # noqa: Y015
-
 class _GithubConnection:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -85,7 +61,7 @@ class _GithubConnection:
 class _GithubConnectionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GithubConnection.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     GITHUB_CONNECTION_UNSPECIFIED: _GithubConnection.ValueType  # 0
-    """Not known yet."""
+    """Not set."""
     GITHUB_CONNECTION_NOT_CONNECTED: _GithubConnection.ValueType  # 1
     """No GitHub account is connected."""
     GITHUB_CONNECTION_CONNECTED: _GithubConnection.ValueType  # 2
@@ -99,7 +75,7 @@ class GithubConnection(_GithubConnection, metaclass=_GithubConnectionEnumTypeWra
     """Whether GitHub can be reached."""
 
 GITHUB_CONNECTION_UNSPECIFIED: GithubConnection.ValueType  # 0
-"""Not known yet."""
+"""Not set."""
 GITHUB_CONNECTION_NOT_CONNECTED: GithubConnection.ValueType  # 1
 """No GitHub account is connected."""
 GITHUB_CONNECTION_CONNECTED: GithubConnection.ValueType  # 2
@@ -109,6 +85,272 @@ GITHUB_CONNECTION_RECONNECT_REQUIRED: GithubConnection.ValueType  # 3
 GITHUB_CONNECTION_FAILING: GithubConnection.ValueType  # 4
 """GitHub did not answer or answered with an error."""
 Global___GithubConnection: _TypeAlias = GithubConnection  # noqa: Y015
+
+@_typing.final
+class OrganizationSettings(_message.Message):
+    """Choices that hold for the whole organization."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AUTO_IMPORT_REPOSITORIES_FIELD_NUMBER: _builtins.int
+    DEFAULT_SANDBOX_PROVIDER_FIELD_NUMBER: _builtins.int
+    DEFAULT_AGENT_FIELD_NUMBER: _builtins.int
+    DEFAULT_MODEL_FIELD_NUMBER: _builtins.int
+    IDLE_TIMEOUT_FIELD_NUMBER: _builtins.int
+    HISTORY_RETENTION_FIELD_NUMBER: _builtins.int
+    auto_import_repositories: _builtins.bool
+    """Whether repositories that GitHub reports are imported by themselves."""
+    default_sandbox_provider: _builtins.str
+    """Sandbox provider of new tasks that name none, such as "local"."""
+    default_agent: _builtins.str
+    """Agent of new sessions that name none, such as "claude"."""
+    default_model: _builtins.str
+    """Model of new sessions that name none; empty leaves it to the agent."""
+    @_builtins.property
+    def idle_timeout(self) -> _duration_pb2.Duration:
+        """Idle time after which a sandbox may be paused; unset means never."""
+
+    @_builtins.property
+    def history_retention(self) -> _duration_pb2.Duration:
+        """How long the feed shows what happened; unset means 90 days. History keeps what is older."""
+
+    def __init__(
+        self,
+        *,
+        auto_import_repositories: _builtins.bool = ...,
+        default_sandbox_provider: _builtins.str = ...,
+        default_agent: _builtins.str = ...,
+        default_model: _builtins.str = ...,
+        idle_timeout: _duration_pb2.Duration | None = ...,
+        history_retention: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["history_retention", b"history_retention", "idle_timeout", b"idle_timeout"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["auto_import_repositories", b"auto_import_repositories", "default_agent", b"default_agent", "default_model", b"default_model", "default_sandbox_provider", b"default_sandbox_provider", "history_retention", b"history_retention", "idle_timeout", b"idle_timeout"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OrganizationSettings: _TypeAlias = OrganizationSettings  # noqa: Y015
+
+@_typing.final
+class Organization(_message.Message):
+    """A team and everything it owns. The root of one coordinator tree."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    SLUG_FIELD_NUMBER: _builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    GITHUB_LOGIN_FIELD_NUMBER: _builtins.int
+    GITHUB_ACCOUNT_ID_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    DELETE_TIME_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Id with the prefix "org_"."""
+    slug: _builtins.str
+    """Unique short name for URLs: lower case letters, digits and hyphens."""
+    display_name: _builtins.str
+    """Name shown to people."""
+    kind: Global___OrganizationKind.ValueType
+    """What it stands for."""
+    github_login: _builtins.str
+    """GitHub login of the account behind it, bound by an operator; empty without GitHub."""
+    github_account_id: _builtins.int
+    """Numeric GitHub account id; 0 without GitHub."""
+    revision: _builtins.int
+    """Number of its state; grows with every change."""
+    etag: _builtins.str
+    """Changes with what UpdateOrganization can change, and only then."""
+    @_builtins.property
+    def settings(self) -> Global___OrganizationSettings:
+        """Its settings."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was created."""
+
+    @_builtins.property
+    def delete_time(self) -> _timestamp_pb2.Timestamp:
+        """When its deletion began; unset while it lives. What is being deleted takes no commands."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        slug: _builtins.str = ...,
+        display_name: _builtins.str = ...,
+        kind: Global___OrganizationKind.ValueType = ...,
+        github_login: _builtins.str = ...,
+        github_account_id: _builtins.int = ...,
+        settings: Global___OrganizationSettings | None = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        revision: _builtins.int = ...,
+        delete_time: _timestamp_pb2.Timestamp | None = ...,
+        etag: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "delete_time", b"delete_time", "settings", b"settings"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "delete_time", b"delete_time", "display_name", b"display_name", "etag", b"etag", "github_account_id", b"github_account_id", "github_login", b"github_login", "id", b"id", "kind", b"kind", "revision", b"revision", "settings", b"settings", "slug", b"slug"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Organization: _TypeAlias = Organization  # noqa: Y015
+
+@_typing.final
+class Member(_message.Message):
+    """A user's place in one organization."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    EMAIL_FIELD_NUMBER: _builtins.int
+    JOIN_TIME_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    organization_id: _builtins.str
+    """The organization."""
+    user_id: _builtins.str
+    """The user."""
+    role: _roles_pb2.Role.ValueType
+    """What the user may do."""
+    display_name: _builtins.str
+    """Name shown to people."""
+    email: _builtins.str
+    """E-mail address, normalised to lower case; may be empty."""
+    revision: _builtins.int
+    """Number of its state; grows with every change."""
+    etag: _builtins.str
+    """Changes with what UpdateMember can change, and only then."""
+    @_builtins.property
+    def join_time(self) -> _timestamp_pb2.Timestamp:
+        """When the user became a member."""
+
+    def __init__(
+        self,
+        *,
+        organization_id: _builtins.str = ...,
+        user_id: _builtins.str = ...,
+        role: _roles_pb2.Role.ValueType = ...,
+        display_name: _builtins.str = ...,
+        email: _builtins.str = ...,
+        join_time: _timestamp_pb2.Timestamp | None = ...,
+        revision: _builtins.int = ...,
+        etag: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["join_time", b"join_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["display_name", b"display_name", "email", b"email", "etag", b"etag", "join_time", b"join_time", "organization_id", b"organization_id", "revision", b"revision", "role", b"role", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Member: _TypeAlias = Member  # noqa: Y015
+
+@_typing.final
+class Invitation(_message.Message):
+    """An open invitation to an organization."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
+    EMAIL_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    CREATOR_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Id with the prefix "inv_"."""
+    organization_id: _builtins.str
+    """The organization."""
+    email: _builtins.str
+    """Whom it is meant for; a hint for people, not a condition."""
+    role: _roles_pb2.Role.ValueType
+    """What the new member will be allowed to do."""
+    revision: _builtins.int
+    """Number of its state; grows with every change."""
+    @_builtins.property
+    def creator(self) -> _common_pb2.Actor:
+        """Who made it."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was made."""
+
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """When it ends."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        organization_id: _builtins.str = ...,
+        email: _builtins.str = ...,
+        role: _roles_pb2.Role.ValueType = ...,
+        creator: _common_pb2.Actor | None = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+        revision: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "creator", b"creator", "expire_time", b"expire_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "creator", b"creator", "email", b"email", "expire_time", b"expire_time", "id", b"id", "organization_id", b"organization_id", "revision", b"revision", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Invitation: _TypeAlias = Invitation  # noqa: Y015
+
+@_typing.final
+class GithubStatus(_message.Message):
+    """How the cache of GitHub stands for one organization."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
+    CONNECTION_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    SYNC_TIME_FIELD_NUMBER: _builtins.int
+    REPOSITORY_COUNT_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    organization_id: _builtins.str
+    """The organization."""
+    connection: Global___GithubConnection.ValueType
+    """Whether GitHub can be reached with the credentials at hand."""
+    detail: _builtins.str
+    """Words for people about the connection; GitHub's own where there are any."""
+    repository_count: _builtins.int
+    """Repositories seen by the last synchronisation."""
+    revision: _builtins.int
+    """Number of its state; grows with every change."""
+    @_builtins.property
+    def sync_time(self) -> _timestamp_pb2.Timestamp:
+        """When the last synchronisation ended; unset before the first."""
+
+    def __init__(
+        self,
+        *,
+        organization_id: _builtins.str = ...,
+        connection: Global___GithubConnection.ValueType = ...,
+        detail: _builtins.str = ...,
+        sync_time: _timestamp_pb2.Timestamp | None = ...,
+        repository_count: _builtins.int = ...,
+        revision: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sync_time", b"sync_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["connection", b"connection", "detail", b"detail", "organization_id", b"organization_id", "repository_count", b"repository_count", "revision", b"revision", "sync_time", b"sync_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GithubStatus: _TypeAlias = GithubStatus  # noqa: Y015
 
 @_typing.final
 class CreateOrganizationRequest(_message.Message):
@@ -121,7 +363,7 @@ class CreateOrganizationRequest(_message.Message):
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Chosen by the client; repeating it gives the first answer."""
+    """Chosen by the client, a UUID: repeating it within seven days gives the first answer. Empty: each call is a new one."""
     slug: _builtins.str
     """Unique short name: lower case letters, digits and hyphens."""
     display_name: _builtins.str
@@ -179,20 +421,22 @@ class GetOrganizationRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
-    CONSISTENCY_TOKEN_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_FIELD_NUMBER: _builtins.int
     organization_id: _builtins.str
     """The organization."""
-    consistency_token: _builtins.str
-    """From a command's answer: wait until its change is visible. May be empty."""
+    @_builtins.property
+    def consistency(self) -> _common_pb2.Consistency:
+        """How fresh the answer must be."""
+
     def __init__(
         self,
         *,
         organization_id: _builtins.str = ...,
-        consistency_token: _builtins.str = ...,
+        consistency: _common_pb2.Consistency | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token", "organization_id", b"organization_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "organization_id", b"organization_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -234,17 +478,27 @@ class ListOrganizationsRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    CONSISTENCY_TOKEN_FIELD_NUMBER: _builtins.int
-    consistency_token: _builtins.str
-    """From a command's answer: wait until its change is visible. May be empty."""
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """Most in one answer; 0 means 100, more than 1000 is taken as 1000. A page also ends at 1 MiB."""
+    page_token: _builtins.str
+    """Token of the page before; empty for the first."""
+    @_builtins.property
+    def consistency(self) -> _common_pb2.Consistency:
+        """How fresh the answer must be."""
+
     def __init__(
         self,
         *,
-        consistency_token: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        consistency: _common_pb2.Consistency | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -257,6 +511,9 @@ class ListOrganizationsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ORGANIZATIONS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page; empty on the last."""
     @_builtins.property
     def organizations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Organization]:
         """The organizations."""
@@ -265,10 +522,11 @@ class ListOrganizationsResponse(_message.Message):
         self,
         *,
         organizations: _abc.Iterable[Global___Organization] | None = ...,
+        next_page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["organizations", b"organizations"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "organizations", b"organizations"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -281,32 +539,28 @@ class UpdateOrganizationRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
-    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
     ORGANIZATION_FIELD_NUMBER: _builtins.int
     UPDATE_MASK_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Chosen by the client; repeating it gives the first answer."""
-    organization_id: _builtins.str
-    """The organization."""
+    """Chosen by the client, a UUID: repeating it within seven days gives the first answer. Empty: each call is a new one."""
     @_builtins.property
     def organization(self) -> Global___Organization:
-        """New values of the fields that the mask names."""
+        """Its id, the new values, and the etag that they are based on; an empty etag overwrites."""
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """Fields to change: display_name, slug, settings or one of its fields."""
+        """Fields to change. Absent: every field that is set."""
 
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
-        organization_id: _builtins.str = ...,
         organization: Global___Organization | None = ...,
         update_mask: _field_mask_pb2.FieldMask | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["organization", b"organization", "update_mask", b"update_mask"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["organization", b"organization", "organization_id", b"organization_id", "request_id", b"request_id", "update_mask", b"update_mask"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["organization", b"organization", "request_id", b"request_id", "update_mask", b"update_mask"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -341,70 +595,52 @@ class UpdateOrganizationResponse(_message.Message):
 Global___UpdateOrganizationResponse: _TypeAlias = UpdateOrganizationResponse  # noqa: Y015
 
 @_typing.final
-class AddMemberRequest(_message.Message):
-    """See OrganizationService.AddMember."""
+class DeleteOrganizationRequest(_message.Message):
+    """See OrganizationService.DeleteOrganization."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
-    EMAIL_FIELD_NUMBER: _builtins.int
-    DISPLAY_NAME_FIELD_NUMBER: _builtins.int
-    ROLE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Chosen by the client; repeating it gives the first answer."""
+    """Chosen by the client, a UUID: repeating it within seven days gives the first answer. Empty: each call is a new one."""
     organization_id: _builtins.str
     """The organization."""
-    email: _builtins.str
-    """E-mail address of the person."""
-    display_name: _builtins.str
-    """Name shown to people, for a person who is new to Branchline."""
-    role: Global___Role.ValueType
-    """What the person may do."""
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         organization_id: _builtins.str = ...,
-        email: _builtins.str = ...,
-        display_name: _builtins.str = ...,
-        role: Global___Role.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["display_name", b"display_name", "email", b"email", "organization_id", b"organization_id", "request_id", b"request_id", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["organization_id", b"organization_id", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___AddMemberRequest: _TypeAlias = AddMemberRequest  # noqa: Y015
+Global___DeleteOrganizationRequest: _TypeAlias = DeleteOrganizationRequest  # noqa: Y015
 
 @_typing.final
-class AddMemberResponse(_message.Message):
-    """See OrganizationService.AddMember."""
+class DeleteOrganizationResponse(_message.Message):
+    """See OrganizationService.DeleteOrganization."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    MEMBER_FIELD_NUMBER: _builtins.int
     CONSISTENCY_TOKEN_FIELD_NUMBER: _builtins.int
     consistency_token: _builtins.str
     """Give it to reads and watches that must see this change."""
-    @_builtins.property
-    def member(self) -> Global___Member:
-        """The new member."""
-
     def __init__(
         self,
         *,
-        member: Global___Member | None = ...,
         consistency_token: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["member", b"member"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token", "member", b"member"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___AddMemberResponse: _TypeAlias = AddMemberResponse  # noqa: Y015
+Global___DeleteOrganizationResponse: _TypeAlias = DeleteOrganizationResponse  # noqa: Y015
 
 @_typing.final
 class UpdateMemberRequest(_message.Message):
@@ -413,28 +649,28 @@ class UpdateMemberRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
-    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
-    USER_ID_FIELD_NUMBER: _builtins.int
-    ROLE_FIELD_NUMBER: _builtins.int
+    MEMBER_FIELD_NUMBER: _builtins.int
+    UPDATE_MASK_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Chosen by the client; repeating it gives the first answer."""
-    organization_id: _builtins.str
-    """The organization."""
-    user_id: _builtins.str
-    """The member."""
-    role: Global___Role.ValueType
-    """What the member may do from now on."""
+    """Chosen by the client, a UUID: repeating it within seven days gives the first answer. Empty: each call is a new one."""
+    @_builtins.property
+    def member(self) -> Global___Member:
+        """Its organization_id and user_id, the new role, and the etag that it is based on; an empty etag overwrites."""
+
+    @_builtins.property
+    def update_mask(self) -> _field_mask_pb2.FieldMask:
+        """Fields to change: role. Absent: every field that is set."""
+
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
-        organization_id: _builtins.str = ...,
-        user_id: _builtins.str = ...,
-        role: Global___Role.ValueType = ...,
+        member: Global___Member | None = ...,
+        update_mask: _field_mask_pb2.FieldMask | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["member", b"member", "update_mask", b"update_mask"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["organization_id", b"organization_id", "request_id", b"request_id", "role", b"role", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["member", b"member", "request_id", b"request_id", "update_mask", b"update_mask"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -478,7 +714,7 @@ class RemoveMemberRequest(_message.Message):
     ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
     USER_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Chosen by the client; repeating it gives the first answer."""
+    """Chosen by the client, a UUID: repeating it within seven days gives the first answer. Empty: each call is a new one."""
     organization_id: _builtins.str
     """The organization."""
     user_id: _builtins.str
@@ -521,34 +757,240 @@ class RemoveMemberResponse(_message.Message):
 Global___RemoveMemberResponse: _TypeAlias = RemoveMemberResponse  # noqa: Y015
 
 @_typing.final
-class DeleteOrganizationRequest(_message.Message):
-    """See OrganizationService.DeleteOrganization."""
+class ListMembersRequest(_message.Message):
+    """See OrganizationService.ListMembers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_FIELD_NUMBER: _builtins.int
+    organization_id: _builtins.str
+    """The organization."""
+    page_size: _builtins.int
+    """Most in one answer; 0 means 100, more than 1000 is taken as 1000. A page also ends at 1 MiB."""
+    page_token: _builtins.str
+    """Token of the page before; empty for the first."""
+    @_builtins.property
+    def consistency(self) -> _common_pb2.Consistency:
+        """How fresh the answer must be."""
+
+    def __init__(
+        self,
+        *,
+        organization_id: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        consistency: _common_pb2.Consistency | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "organization_id", b"organization_id", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListMembersRequest: _TypeAlias = ListMembersRequest  # noqa: Y015
+
+@_typing.final
+class ListMembersResponse(_message.Message):
+    """See OrganizationService.ListMembers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMBERS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page; empty on the last."""
+    @_builtins.property
+    def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___Member]:
+        """The members."""
+
+    def __init__(
+        self,
+        *,
+        members: _abc.Iterable[Global___Member] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["members", b"members", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListMembersResponse: _TypeAlias = ListMembersResponse  # noqa: Y015
+
+@_typing.final
+class InviteMemberRequest(_message.Message):
+    """See OrganizationService.InviteMember."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
+    EMAIL_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    TTL_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Chosen by the client; repeating it gives the first answer."""
+    """Chosen by the client, a UUID: repeating it within seven days gives the invitation without its code. Empty: each call
+    is a new one.
+    """
     organization_id: _builtins.str
     """The organization."""
+    email: _builtins.str
+    """Whom it is meant for."""
+    role: _roles_pb2.Role.ValueType
+    """What the person may do. Needs the role owner to invite an owner."""
+    @_builtins.property
+    def ttl(self) -> _duration_pb2.Duration:
+        """How long it is good; unset means 7 days."""
+
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         organization_id: _builtins.str = ...,
+        email: _builtins.str = ...,
+        role: _roles_pb2.Role.ValueType = ...,
+        ttl: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["organization_id", b"organization_id", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["email", b"email", "organization_id", b"organization_id", "request_id", b"request_id", "role", b"role", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___DeleteOrganizationRequest: _TypeAlias = DeleteOrganizationRequest  # noqa: Y015
+Global___InviteMemberRequest: _TypeAlias = InviteMemberRequest  # noqa: Y015
 
 @_typing.final
-class DeleteOrganizationResponse(_message.Message):
-    """See OrganizationService.DeleteOrganization."""
+class InviteMemberResponse(_message.Message):
+    """See OrganizationService.InviteMember."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INVITATION_FIELD_NUMBER: _builtins.int
+    CODE_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_TOKEN_FIELD_NUMBER: _builtins.int
+    code: _builtins.str
+    """What the person accepts it with, shown this once."""
+    consistency_token: _builtins.str
+    """Give it to reads and watches that must see this change."""
+    @_builtins.property
+    def invitation(self) -> Global___Invitation:
+        """The invitation."""
+
+    def __init__(
+        self,
+        *,
+        invitation: Global___Invitation | None = ...,
+        code: _builtins.str = ...,
+        consistency_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["invitation", b"invitation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "consistency_token", b"consistency_token", "invitation", b"invitation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InviteMemberResponse: _TypeAlias = InviteMemberResponse  # noqa: Y015
+
+@_typing.final
+class ListInvitationsRequest(_message.Message):
+    """See OrganizationService.ListInvitations."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_FIELD_NUMBER: _builtins.int
+    organization_id: _builtins.str
+    """The organization."""
+    page_size: _builtins.int
+    """Most in one answer; 0 means 100, more than 1000 is taken as 1000. A page also ends at 1 MiB."""
+    page_token: _builtins.str
+    """Token of the page before; empty for the first."""
+    @_builtins.property
+    def consistency(self) -> _common_pb2.Consistency:
+        """How fresh the answer must be."""
+
+    def __init__(
+        self,
+        *,
+        organization_id: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        consistency: _common_pb2.Consistency | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "organization_id", b"organization_id", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListInvitationsRequest: _TypeAlias = ListInvitationsRequest  # noqa: Y015
+
+@_typing.final
+class ListInvitationsResponse(_message.Message):
+    """See OrganizationService.ListInvitations."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INVITATIONS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page; empty on the last."""
+    @_builtins.property
+    def invitations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Invitation]:
+        """The invitations."""
+
+    def __init__(
+        self,
+        *,
+        invitations: _abc.Iterable[Global___Invitation] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["invitations", b"invitations", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListInvitationsResponse: _TypeAlias = ListInvitationsResponse  # noqa: Y015
+
+@_typing.final
+class DeleteInvitationRequest(_message.Message):
+    """See OrganizationService.DeleteInvitation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
+    INVITATION_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Chosen by the client, a UUID: repeating it within seven days gives the first answer. Empty: each call is a new one."""
+    organization_id: _builtins.str
+    """The organization."""
+    invitation_id: _builtins.str
+    """The invitation."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        organization_id: _builtins.str = ...,
+        invitation_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["invitation_id", b"invitation_id", "organization_id", b"organization_id", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteInvitationRequest: _TypeAlias = DeleteInvitationRequest  # noqa: Y015
+
+@_typing.final
+class DeleteInvitationResponse(_message.Message):
+    """See OrganizationService.DeleteInvitation."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -566,57 +1008,81 @@ class DeleteOrganizationResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___DeleteOrganizationResponse: _TypeAlias = DeleteOrganizationResponse  # noqa: Y015
+Global___DeleteInvitationResponse: _TypeAlias = DeleteInvitationResponse  # noqa: Y015
 
 @_typing.final
-class ListMembersRequest(_message.Message):
-    """See OrganizationService.ListMembers."""
+class AcceptInvitationRequest(_message.Message):
+    """See OrganizationService.AcceptInvitation."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
-    CONSISTENCY_TOKEN_FIELD_NUMBER: _builtins.int
-    organization_id: _builtins.str
-    """The organization."""
-    consistency_token: _builtins.str
-    """From a command's answer: wait until its change is visible. May be empty."""
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    CODE_FIELD_NUMBER: _builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    EMAIL_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Chosen by the client, a UUID: repeating it within seven days gives the first answer without the token. Empty: each
+    call is a new one.
+    """
+    code: _builtins.str
+    """The code."""
+    display_name: _builtins.str
+    """Name of the new user, shown to people; needed without a credential, else passed over."""
+    email: _builtins.str
+    """E-mail address of the new user; empty takes the invitation's."""
     def __init__(
         self,
         *,
-        organization_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        code: _builtins.str = ...,
+        display_name: _builtins.str = ...,
+        email: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "display_name", b"display_name", "email", b"email", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AcceptInvitationRequest: _TypeAlias = AcceptInvitationRequest  # noqa: Y015
+
+@_typing.final
+class AcceptInvitationResponse(_message.Message):
+    """See OrganizationService.AcceptInvitation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMBER_FIELD_NUMBER: _builtins.int
+    ORGANIZATION_FIELD_NUMBER: _builtins.int
+    SECRET_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_TOKEN_FIELD_NUMBER: _builtins.int
+    secret: _builtins.str
+    """First API token of the user that was made, shown this once; empty where the caller had a credential."""
+    consistency_token: _builtins.str
+    """Give it to reads and watches that must see this change."""
+    @_builtins.property
+    def member(self) -> Global___Member:
+        """The new member."""
+
+    @_builtins.property
+    def organization(self) -> Global___Organization:
+        """The organization."""
+
+    def __init__(
+        self,
+        *,
+        member: Global___Member | None = ...,
+        organization: Global___Organization | None = ...,
+        secret: _builtins.str = ...,
         consistency_token: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["member", b"member", "organization", b"organization"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token", "organization_id", b"organization_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token", "member", b"member", "organization", b"organization", "secret", b"secret"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ListMembersRequest: _TypeAlias = ListMembersRequest  # noqa: Y015
-
-@_typing.final
-class ListMembersResponse(_message.Message):
-    """See OrganizationService.ListMembers."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    MEMBERS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___Member]:
-        """The members."""
-
-    def __init__(
-        self,
-        *,
-        members: _abc.Iterable[Global___Member] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["members", b"members"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ListMembersResponse: _TypeAlias = ListMembersResponse  # noqa: Y015
+Global___AcceptInvitationResponse: _TypeAlias = AcceptInvitationResponse  # noqa: Y015
 
 @_typing.final
 class WatchOrganizationRequest(_message.Message):
@@ -625,24 +1091,44 @@ class WatchOrganizationRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
+    KINDS_FIELD_NUMBER: _builtins.int
+    TASKS_FIELD_NUMBER: _builtins.int
     RESUME_TOKEN_FIELD_NUMBER: _builtins.int
-    CONSISTENCY_TOKEN_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_INTERVAL_FIELD_NUMBER: _builtins.int
     organization_id: _builtins.str
     """The organization."""
     resume_token: _builtins.str
-    """Token of an earlier watch of the same organization; empty for a snapshot."""
-    consistency_token: _builtins.str
-    """From a command's answer: the snapshot waits until its change is visible. May be empty."""
+    """Token of an earlier watch, or of a list, that selects the same; empty for a snapshot."""
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedScalarFieldContainer[_common_pb2.EntityKind.ValueType]:
+        """Kinds of entities to show; empty means all."""
+
+    @_builtins.property
+    def tasks(self) -> _tasks_pb2.TaskFilter:
+        """Which tasks to show; unset means all that have not ended. Repositories and the like are shown whatever it says."""
+
+    @_builtins.property
+    def consistency(self) -> _common_pb2.Consistency:
+        """How fresh the snapshot must be."""
+
+    @_builtins.property
+    def heartbeat_interval(self) -> _duration_pb2.Duration:
+        """Time between heartbeats, from 1 s to 60 s; unset means 10 s."""
+
     def __init__(
         self,
         *,
         organization_id: _builtins.str = ...,
+        kinds: _abc.Iterable[_common_pb2.EntityKind.ValueType] | None = ...,
+        tasks: _tasks_pb2.TaskFilter | None = ...,
         resume_token: _builtins.str = ...,
-        consistency_token: _builtins.str = ...,
+        consistency: _common_pb2.Consistency | None = ...,
+        heartbeat_interval: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "heartbeat_interval", b"heartbeat_interval", "tasks", b"tasks"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token", "organization_id", b"organization_id", "resume_token", b"resume_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "heartbeat_interval", b"heartbeat_interval", "kinds", b"kinds", "organization_id", b"organization_id", "resume_token", b"resume_token", "tasks", b"tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -654,218 +1140,98 @@ class WatchOrganizationResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    FRAME_FIELD_NUMBER: _builtins.int
+    HEADER_FIELD_NUMBER: _builtins.int
+    CHANGES_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def frame(self) -> _watches_pb2.WatchFrame:
-        """What happened."""
+    def header(self) -> _watches_pb2.FrameHeader:
+        """What every frame carries."""
+
+    @_builtins.property
+    def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___OrganizationChange]:
+        """The changes, in the order in which they happened."""
 
     def __init__(
         self,
         *,
-        frame: _watches_pb2.WatchFrame | None = ...,
+        header: _watches_pb2.FrameHeader | None = ...,
+        changes: _abc.Iterable[Global___OrganizationChange] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["header", b"header"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes", "header", b"header"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchOrganizationResponse: _TypeAlias = WatchOrganizationResponse  # noqa: Y015
 
 @_typing.final
-class OrganizationSettings(_message.Message):
-    """Choices that hold for the whole organization."""
+class OrganizationChange(_message.Message):
+    """One entity of an organization. Of a removed or deleted one only the identifying fields are set."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    AUTO_IMPORT_REPOSITORIES_FIELD_NUMBER: _builtins.int
-    DEFAULT_SANDBOX_PROVIDER_FIELD_NUMBER: _builtins.int
-    DEFAULT_AGENT_FIELD_NUMBER: _builtins.int
-    DEFAULT_MODEL_FIELD_NUMBER: _builtins.int
-    IDLE_TIMEOUT_SECONDS_FIELD_NUMBER: _builtins.int
-    HISTORY_RETENTION_DAYS_FIELD_NUMBER: _builtins.int
-    auto_import_repositories: _builtins.bool
-    """Whether repositories that GitHub reports are imported by themselves."""
-    default_sandbox_provider: _builtins.str
-    """Sandbox provider of new tasks that name none, such as "local"."""
-    default_agent: _builtins.str
-    """Agent of new sessions that name none, such as "claude"."""
-    default_model: _builtins.str
-    """Model of new sessions that name none; empty leaves it to the agent."""
-    idle_timeout_seconds: _builtins.int
-    """Idle time after which a sandbox may be paused, in seconds; 0 means never."""
-    history_retention_days: _builtins.int
-    """How long the feed shows what happened, in days, at most 3650; 0 means 90. History keeps what is older."""
-    def __init__(
-        self,
-        *,
-        auto_import_repositories: _builtins.bool = ...,
-        default_sandbox_provider: _builtins.str = ...,
-        default_agent: _builtins.str = ...,
-        default_model: _builtins.str = ...,
-        idle_timeout_seconds: _builtins.int = ...,
-        history_retention_days: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["auto_import_repositories", b"auto_import_repositories", "default_agent", b"default_agent", "default_model", b"default_model", "default_sandbox_provider", b"default_sandbox_provider", "history_retention_days", b"history_retention_days", "idle_timeout_seconds", b"idle_timeout_seconds"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___OrganizationSettings: _TypeAlias = OrganizationSettings  # noqa: Y015
-
-@_typing.final
-class Organization(_message.Message):
-    """A team and everything it owns. The root of one coordinator tree."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ID_FIELD_NUMBER: _builtins.int
-    SLUG_FIELD_NUMBER: _builtins.int
-    DISPLAY_NAME_FIELD_NUMBER: _builtins.int
-    KIND_FIELD_NUMBER: _builtins.int
-    GITHUB_LOGIN_FIELD_NUMBER: _builtins.int
-    GITHUB_ACCOUNT_ID_FIELD_NUMBER: _builtins.int
-    SETTINGS_FIELD_NUMBER: _builtins.int
-    CREATE_TIME_FIELD_NUMBER: _builtins.int
-    REVISION_FIELD_NUMBER: _builtins.int
-    DELETE_TIME_FIELD_NUMBER: _builtins.int
-    id: _builtins.str
-    """Id with the prefix "org_"."""
-    slug: _builtins.str
-    """Unique short name for URLs, lower case."""
-    display_name: _builtins.str
-    """Name shown to people."""
-    kind: Global___OrganizationKind.ValueType
-    """What it stands for."""
-    github_login: _builtins.str
-    """GitHub login of the account behind it, bound by an operator; empty without GitHub."""
-    github_account_id: _builtins.int
-    """Numeric GitHub account id; 0 without GitHub."""
-    revision: _builtins.int
-    """Number of its state; grows with every change."""
+    TYPE_FIELD_NUMBER: _builtins.int
+    ORGANIZATION_FIELD_NUMBER: _builtins.int
+    MEMBER_FIELD_NUMBER: _builtins.int
+    REPOSITORY_FIELD_NUMBER: _builtins.int
+    TASK_FIELD_NUMBER: _builtins.int
+    GITHUB_STATUS_FIELD_NUMBER: _builtins.int
+    USER_TASK_STATE_FIELD_NUMBER: _builtins.int
+    INPUT_REQUEST_FIELD_NUMBER: _builtins.int
+    AGENT_FIELD_NUMBER: _builtins.int
+    type: _watches_pb2.ChangeType.ValueType
+    """What happened to it."""
     @_builtins.property
-    def settings(self) -> Global___OrganizationSettings:
-        """Its settings."""
+    def organization(self) -> Global___Organization:
+        """The organization itself."""
 
     @_builtins.property
-    def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was created."""
+    def member(self) -> Global___Member:
+        """A member."""
 
     @_builtins.property
-    def delete_time(self) -> _timestamp_pb2.Timestamp:
-        """When its deletion began; unset while it lives. What is being deleted takes no commands."""
+    def repository(self) -> _repositories_pb2.Repository:
+        """A repository."""
+
+    @_builtins.property
+    def task(self) -> _tasks_pb2.TaskSummary:
+        """A task, in brief."""
+
+    @_builtins.property
+    def github_status(self) -> Global___GithubStatus:
+        """The cache of GitHub."""
+
+    @_builtins.property
+    def user_task_state(self) -> _users_pb2.UserTaskState:
+        """What the caller has open and unread."""
+
+    @_builtins.property
+    def input_request(self) -> _transcripts_pb2.InputRequest:
+        """Something that an agent waits for."""
+
+    @_builtins.property
+    def agent(self) -> _agents_pb2.Agent:
+        """An agent of the catalogue."""
 
     def __init__(
         self,
         *,
-        id: _builtins.str = ...,
-        slug: _builtins.str = ...,
-        display_name: _builtins.str = ...,
-        kind: Global___OrganizationKind.ValueType = ...,
-        github_login: _builtins.str = ...,
-        github_account_id: _builtins.int = ...,
-        settings: Global___OrganizationSettings | None = ...,
-        create_time: _timestamp_pb2.Timestamp | None = ...,
-        revision: _builtins.int = ...,
-        delete_time: _timestamp_pb2.Timestamp | None = ...,
+        type: _watches_pb2.ChangeType.ValueType = ...,
+        organization: Global___Organization | None = ...,
+        member: Global___Member | None = ...,
+        repository: _repositories_pb2.Repository | None = ...,
+        task: _tasks_pb2.TaskSummary | None = ...,
+        github_status: Global___GithubStatus | None = ...,
+        user_task_state: _users_pb2.UserTaskState | None = ...,
+        input_request: _transcripts_pb2.InputRequest | None = ...,
+        agent: _agents_pb2.Agent | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "delete_time", b"delete_time", "settings", b"settings"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "entity", b"entity", "github_status", b"github_status", "input_request", b"input_request", "member", b"member", "organization", b"organization", "repository", b"repository", "task", b"task", "user_task_state", b"user_task_state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "delete_time", b"delete_time", "display_name", b"display_name", "github_account_id", b"github_account_id", "github_login", b"github_login", "id", b"id", "kind", b"kind", "revision", b"revision", "settings", b"settings", "slug", b"slug"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "entity", b"entity", "github_status", b"github_status", "input_request", b"input_request", "member", b"member", "organization", b"organization", "repository", b"repository", "task", b"task", "type", b"type", "user_task_state", b"user_task_state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType_entity: _TypeAlias = _typing.Literal["organization", "member", "repository", "task", "github_status", "user_task_state", "input_request", "agent"]  # noqa: Y015
+    _WhichOneofArgType_entity: _TypeAlias = _typing.Literal["entity", b"entity"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_entity) -> _WhichOneofReturnType_entity | None: ...
 
-Global___Organization: _TypeAlias = Organization  # noqa: Y015
-
-@_typing.final
-class Member(_message.Message):
-    """A user's place in one organization."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
-    USER_ID_FIELD_NUMBER: _builtins.int
-    ROLE_FIELD_NUMBER: _builtins.int
-    DISPLAY_NAME_FIELD_NUMBER: _builtins.int
-    EMAIL_FIELD_NUMBER: _builtins.int
-    JOIN_TIME_FIELD_NUMBER: _builtins.int
-    REVISION_FIELD_NUMBER: _builtins.int
-    organization_id: _builtins.str
-    """The organization."""
-    user_id: _builtins.str
-    """The user."""
-    role: Global___Role.ValueType
-    """What the user may do."""
-    display_name: _builtins.str
-    """Name shown to people."""
-    email: _builtins.str
-    """E-mail address, normalised to lower case; may be empty."""
-    revision: _builtins.int
-    """Number of its state; grows with every change."""
-    @_builtins.property
-    def join_time(self) -> _timestamp_pb2.Timestamp:
-        """When the user became a member."""
-
-    def __init__(
-        self,
-        *,
-        organization_id: _builtins.str = ...,
-        user_id: _builtins.str = ...,
-        role: Global___Role.ValueType = ...,
-        display_name: _builtins.str = ...,
-        email: _builtins.str = ...,
-        join_time: _timestamp_pb2.Timestamp | None = ...,
-        revision: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["join_time", b"join_time"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["display_name", b"display_name", "email", b"email", "join_time", b"join_time", "organization_id", b"organization_id", "revision", b"revision", "role", b"role", "user_id", b"user_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Member: _TypeAlias = Member  # noqa: Y015
-
-@_typing.final
-class GithubStatus(_message.Message):
-    """How the cache of GitHub stands for one organization."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
-    CONNECTION_FIELD_NUMBER: _builtins.int
-    DETAIL_FIELD_NUMBER: _builtins.int
-    SYNC_TIME_FIELD_NUMBER: _builtins.int
-    REPOSITORY_COUNT_FIELD_NUMBER: _builtins.int
-    REVISION_FIELD_NUMBER: _builtins.int
-    organization_id: _builtins.str
-    """The organization."""
-    connection: Global___GithubConnection.ValueType
-    """Whether GitHub can be reached with the credentials at hand."""
-    detail: _builtins.str
-    """Words for people about the connection; GitHub's own where there are any."""
-    repository_count: _builtins.int
-    """Repositories seen by the last synchronisation."""
-    revision: _builtins.int
-    """Number of its state; grows with every change."""
-    @_builtins.property
-    def sync_time(self) -> _timestamp_pb2.Timestamp:
-        """When the last synchronisation ended; unset before the first."""
-
-    def __init__(
-        self,
-        *,
-        organization_id: _builtins.str = ...,
-        connection: Global___GithubConnection.ValueType = ...,
-        detail: _builtins.str = ...,
-        sync_time: _timestamp_pb2.Timestamp | None = ...,
-        repository_count: _builtins.int = ...,
-        revision: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sync_time", b"sync_time"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["connection", b"connection", "detail", b"detail", "organization_id", b"organization_id", "repository_count", b"repository_count", "revision", b"revision", "sync_time", b"sync_time"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___GithubStatus: _TypeAlias = GithubStatus  # noqa: Y015
+Global___OrganizationChange: _TypeAlias = OrganizationChange  # noqa: Y015

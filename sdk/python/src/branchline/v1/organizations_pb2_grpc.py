@@ -60,11 +60,6 @@ class OrganizationServiceStub:
                 request_serializer=branchline_dot_v1_dot_organizations__pb2.DeleteOrganizationRequest.SerializeToString,
                 response_deserializer=branchline_dot_v1_dot_organizations__pb2.DeleteOrganizationResponse.FromString,
                 _registered_method=True)
-        self.AddMember = channel.unary_unary(
-                '/branchline.v1.OrganizationService/AddMember',
-                request_serializer=branchline_dot_v1_dot_organizations__pb2.AddMemberRequest.SerializeToString,
-                response_deserializer=branchline_dot_v1_dot_organizations__pb2.AddMemberResponse.FromString,
-                _registered_method=True)
         self.UpdateMember = channel.unary_unary(
                 '/branchline.v1.OrganizationService/UpdateMember',
                 request_serializer=branchline_dot_v1_dot_organizations__pb2.UpdateMemberRequest.SerializeToString,
@@ -80,6 +75,26 @@ class OrganizationServiceStub:
                 request_serializer=branchline_dot_v1_dot_organizations__pb2.ListMembersRequest.SerializeToString,
                 response_deserializer=branchline_dot_v1_dot_organizations__pb2.ListMembersResponse.FromString,
                 _registered_method=True)
+        self.InviteMember = channel.unary_unary(
+                '/branchline.v1.OrganizationService/InviteMember',
+                request_serializer=branchline_dot_v1_dot_organizations__pb2.InviteMemberRequest.SerializeToString,
+                response_deserializer=branchline_dot_v1_dot_organizations__pb2.InviteMemberResponse.FromString,
+                _registered_method=True)
+        self.ListInvitations = channel.unary_unary(
+                '/branchline.v1.OrganizationService/ListInvitations',
+                request_serializer=branchline_dot_v1_dot_organizations__pb2.ListInvitationsRequest.SerializeToString,
+                response_deserializer=branchline_dot_v1_dot_organizations__pb2.ListInvitationsResponse.FromString,
+                _registered_method=True)
+        self.DeleteInvitation = channel.unary_unary(
+                '/branchline.v1.OrganizationService/DeleteInvitation',
+                request_serializer=branchline_dot_v1_dot_organizations__pb2.DeleteInvitationRequest.SerializeToString,
+                response_deserializer=branchline_dot_v1_dot_organizations__pb2.DeleteInvitationResponse.FromString,
+                _registered_method=True)
+        self.AcceptInvitation = channel.unary_unary(
+                '/branchline.v1.OrganizationService/AcceptInvitation',
+                request_serializer=branchline_dot_v1_dot_organizations__pb2.AcceptInvitationRequest.SerializeToString,
+                response_deserializer=branchline_dot_v1_dot_organizations__pb2.AcceptInvitationResponse.FromString,
+                _registered_method=True)
         self.WatchOrganization = channel.unary_stream(
                 '/branchline.v1.OrganizationService/WatchOrganization',
                 request_serializer=branchline_dot_v1_dot_organizations__pb2.WatchOrganizationRequest.SerializeToString,
@@ -92,8 +107,7 @@ class OrganizationServiceServicer:
     """
 
     def CreateOrganization(self, request, context):
-        """Creates an organization whose owner is the caller.
-        ALREADY_EXISTS if the slug is taken.
+        """Creates an organization whose owner is the caller. ALREADY_EXISTS if the slug is taken.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -114,30 +128,22 @@ class OrganizationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateOrganization(self, request, context):
-        """Changes the fields named in the mask. Needs the role admin.
+        """Changes fields of an organization: display_name, slug, settings or one of its fields.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteOrganization(self, request, context):
-        """Has the organization deleted with everything in it, sandboxes included. Needs the role owner.
-        Answers when the deletion is recorded; it takes no commands from then on.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def AddMember(self, request, context):
-        """Adds a person by e-mail address. Needs the role admin.
-        ALREADY_EXISTS if the person is a member. No token is made: an operator issues the first one.
+        """Has the organization deleted with everything in it, sandboxes included. Answers when the deletion is recorded; it
+        takes no commands from then on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UpdateMember(self, request, context):
-        """Changes a member's role. Needs the role admin, and owner to make or unmake an owner.
+        """Changes a member's role. Needs the role owner to make or unmake an owner.
         FAILED_PRECONDITION if the organization would be left without an owner.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -159,10 +165,39 @@ class OrganizationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def InviteMember(self, request, context):
+        """Makes an invitation. Its code is in this answer and nowhere else; it works once and expires.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListInvitations(self, request, context):
+        """Lists the invitations that were neither accepted nor withdrawn, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteInvitation(self, request, context):
+        """Withdraws an invitation. NOT_FOUND if it was accepted or withdrawn.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AcceptInvitation(self, request, context):
+        """Takes an invitation by its code. With a credential the caller becomes a member; without one a new user is made,
+        whose first API token is in the answer. FAILED_PRECONDITION if the code is unknown, used, withdrawn or expired.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchOrganization(self, request, context):
-        """Watches the organization: itself, members, repositories, task summaries, GitHub status, and the
-        caller's own task states. Snapshot, then changes for ever, with heartbeats.
-        INVALID_ARGUMENT if the resume token is not one of ours; a token that is too old gives a reset.
+        """Watches the organization: itself, members, repositories, task summaries, GitHub status, input requests, agents, and
+        the caller's own task states. Snapshot, then changes for ever, with heartbeats. Tasks that ended are not shown.
+        INVALID_ARGUMENT if the resume token is not one of ours; a token that cannot be followed gives a reset.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -196,11 +231,6 @@ def add_OrganizationServiceServicer_to_server(servicer, server):
                     request_deserializer=branchline_dot_v1_dot_organizations__pb2.DeleteOrganizationRequest.FromString,
                     response_serializer=branchline_dot_v1_dot_organizations__pb2.DeleteOrganizationResponse.SerializeToString,
             ),
-            'AddMember': grpc.unary_unary_rpc_method_handler(
-                    servicer.AddMember,
-                    request_deserializer=branchline_dot_v1_dot_organizations__pb2.AddMemberRequest.FromString,
-                    response_serializer=branchline_dot_v1_dot_organizations__pb2.AddMemberResponse.SerializeToString,
-            ),
             'UpdateMember': grpc.unary_unary_rpc_method_handler(
                     servicer.UpdateMember,
                     request_deserializer=branchline_dot_v1_dot_organizations__pb2.UpdateMemberRequest.FromString,
@@ -215,6 +245,26 @@ def add_OrganizationServiceServicer_to_server(servicer, server):
                     servicer.ListMembers,
                     request_deserializer=branchline_dot_v1_dot_organizations__pb2.ListMembersRequest.FromString,
                     response_serializer=branchline_dot_v1_dot_organizations__pb2.ListMembersResponse.SerializeToString,
+            ),
+            'InviteMember': grpc.unary_unary_rpc_method_handler(
+                    servicer.InviteMember,
+                    request_deserializer=branchline_dot_v1_dot_organizations__pb2.InviteMemberRequest.FromString,
+                    response_serializer=branchline_dot_v1_dot_organizations__pb2.InviteMemberResponse.SerializeToString,
+            ),
+            'ListInvitations': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListInvitations,
+                    request_deserializer=branchline_dot_v1_dot_organizations__pb2.ListInvitationsRequest.FromString,
+                    response_serializer=branchline_dot_v1_dot_organizations__pb2.ListInvitationsResponse.SerializeToString,
+            ),
+            'DeleteInvitation': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteInvitation,
+                    request_deserializer=branchline_dot_v1_dot_organizations__pb2.DeleteInvitationRequest.FromString,
+                    response_serializer=branchline_dot_v1_dot_organizations__pb2.DeleteInvitationResponse.SerializeToString,
+            ),
+            'AcceptInvitation': grpc.unary_unary_rpc_method_handler(
+                    servicer.AcceptInvitation,
+                    request_deserializer=branchline_dot_v1_dot_organizations__pb2.AcceptInvitationRequest.FromString,
+                    response_serializer=branchline_dot_v1_dot_organizations__pb2.AcceptInvitationResponse.SerializeToString,
             ),
             'WatchOrganization': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchOrganization,
@@ -369,33 +419,6 @@ class OrganizationService:
             _registered_method=True)
 
     @staticmethod
-    def AddMember(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/branchline.v1.OrganizationService/AddMember',
-            branchline_dot_v1_dot_organizations__pb2.AddMemberRequest.SerializeToString,
-            branchline_dot_v1_dot_organizations__pb2.AddMemberResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
     def UpdateMember(request,
             target,
             options=(),
@@ -466,6 +489,114 @@ class OrganizationService:
             '/branchline.v1.OrganizationService/ListMembers',
             branchline_dot_v1_dot_organizations__pb2.ListMembersRequest.SerializeToString,
             branchline_dot_v1_dot_organizations__pb2.ListMembersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def InviteMember(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.v1.OrganizationService/InviteMember',
+            branchline_dot_v1_dot_organizations__pb2.InviteMemberRequest.SerializeToString,
+            branchline_dot_v1_dot_organizations__pb2.InviteMemberResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListInvitations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.v1.OrganizationService/ListInvitations',
+            branchline_dot_v1_dot_organizations__pb2.ListInvitationsRequest.SerializeToString,
+            branchline_dot_v1_dot_organizations__pb2.ListInvitationsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteInvitation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.v1.OrganizationService/DeleteInvitation',
+            branchline_dot_v1_dot_organizations__pb2.DeleteInvitationRequest.SerializeToString,
+            branchline_dot_v1_dot_organizations__pb2.DeleteInvitationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AcceptInvitation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.v1.OrganizationService/AcceptInvitation',
+            branchline_dot_v1_dot_organizations__pb2.AcceptInvitationRequest.SerializeToString,
+            branchline_dot_v1_dot_organizations__pb2.AcceptInvitationResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -16,25 +16,19 @@ class OrganizationServiceStub:
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateOrganization: _aio.UnaryUnaryMultiCallable[_organizations_pb2.CreateOrganizationRequest, _organizations_pb2.CreateOrganizationResponse]
-    """Creates an organization whose owner is the caller.
-    ALREADY_EXISTS if the slug is taken.
-    """
+    """Creates an organization whose owner is the caller. ALREADY_EXISTS if the slug is taken."""
     GetOrganization: _aio.UnaryUnaryMultiCallable[_organizations_pb2.GetOrganizationRequest, _organizations_pb2.GetOrganizationResponse]
     """Reads one organization. NOT_FOUND unless the caller is a member."""
     ListOrganizations: _aio.UnaryUnaryMultiCallable[_organizations_pb2.ListOrganizationsRequest, _organizations_pb2.ListOrganizationsResponse]
     """Lists the organizations that the caller is a member of, by slug."""
     UpdateOrganization: _aio.UnaryUnaryMultiCallable[_organizations_pb2.UpdateOrganizationRequest, _organizations_pb2.UpdateOrganizationResponse]
-    """Changes the fields named in the mask. Needs the role admin."""
+    """Changes fields of an organization: display_name, slug, settings or one of its fields."""
     DeleteOrganization: _aio.UnaryUnaryMultiCallable[_organizations_pb2.DeleteOrganizationRequest, _organizations_pb2.DeleteOrganizationResponse]
-    """Has the organization deleted with everything in it, sandboxes included. Needs the role owner.
-    Answers when the deletion is recorded; it takes no commands from then on.
-    """
-    AddMember: _aio.UnaryUnaryMultiCallable[_organizations_pb2.AddMemberRequest, _organizations_pb2.AddMemberResponse]
-    """Adds a person by e-mail address. Needs the role admin.
-    ALREADY_EXISTS if the person is a member. No token is made: an operator issues the first one.
+    """Has the organization deleted with everything in it, sandboxes included. Answers when the deletion is recorded; it
+    takes no commands from then on.
     """
     UpdateMember: _aio.UnaryUnaryMultiCallable[_organizations_pb2.UpdateMemberRequest, _organizations_pb2.UpdateMemberResponse]
-    """Changes a member's role. Needs the role admin, and owner to make or unmake an owner.
+    """Changes a member's role. Needs the role owner to make or unmake an owner.
     FAILED_PRECONDITION if the organization would be left without an owner.
     """
     RemoveMember: _aio.UnaryUnaryMultiCallable[_organizations_pb2.RemoveMemberRequest, _organizations_pb2.RemoveMemberResponse]
@@ -43,10 +37,20 @@ class OrganizationServiceStub:
     """
     ListMembers: _aio.UnaryUnaryMultiCallable[_organizations_pb2.ListMembersRequest, _organizations_pb2.ListMembersResponse]
     """Lists the members, by display name."""
+    InviteMember: _aio.UnaryUnaryMultiCallable[_organizations_pb2.InviteMemberRequest, _organizations_pb2.InviteMemberResponse]
+    """Makes an invitation. Its code is in this answer and nowhere else; it works once and expires."""
+    ListInvitations: _aio.UnaryUnaryMultiCallable[_organizations_pb2.ListInvitationsRequest, _organizations_pb2.ListInvitationsResponse]
+    """Lists the invitations that were neither accepted nor withdrawn, newest first."""
+    DeleteInvitation: _aio.UnaryUnaryMultiCallable[_organizations_pb2.DeleteInvitationRequest, _organizations_pb2.DeleteInvitationResponse]
+    """Withdraws an invitation. NOT_FOUND if it was accepted or withdrawn."""
+    AcceptInvitation: _aio.UnaryUnaryMultiCallable[_organizations_pb2.AcceptInvitationRequest, _organizations_pb2.AcceptInvitationResponse]
+    """Takes an invitation by its code. With a credential the caller becomes a member; without one a new user is made,
+    whose first API token is in the answer. FAILED_PRECONDITION if the code is unknown, used, withdrawn or expired.
+    """
     WatchOrganization: _aio.UnaryStreamMultiCallable[_organizations_pb2.WatchOrganizationRequest, _organizations_pb2.WatchOrganizationResponse]
-    """Watches the organization: itself, members, repositories, task summaries, GitHub status, and the
-    caller's own task states. Snapshot, then changes for ever, with heartbeats.
-    INVALID_ARGUMENT if the resume token is not one of ours; a token that is too old gives a reset.
+    """Watches the organization: itself, members, repositories, task summaries, GitHub status, input requests, agents, and
+    the caller's own task states. Snapshot, then changes for ever, with heartbeats. Tasks that ended are not shown.
+    INVALID_ARGUMENT if the resume token is not one of ours; a token that cannot be followed gives a reset.
     """
 
 class OrganizationServiceServicer:
@@ -57,9 +61,7 @@ class OrganizationServiceServicer:
         request: _organizations_pb2.CreateOrganizationRequest,
         context: _aio.ServicerContext[_organizations_pb2.CreateOrganizationRequest, _abc.Awaitable[_organizations_pb2.CreateOrganizationResponse]],
     ) -> _abc.Awaitable[_organizations_pb2.CreateOrganizationResponse]:
-        """Creates an organization whose owner is the caller.
-        ALREADY_EXISTS if the slug is taken.
-        """
+        """Creates an organization whose owner is the caller. ALREADY_EXISTS if the slug is taken."""
 
     def GetOrganization(
         self,
@@ -80,24 +82,15 @@ class OrganizationServiceServicer:
         request: _organizations_pb2.UpdateOrganizationRequest,
         context: _aio.ServicerContext[_organizations_pb2.UpdateOrganizationRequest, _abc.Awaitable[_organizations_pb2.UpdateOrganizationResponse]],
     ) -> _abc.Awaitable[_organizations_pb2.UpdateOrganizationResponse]:
-        """Changes the fields named in the mask. Needs the role admin."""
+        """Changes fields of an organization: display_name, slug, settings or one of its fields."""
 
     def DeleteOrganization(
         self,
         request: _organizations_pb2.DeleteOrganizationRequest,
         context: _aio.ServicerContext[_organizations_pb2.DeleteOrganizationRequest, _abc.Awaitable[_organizations_pb2.DeleteOrganizationResponse]],
     ) -> _abc.Awaitable[_organizations_pb2.DeleteOrganizationResponse]:
-        """Has the organization deleted with everything in it, sandboxes included. Needs the role owner.
-        Answers when the deletion is recorded; it takes no commands from then on.
-        """
-
-    def AddMember(
-        self,
-        request: _organizations_pb2.AddMemberRequest,
-        context: _aio.ServicerContext[_organizations_pb2.AddMemberRequest, _abc.Awaitable[_organizations_pb2.AddMemberResponse]],
-    ) -> _abc.Awaitable[_organizations_pb2.AddMemberResponse]:
-        """Adds a person by e-mail address. Needs the role admin.
-        ALREADY_EXISTS if the person is a member. No token is made: an operator issues the first one.
+        """Has the organization deleted with everything in it, sandboxes included. Answers when the deletion is recorded; it
+        takes no commands from then on.
         """
 
     def UpdateMember(
@@ -105,7 +98,7 @@ class OrganizationServiceServicer:
         request: _organizations_pb2.UpdateMemberRequest,
         context: _aio.ServicerContext[_organizations_pb2.UpdateMemberRequest, _abc.Awaitable[_organizations_pb2.UpdateMemberResponse]],
     ) -> _abc.Awaitable[_organizations_pb2.UpdateMemberResponse]:
-        """Changes a member's role. Needs the role admin, and owner to make or unmake an owner.
+        """Changes a member's role. Needs the role owner to make or unmake an owner.
         FAILED_PRECONDITION if the organization would be left without an owner.
         """
 
@@ -125,14 +118,44 @@ class OrganizationServiceServicer:
     ) -> _abc.Awaitable[_organizations_pb2.ListMembersResponse]:
         """Lists the members, by display name."""
 
+    def InviteMember(
+        self,
+        request: _organizations_pb2.InviteMemberRequest,
+        context: _aio.ServicerContext[_organizations_pb2.InviteMemberRequest, _abc.Awaitable[_organizations_pb2.InviteMemberResponse]],
+    ) -> _abc.Awaitable[_organizations_pb2.InviteMemberResponse]:
+        """Makes an invitation. Its code is in this answer and nowhere else; it works once and expires."""
+
+    def ListInvitations(
+        self,
+        request: _organizations_pb2.ListInvitationsRequest,
+        context: _aio.ServicerContext[_organizations_pb2.ListInvitationsRequest, _abc.Awaitable[_organizations_pb2.ListInvitationsResponse]],
+    ) -> _abc.Awaitable[_organizations_pb2.ListInvitationsResponse]:
+        """Lists the invitations that were neither accepted nor withdrawn, newest first."""
+
+    def DeleteInvitation(
+        self,
+        request: _organizations_pb2.DeleteInvitationRequest,
+        context: _aio.ServicerContext[_organizations_pb2.DeleteInvitationRequest, _abc.Awaitable[_organizations_pb2.DeleteInvitationResponse]],
+    ) -> _abc.Awaitable[_organizations_pb2.DeleteInvitationResponse]:
+        """Withdraws an invitation. NOT_FOUND if it was accepted or withdrawn."""
+
+    def AcceptInvitation(
+        self,
+        request: _organizations_pb2.AcceptInvitationRequest,
+        context: _aio.ServicerContext[_organizations_pb2.AcceptInvitationRequest, _abc.Awaitable[_organizations_pb2.AcceptInvitationResponse]],
+    ) -> _abc.Awaitable[_organizations_pb2.AcceptInvitationResponse]:
+        """Takes an invitation by its code. With a credential the caller becomes a member; without one a new user is made,
+        whose first API token is in the answer. FAILED_PRECONDITION if the code is unknown, used, withdrawn or expired.
+        """
+
     def WatchOrganization(
         self,
         request: _organizations_pb2.WatchOrganizationRequest,
         context: _aio.ServicerContext[_organizations_pb2.WatchOrganizationRequest, _abc.AsyncIterator[_organizations_pb2.WatchOrganizationResponse]],
     ) -> _abc.AsyncIterator[_organizations_pb2.WatchOrganizationResponse]:
-        """Watches the organization: itself, members, repositories, task summaries, GitHub status, and the
-        caller's own task states. Snapshot, then changes for ever, with heartbeats.
-        INVALID_ARGUMENT if the resume token is not one of ours; a token that is too old gives a reset.
+        """Watches the organization: itself, members, repositories, task summaries, GitHub status, input requests, agents, and
+        the caller's own task states. Snapshot, then changes for ever, with heartbeats. Tasks that ended are not shown.
+        INVALID_ARGUMENT if the resume token is not one of ours; a token that cannot be followed gives a reset.
         """
 
 def add_OrganizationServiceServicer_to_server(servicer: OrganizationServiceServicer, server: _aio.Server) -> None: ...

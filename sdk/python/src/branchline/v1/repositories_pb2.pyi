@@ -3,6 +3,7 @@
 isort:skip_file
 """
 
+from branchline.v1 import common_pb2 as _common_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -27,9 +28,9 @@ class _RepositorySource:
 class _RepositorySourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RepositorySource.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     REPOSITORY_SOURCE_UNSPECIFIED: _RepositorySource.ValueType  # 0
-    """Not known."""
+    """Not set."""
     REPOSITORY_SOURCE_URL: _RepositorySource.ValueType  # 1
-    """Added by a git URL."""
+    """Created from a git URL."""
     REPOSITORY_SOURCE_GITHUB: _RepositorySource.ValueType  # 2
     """Reported by GitHub."""
 
@@ -37,31 +38,265 @@ class RepositorySource(_RepositorySource, metaclass=_RepositorySourceEnumTypeWra
     """Where a repository came from."""
 
 REPOSITORY_SOURCE_UNSPECIFIED: RepositorySource.ValueType  # 0
-"""Not known."""
+"""Not set."""
 REPOSITORY_SOURCE_URL: RepositorySource.ValueType  # 1
-"""Added by a git URL."""
+"""Created from a git URL."""
 REPOSITORY_SOURCE_GITHUB: RepositorySource.ValueType  # 2
 """Reported by GitHub."""
 Global___RepositorySource: _TypeAlias = RepositorySource  # noqa: Y015
 
+class _PullRequestState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PullRequestStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PullRequestState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PULL_REQUEST_STATE_UNSPECIFIED: _PullRequestState.ValueType  # 0
+    """Not set."""
+    PULL_REQUEST_STATE_OPEN: _PullRequestState.ValueType  # 1
+    """Open."""
+    PULL_REQUEST_STATE_MERGED: _PullRequestState.ValueType  # 2
+    """Merged."""
+    PULL_REQUEST_STATE_CLOSED: _PullRequestState.ValueType  # 3
+    """Closed without being merged."""
+
+class PullRequestState(_PullRequestState, metaclass=_PullRequestStateEnumTypeWrapper):
+    """Where a pull request stands."""
+
+PULL_REQUEST_STATE_UNSPECIFIED: PullRequestState.ValueType  # 0
+"""Not set."""
+PULL_REQUEST_STATE_OPEN: PullRequestState.ValueType  # 1
+"""Open."""
+PULL_REQUEST_STATE_MERGED: PullRequestState.ValueType  # 2
+"""Merged."""
+PULL_REQUEST_STATE_CLOSED: PullRequestState.ValueType  # 3
+"""Closed without being merged."""
+Global___PullRequestState: _TypeAlias = PullRequestState  # noqa: Y015
+
 @_typing.final
-class AddRepositoryRequest(_message.Message):
-    """See RepositoryService.AddRepository."""
+class Repository(_message.Message):
+    """A git repository in which tasks are worked on. Coordinator of its tasks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    REMOTE_URL_FIELD_NUMBER: _builtins.int
+    DEFAULT_BRANCH_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    LIVE_TASK_COUNT_FIELD_NUMBER: _builtins.int
+    ACTIVITY_TIME_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    DELETE_TIME_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Id with the prefix "repo_"."""
+    organization_id: _builtins.str
+    """The organization that owns it."""
+    display_name: _builtins.str
+    """Name shown to people, such as "acme/shop"."""
+    remote_url: _builtins.str
+    """URL that git clones from."""
+    default_branch: _builtins.str
+    """Branch that new work starts from; empty means the remote's HEAD."""
+    source: Global___RepositorySource.ValueType
+    """Where it came from."""
+    live_task_count: _builtins.int
+    """Tasks that have not ended."""
+    revision: _builtins.int
+    """Number of its state; grows with every change."""
+    @_builtins.property
+    def activity_time(self) -> _timestamp_pb2.Timestamp:
+        """When anything last changed in it or in one of its tasks, to the minute."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was created."""
+
+    @_builtins.property
+    def delete_time(self) -> _timestamp_pb2.Timestamp:
+        """When its deletion began; unset while it lives. What is being deleted takes no commands."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        organization_id: _builtins.str = ...,
+        display_name: _builtins.str = ...,
+        remote_url: _builtins.str = ...,
+        default_branch: _builtins.str = ...,
+        source: Global___RepositorySource.ValueType = ...,
+        live_task_count: _builtins.int = ...,
+        activity_time: _timestamp_pb2.Timestamp | None = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        revision: _builtins.int = ...,
+        delete_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activity_time", b"activity_time", "create_time", b"create_time", "delete_time", b"delete_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity_time", b"activity_time", "create_time", b"create_time", "default_branch", b"default_branch", "delete_time", b"delete_time", "display_name", b"display_name", "id", b"id", "live_task_count", b"live_task_count", "organization_id", b"organization_id", "remote_url", b"remote_url", "revision", b"revision", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Repository: _TypeAlias = Repository  # noqa: Y015
+
+@_typing.final
+class Branch(_message.Message):
+    """A branch of a repository, with what hangs on it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPOSITORY_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    HEAD_COMMIT_FIELD_NUMBER: _builtins.int
+    PROTECTED_FIELD_NUMBER: _builtins.int
+    IS_DEFAULT_FIELD_NUMBER: _builtins.int
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    PULL_REQUEST_FIELD_NUMBER: _builtins.int
+    repository_id: _builtins.str
+    """The repository."""
+    name: _builtins.str
+    """Name without "refs/heads/"."""
+    head_commit: _builtins.str
+    """Commit at its tip, 40 hex digits; empty where it is not known."""
+    protected: _builtins.bool
+    """Whether GitHub protects it."""
+    is_default: _builtins.bool
+    """Whether it is the repository's default branch."""
+    task_id: _builtins.str
+    """The live task on it; empty when there is none."""
+    @_builtins.property
+    def pull_request(self) -> Global___PullRequest:
+        """The open pull request from it; unset when there is none."""
+
+    def __init__(
+        self,
+        *,
+        repository_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        head_commit: _builtins.str = ...,
+        protected: _builtins.bool = ...,
+        is_default: _builtins.bool = ...,
+        task_id: _builtins.str = ...,
+        pull_request: Global___PullRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pull_request", b"pull_request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["head_commit", b"head_commit", "is_default", b"is_default", "name", b"name", "protected", b"protected", "pull_request", b"pull_request", "repository_id", b"repository_id", "task_id", b"task_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Branch: _TypeAlias = Branch  # noqa: Y015
+
+@_typing.final
+class PullRequest(_message.Message):
+    """A pull request of a repository as GitHub last reported it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPOSITORY_ID_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    TITLE_FIELD_NUMBER: _builtins.int
+    HEAD_BRANCH_FIELD_NUMBER: _builtins.int
+    BASE_BRANCH_FIELD_NUMBER: _builtins.int
+    AUTHOR_LOGIN_FIELD_NUMBER: _builtins.int
+    DRAFT_FIELD_NUMBER: _builtins.int
+    URL_FIELD_NUMBER: _builtins.int
+    UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    repository_id: _builtins.str
+    """The repository."""
+    number: _builtins.int
+    """Number within the repository."""
+    title: _builtins.str
+    """Title."""
+    head_branch: _builtins.str
+    """Branch it wants to merge."""
+    base_branch: _builtins.str
+    """Branch it wants to merge into."""
+    author_login: _builtins.str
+    """GitHub login of its author."""
+    draft: _builtins.bool
+    """Whether it is a draft."""
+    url: _builtins.str
+    """Page for people."""
+    state: Global___PullRequestState.ValueType
+    """Where it stands."""
+    @_builtins.property
+    def update_time(self) -> _timestamp_pb2.Timestamp:
+        """When GitHub last saw it change."""
+
+    def __init__(
+        self,
+        *,
+        repository_id: _builtins.str = ...,
+        number: _builtins.int = ...,
+        title: _builtins.str = ...,
+        head_branch: _builtins.str = ...,
+        base_branch: _builtins.str = ...,
+        author_login: _builtins.str = ...,
+        draft: _builtins.bool = ...,
+        url: _builtins.str = ...,
+        update_time: _timestamp_pb2.Timestamp | None = ...,
+        state: Global___PullRequestState.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["update_time", b"update_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["author_login", b"author_login", "base_branch", b"base_branch", "draft", b"draft", "head_branch", b"head_branch", "number", b"number", "repository_id", b"repository_id", "state", b"state", "title", b"title", "update_time", b"update_time", "url", b"url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PullRequest: _TypeAlias = PullRequest  # noqa: Y015
+
+@_typing.final
+class PullRequestSummary(_message.Message):
+    """A pull request in a list of tasks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    DRAFT_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Number within the repository."""
+    state: Global___PullRequestState.ValueType
+    """Where it stands."""
+    draft: _builtins.bool
+    """Whether it is a draft."""
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        state: Global___PullRequestState.ValueType = ...,
+        draft: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft", "number", b"number", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PullRequestSummary: _TypeAlias = PullRequestSummary  # noqa: Y015
+
+@_typing.final
+class CreateRepositoryRequest(_message.Message):
+    """See RepositoryService.CreateRepository."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
     REMOTE_URL_FIELD_NUMBER: _builtins.int
-    FULL_NAME_FIELD_NUMBER: _builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: _builtins.int
     DEFAULT_BRANCH_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Chosen by the client; repeating it gives the first answer."""
+    """Chosen by the client, a UUID: repeating it within seven days gives the first answer. Empty: each call is a new one."""
     organization_id: _builtins.str
     """The organization."""
     remote_url: _builtins.str
     """URL that git can clone: https, http, ssh, git or file, without credentials in it."""
-    full_name: _builtins.str
+    display_name: _builtins.str
     """Name shown to people; derived from the URL when empty."""
     default_branch: _builtins.str
     """Branch that new work starts from; empty means the remote's HEAD."""
@@ -71,20 +306,20 @@ class AddRepositoryRequest(_message.Message):
         request_id: _builtins.str = ...,
         organization_id: _builtins.str = ...,
         remote_url: _builtins.str = ...,
-        full_name: _builtins.str = ...,
+        display_name: _builtins.str = ...,
         default_branch: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_branch", b"default_branch", "full_name", b"full_name", "organization_id", b"organization_id", "remote_url", b"remote_url", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_branch", b"default_branch", "display_name", b"display_name", "organization_id", b"organization_id", "remote_url", b"remote_url", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___AddRepositoryRequest: _TypeAlias = AddRepositoryRequest  # noqa: Y015
+Global___CreateRepositoryRequest: _TypeAlias = CreateRepositoryRequest  # noqa: Y015
 
 @_typing.final
-class AddRepositoryResponse(_message.Message):
-    """See RepositoryService.AddRepository."""
+class CreateRepositoryResponse(_message.Message):
+    """See RepositoryService.CreateRepository."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -108,7 +343,59 @@ class AddRepositoryResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___AddRepositoryResponse: _TypeAlias = AddRepositoryResponse  # noqa: Y015
+Global___CreateRepositoryResponse: _TypeAlias = CreateRepositoryResponse  # noqa: Y015
+
+@_typing.final
+class GetRepositoryRequest(_message.Message):
+    """See RepositoryService.GetRepository."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPOSITORY_ID_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_FIELD_NUMBER: _builtins.int
+    repository_id: _builtins.str
+    """The repository."""
+    @_builtins.property
+    def consistency(self) -> _common_pb2.Consistency:
+        """How fresh the answer must be."""
+
+    def __init__(
+        self,
+        *,
+        repository_id: _builtins.str = ...,
+        consistency: _common_pb2.Consistency | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "repository_id", b"repository_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetRepositoryRequest: _TypeAlias = GetRepositoryRequest  # noqa: Y015
+
+@_typing.final
+class GetRepositoryResponse(_message.Message):
+    """See RepositoryService.GetRepository."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPOSITORY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def repository(self) -> Global___Repository:
+        """The repository."""
+
+    def __init__(
+        self,
+        *,
+        repository: Global___Repository | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["repository", b"repository"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["repository", b"repository"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetRepositoryResponse: _TypeAlias = GetRepositoryResponse  # noqa: Y015
 
 @_typing.final
 class ListRepositoriesRequest(_message.Message):
@@ -119,26 +406,28 @@ class ListRepositoriesRequest(_message.Message):
     ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
-    CONSISTENCY_TOKEN_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_FIELD_NUMBER: _builtins.int
     organization_id: _builtins.str
     """The organization."""
     page_size: _builtins.int
-    """Most repositories in one answer, at most 1000; 0 means 100."""
+    """Most in one answer; 0 means 100, more than 1000 is taken as 1000. A page also ends at 1 MiB."""
     page_token: _builtins.str
     """Token of the page before; empty for the first."""
-    consistency_token: _builtins.str
-    """From a command's answer: wait until its change is visible. May be empty."""
+    @_builtins.property
+    def consistency(self) -> _common_pb2.Consistency:
+        """How fresh the answer must be."""
+
     def __init__(
         self,
         *,
         organization_id: _builtins.str = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
-        consistency_token: _builtins.str = ...,
+        consistency: _common_pb2.Consistency | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token", "organization_id", b"organization_id", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "organization_id", b"organization_id", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -173,99 +462,6 @@ class ListRepositoriesResponse(_message.Message):
 Global___ListRepositoriesResponse: _TypeAlias = ListRepositoriesResponse  # noqa: Y015
 
 @_typing.final
-class GetRepositoryOverviewRequest(_message.Message):
-    """See RepositoryService.GetRepositoryOverview."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    REPOSITORY_ID_FIELD_NUMBER: _builtins.int
-    CONSISTENCY_TOKEN_FIELD_NUMBER: _builtins.int
-    repository_id: _builtins.str
-    """The repository."""
-    consistency_token: _builtins.str
-    """From a command's answer: wait until its change is visible. May be empty."""
-    def __init__(
-        self,
-        *,
-        repository_id: _builtins.str = ...,
-        consistency_token: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token", "repository_id", b"repository_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___GetRepositoryOverviewRequest: _TypeAlias = GetRepositoryOverviewRequest  # noqa: Y015
-
-@_typing.final
-class GetRepositoryOverviewResponse(_message.Message):
-    """See RepositoryService.GetRepositoryOverview."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    BRANCHES_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def branches(self) -> _containers.RepeatedCompositeFieldContainer[Global___BranchOverview]:
-        """The branches."""
-
-    def __init__(
-        self,
-        *,
-        branches: _abc.Iterable[Global___BranchOverview] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["branches", b"branches"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___GetRepositoryOverviewResponse: _TypeAlias = GetRepositoryOverviewResponse  # noqa: Y015
-
-@_typing.final
-class SyncGithubRequest(_message.Message):
-    """See RepositoryService.SyncGithub."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    REQUEST_ID_FIELD_NUMBER: _builtins.int
-    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
-    request_id: _builtins.str
-    """Chosen by the client; repeating it gives the first answer."""
-    organization_id: _builtins.str
-    """The organization."""
-    def __init__(
-        self,
-        *,
-        request_id: _builtins.str = ...,
-        organization_id: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["organization_id", b"organization_id", "request_id", b"request_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___SyncGithubRequest: _TypeAlias = SyncGithubRequest  # noqa: Y015
-
-@_typing.final
-class SyncGithubResponse(_message.Message):
-    """See RepositoryService.SyncGithub."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    def __init__(
-        self,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___SyncGithubResponse: _TypeAlias = SyncGithubResponse  # noqa: Y015
-
-@_typing.final
 class DeleteRepositoryRequest(_message.Message):
     """See RepositoryService.DeleteRepository."""
 
@@ -274,7 +470,7 @@ class DeleteRepositoryRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     REPOSITORY_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Chosen by the client; repeating it gives the first answer."""
+    """Chosen by the client, a UUID: repeating it within seven days gives the first answer. Empty: each call is a new one."""
     repository_id: _builtins.str
     """The repository."""
     def __init__(
@@ -314,197 +510,113 @@ class DeleteRepositoryResponse(_message.Message):
 Global___DeleteRepositoryResponse: _TypeAlias = DeleteRepositoryResponse  # noqa: Y015
 
 @_typing.final
-class Repository(_message.Message):
-    """A git repository in which tasks are worked on. Coordinator of its tasks."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ID_FIELD_NUMBER: _builtins.int
-    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
-    FULL_NAME_FIELD_NUMBER: _builtins.int
-    REMOTE_URL_FIELD_NUMBER: _builtins.int
-    DEFAULT_BRANCH_FIELD_NUMBER: _builtins.int
-    SOURCE_FIELD_NUMBER: _builtins.int
-    LIVE_TASK_COUNT_FIELD_NUMBER: _builtins.int
-    ACTIVITY_TIME_FIELD_NUMBER: _builtins.int
-    CREATE_TIME_FIELD_NUMBER: _builtins.int
-    REVISION_FIELD_NUMBER: _builtins.int
-    DELETE_TIME_FIELD_NUMBER: _builtins.int
-    id: _builtins.str
-    """Id with the prefix "repo_"."""
-    organization_id: _builtins.str
-    """The organization that owns it."""
-    full_name: _builtins.str
-    """Name shown to people, such as "acme/shop"."""
-    remote_url: _builtins.str
-    """URL that git clones from."""
-    default_branch: _builtins.str
-    """Branch that new work starts from; empty means the remote's HEAD."""
-    source: Global___RepositorySource.ValueType
-    """Where it came from."""
-    live_task_count: _builtins.int
-    """Tasks that are neither archived nor killed."""
-    revision: _builtins.int
-    """Number of its state; grows with every change."""
-    @_builtins.property
-    def activity_time(self) -> _timestamp_pb2.Timestamp:
-        """When anything last changed in it or in one of its tasks, to the minute."""
-
-    @_builtins.property
-    def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was created."""
-
-    @_builtins.property
-    def delete_time(self) -> _timestamp_pb2.Timestamp:
-        """When its deletion began; unset while it lives. What is being deleted takes no commands."""
-
-    def __init__(
-        self,
-        *,
-        id: _builtins.str = ...,
-        organization_id: _builtins.str = ...,
-        full_name: _builtins.str = ...,
-        remote_url: _builtins.str = ...,
-        default_branch: _builtins.str = ...,
-        source: Global___RepositorySource.ValueType = ...,
-        live_task_count: _builtins.int = ...,
-        activity_time: _timestamp_pb2.Timestamp | None = ...,
-        create_time: _timestamp_pb2.Timestamp | None = ...,
-        revision: _builtins.int = ...,
-        delete_time: _timestamp_pb2.Timestamp | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activity_time", b"activity_time", "create_time", b"create_time", "delete_time", b"delete_time"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity_time", b"activity_time", "create_time", b"create_time", "default_branch", b"default_branch", "delete_time", b"delete_time", "full_name", b"full_name", "id", b"id", "live_task_count", b"live_task_count", "organization_id", b"organization_id", "remote_url", b"remote_url", "revision", b"revision", "source", b"source"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Repository: _TypeAlias = Repository  # noqa: Y015
-
-@_typing.final
-class Branch(_message.Message):
-    """A branch of a repository as GitHub last reported it."""
+class ListBranchesRequest(_message.Message):
+    """See RepositoryService.ListBranches."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REPOSITORY_ID_FIELD_NUMBER: _builtins.int
-    NAME_FIELD_NUMBER: _builtins.int
-    HEAD_COMMIT_FIELD_NUMBER: _builtins.int
-    PROTECTED_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_FIELD_NUMBER: _builtins.int
     repository_id: _builtins.str
     """The repository."""
-    name: _builtins.str
-    """Name without "refs/heads/"."""
-    head_commit: _builtins.str
-    """Commit at its tip, 40 hex digits."""
-    protected: _builtins.bool
-    """Whether GitHub protects it."""
+    page_size: _builtins.int
+    """Most in one answer; 0 means 100, more than 1000 is taken as 1000. A page also ends at 1 MiB."""
+    page_token: _builtins.str
+    """Token of the page before; empty for the first."""
+    @_builtins.property
+    def consistency(self) -> _common_pb2.Consistency:
+        """How fresh the answer must be."""
+
     def __init__(
         self,
         *,
         repository_id: _builtins.str = ...,
-        name: _builtins.str = ...,
-        head_commit: _builtins.str = ...,
-        protected: _builtins.bool = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        consistency: _common_pb2.Consistency | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "page_size", b"page_size", "page_token", b"page_token", "repository_id", b"repository_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListBranchesRequest: _TypeAlias = ListBranchesRequest  # noqa: Y015
+
+@_typing.final
+class ListBranchesResponse(_message.Message):
+    """See RepositoryService.ListBranches."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BRANCHES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page; empty on the last."""
+    @_builtins.property
+    def branches(self) -> _containers.RepeatedCompositeFieldContainer[Global___Branch]:
+        """The branches."""
+
+    def __init__(
+        self,
+        *,
+        branches: _abc.Iterable[Global___Branch] | None = ...,
+        next_page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["head_commit", b"head_commit", "name", b"name", "protected", b"protected", "repository_id", b"repository_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["branches", b"branches", "next_page_token", b"next_page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Branch: _TypeAlias = Branch  # noqa: Y015
+Global___ListBranchesResponse: _TypeAlias = ListBranchesResponse  # noqa: Y015
 
 @_typing.final
-class PullRequest(_message.Message):
-    """A pull request of a repository as GitHub last reported it."""
+class SyncGithubRequest(_message.Message):
+    """See RepositoryService.SyncGithub."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    REPOSITORY_ID_FIELD_NUMBER: _builtins.int
-    NUMBER_FIELD_NUMBER: _builtins.int
-    TITLE_FIELD_NUMBER: _builtins.int
-    HEAD_BRANCH_FIELD_NUMBER: _builtins.int
-    BASE_BRANCH_FIELD_NUMBER: _builtins.int
-    AUTHOR_LOGIN_FIELD_NUMBER: _builtins.int
-    DRAFT_FIELD_NUMBER: _builtins.int
-    URL_FIELD_NUMBER: _builtins.int
-    UPDATE_TIME_FIELD_NUMBER: _builtins.int
-    repository_id: _builtins.str
-    """The repository."""
-    number: _builtins.int
-    """Number within the repository."""
-    title: _builtins.str
-    """Title."""
-    head_branch: _builtins.str
-    """Branch it wants to merge."""
-    base_branch: _builtins.str
-    """Branch it wants to merge into."""
-    author_login: _builtins.str
-    """GitHub login of its author."""
-    draft: _builtins.bool
-    """Whether it is a draft."""
-    url: _builtins.str
-    """Page for people."""
-    @_builtins.property
-    def update_time(self) -> _timestamp_pb2.Timestamp:
-        """When GitHub last saw it change."""
-
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Chosen by the client, a UUID: repeating it within seven days gives the first answer. Empty: each call is a new one."""
+    organization_id: _builtins.str
+    """The organization."""
     def __init__(
         self,
         *,
-        repository_id: _builtins.str = ...,
-        number: _builtins.int = ...,
-        title: _builtins.str = ...,
-        head_branch: _builtins.str = ...,
-        base_branch: _builtins.str = ...,
-        author_login: _builtins.str = ...,
-        draft: _builtins.bool = ...,
-        url: _builtins.str = ...,
-        update_time: _timestamp_pb2.Timestamp | None = ...,
+        request_id: _builtins.str = ...,
+        organization_id: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["author_login", b"author_login", "base_branch", b"base_branch", "draft", b"draft", "head_branch", b"head_branch", "number", b"number", "repository_id", b"repository_id", "title", b"title", "update_time", b"update_time", "url", b"url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["organization_id", b"organization_id", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___PullRequest: _TypeAlias = PullRequest  # noqa: Y015
+Global___SyncGithubRequest: _TypeAlias = SyncGithubRequest  # noqa: Y015
 
 @_typing.final
-class BranchOverview(_message.Message):
-    """One line of a repository's overview: a branch with what hangs on it."""
+class SyncGithubResponse(_message.Message):
+    """See RepositoryService.SyncGithub."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    BRANCH_FIELD_NUMBER: _builtins.int
-    IS_DEFAULT_FIELD_NUMBER: _builtins.int
-    TASK_ID_FIELD_NUMBER: _builtins.int
-    PULL_REQUEST_FIELD_NUMBER: _builtins.int
-    is_default: _builtins.bool
-    """Whether it is the repository's default branch."""
-    task_id: _builtins.str
-    """The live task on it; empty when there is none."""
-    @_builtins.property
-    def branch(self) -> Global___Branch:
-        """The branch."""
-
-    @_builtins.property
-    def pull_request(self) -> Global___PullRequest:
-        """The open pull request from it; unset when there is none."""
-
+    CONSISTENCY_TOKEN_FIELD_NUMBER: _builtins.int
+    consistency_token: _builtins.str
+    """Give it to reads and watches that must see this change."""
     def __init__(
         self,
         *,
-        branch: Global___Branch | None = ...,
-        is_default: _builtins.bool = ...,
-        task_id: _builtins.str = ...,
-        pull_request: Global___PullRequest | None = ...,
+        consistency_token: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["branch", b"branch", "pull_request", b"pull_request"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["branch", b"branch", "is_default", b"is_default", "pull_request", b"pull_request", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___BranchOverview: _TypeAlias = BranchOverview  # noqa: Y015
+Global___SyncGithubResponse: _TypeAlias = SyncGithubResponse  # noqa: Y015

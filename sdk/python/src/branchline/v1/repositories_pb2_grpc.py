@@ -35,25 +35,30 @@ class RepositoryServiceStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.DeleteRepository = channel.unary_unary(
-                '/branchline.v1.RepositoryService/DeleteRepository',
-                request_serializer=branchline_dot_v1_dot_repositories__pb2.DeleteRepositoryRequest.SerializeToString,
-                response_deserializer=branchline_dot_v1_dot_repositories__pb2.DeleteRepositoryResponse.FromString,
+        self.CreateRepository = channel.unary_unary(
+                '/branchline.v1.RepositoryService/CreateRepository',
+                request_serializer=branchline_dot_v1_dot_repositories__pb2.CreateRepositoryRequest.SerializeToString,
+                response_deserializer=branchline_dot_v1_dot_repositories__pb2.CreateRepositoryResponse.FromString,
                 _registered_method=True)
-        self.AddRepository = channel.unary_unary(
-                '/branchline.v1.RepositoryService/AddRepository',
-                request_serializer=branchline_dot_v1_dot_repositories__pb2.AddRepositoryRequest.SerializeToString,
-                response_deserializer=branchline_dot_v1_dot_repositories__pb2.AddRepositoryResponse.FromString,
+        self.GetRepository = channel.unary_unary(
+                '/branchline.v1.RepositoryService/GetRepository',
+                request_serializer=branchline_dot_v1_dot_repositories__pb2.GetRepositoryRequest.SerializeToString,
+                response_deserializer=branchline_dot_v1_dot_repositories__pb2.GetRepositoryResponse.FromString,
                 _registered_method=True)
         self.ListRepositories = channel.unary_unary(
                 '/branchline.v1.RepositoryService/ListRepositories',
                 request_serializer=branchline_dot_v1_dot_repositories__pb2.ListRepositoriesRequest.SerializeToString,
                 response_deserializer=branchline_dot_v1_dot_repositories__pb2.ListRepositoriesResponse.FromString,
                 _registered_method=True)
-        self.GetRepositoryOverview = channel.unary_unary(
-                '/branchline.v1.RepositoryService/GetRepositoryOverview',
-                request_serializer=branchline_dot_v1_dot_repositories__pb2.GetRepositoryOverviewRequest.SerializeToString,
-                response_deserializer=branchline_dot_v1_dot_repositories__pb2.GetRepositoryOverviewResponse.FromString,
+        self.DeleteRepository = channel.unary_unary(
+                '/branchline.v1.RepositoryService/DeleteRepository',
+                request_serializer=branchline_dot_v1_dot_repositories__pb2.DeleteRepositoryRequest.SerializeToString,
+                response_deserializer=branchline_dot_v1_dot_repositories__pb2.DeleteRepositoryResponse.FromString,
+                _registered_method=True)
+        self.ListBranches = channel.unary_unary(
+                '/branchline.v1.RepositoryService/ListBranches',
+                request_serializer=branchline_dot_v1_dot_repositories__pb2.ListBranchesRequest.SerializeToString,
+                response_deserializer=branchline_dot_v1_dot_repositories__pb2.ListBranchesResponse.FromString,
                 _registered_method=True)
         self.SyncGithub = channel.unary_unary(
                 '/branchline.v1.RepositoryService/SyncGithub',
@@ -66,18 +71,16 @@ class RepositoryServiceServicer:
     """Repositories of an organization.
     """
 
-    def DeleteRepository(self, request, context):
-        """Has the repository deleted with its tasks and their sandboxes; the remote is left alone. Needs the role admin.
-        Answers when the deletion is recorded; it takes no commands from then on.
+    def CreateRepository(self, request, context):
+        """Creates a repository from a git URL. The URL is not tried here: a task that cannot clone it ends FAILED with git's
+        words. ALREADY_EXISTS naming the repository that has this URL.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def AddRepository(self, request, context):
-        """Adds a repository by git URL. Needs the role admin. The URL is not tried here: a task that
-        cannot clone it ends in the status error with git's words.
-        ALREADY_EXISTS naming the repository that has this URL.
+    def GetRepository(self, request, context):
+        """Reads one repository.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -90,17 +93,25 @@ class RepositoryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def GetRepositoryOverview(self, request, context):
-        """Lists the repository's branches with their tasks and pull requests: the default branch first,
-        then branches with tasks, then by name.
+    def DeleteRepository(self, request, context):
+        """Has the repository deleted with its tasks and their sandboxes; the remote is left alone. Answers when the deletion is
+        recorded; it takes no commands from then on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListBranches(self, request, context):
+        """Lists the repository's branches with their tasks and pull requests: the default branch first, then branches with
+        tasks, then by name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SyncGithub(self, request, context):
-        """Reads repositories, branches and open pull requests from GitHub now. Needs the role admin.
-        FAILED_PRECONDITION if the organization has no GitHub login. Progress shows in the GitHub status.
+        """Reads repositories, branches and open pull requests from GitHub now. FAILED_PRECONDITION if the organization has no
+        GitHub login. Progress shows in the GitHub status.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -109,25 +120,30 @@ class RepositoryServiceServicer:
 
 def add_RepositoryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'DeleteRepository': grpc.unary_unary_rpc_method_handler(
-                    servicer.DeleteRepository,
-                    request_deserializer=branchline_dot_v1_dot_repositories__pb2.DeleteRepositoryRequest.FromString,
-                    response_serializer=branchline_dot_v1_dot_repositories__pb2.DeleteRepositoryResponse.SerializeToString,
+            'CreateRepository': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateRepository,
+                    request_deserializer=branchline_dot_v1_dot_repositories__pb2.CreateRepositoryRequest.FromString,
+                    response_serializer=branchline_dot_v1_dot_repositories__pb2.CreateRepositoryResponse.SerializeToString,
             ),
-            'AddRepository': grpc.unary_unary_rpc_method_handler(
-                    servicer.AddRepository,
-                    request_deserializer=branchline_dot_v1_dot_repositories__pb2.AddRepositoryRequest.FromString,
-                    response_serializer=branchline_dot_v1_dot_repositories__pb2.AddRepositoryResponse.SerializeToString,
+            'GetRepository': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRepository,
+                    request_deserializer=branchline_dot_v1_dot_repositories__pb2.GetRepositoryRequest.FromString,
+                    response_serializer=branchline_dot_v1_dot_repositories__pb2.GetRepositoryResponse.SerializeToString,
             ),
             'ListRepositories': grpc.unary_unary_rpc_method_handler(
                     servicer.ListRepositories,
                     request_deserializer=branchline_dot_v1_dot_repositories__pb2.ListRepositoriesRequest.FromString,
                     response_serializer=branchline_dot_v1_dot_repositories__pb2.ListRepositoriesResponse.SerializeToString,
             ),
-            'GetRepositoryOverview': grpc.unary_unary_rpc_method_handler(
-                    servicer.GetRepositoryOverview,
-                    request_deserializer=branchline_dot_v1_dot_repositories__pb2.GetRepositoryOverviewRequest.FromString,
-                    response_serializer=branchline_dot_v1_dot_repositories__pb2.GetRepositoryOverviewResponse.SerializeToString,
+            'DeleteRepository': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteRepository,
+                    request_deserializer=branchline_dot_v1_dot_repositories__pb2.DeleteRepositoryRequest.FromString,
+                    response_serializer=branchline_dot_v1_dot_repositories__pb2.DeleteRepositoryResponse.SerializeToString,
+            ),
+            'ListBranches': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListBranches,
+                    request_deserializer=branchline_dot_v1_dot_repositories__pb2.ListBranchesRequest.FromString,
+                    response_serializer=branchline_dot_v1_dot_repositories__pb2.ListBranchesResponse.SerializeToString,
             ),
             'SyncGithub': grpc.unary_unary_rpc_method_handler(
                     servicer.SyncGithub,
@@ -147,7 +163,7 @@ class RepositoryService:
     """
 
     @staticmethod
-    def DeleteRepository(request,
+    def CreateRepository(request,
             target,
             options=(),
             channel_credentials=None,
@@ -160,9 +176,9 @@ class RepositoryService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/branchline.v1.RepositoryService/DeleteRepository',
-            branchline_dot_v1_dot_repositories__pb2.DeleteRepositoryRequest.SerializeToString,
-            branchline_dot_v1_dot_repositories__pb2.DeleteRepositoryResponse.FromString,
+            '/branchline.v1.RepositoryService/CreateRepository',
+            branchline_dot_v1_dot_repositories__pb2.CreateRepositoryRequest.SerializeToString,
+            branchline_dot_v1_dot_repositories__pb2.CreateRepositoryResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -174,7 +190,7 @@ class RepositoryService:
             _registered_method=True)
 
     @staticmethod
-    def AddRepository(request,
+    def GetRepository(request,
             target,
             options=(),
             channel_credentials=None,
@@ -187,9 +203,9 @@ class RepositoryService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/branchline.v1.RepositoryService/AddRepository',
-            branchline_dot_v1_dot_repositories__pb2.AddRepositoryRequest.SerializeToString,
-            branchline_dot_v1_dot_repositories__pb2.AddRepositoryResponse.FromString,
+            '/branchline.v1.RepositoryService/GetRepository',
+            branchline_dot_v1_dot_repositories__pb2.GetRepositoryRequest.SerializeToString,
+            branchline_dot_v1_dot_repositories__pb2.GetRepositoryResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -228,7 +244,7 @@ class RepositoryService:
             _registered_method=True)
 
     @staticmethod
-    def GetRepositoryOverview(request,
+    def DeleteRepository(request,
             target,
             options=(),
             channel_credentials=None,
@@ -241,9 +257,36 @@ class RepositoryService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/branchline.v1.RepositoryService/GetRepositoryOverview',
-            branchline_dot_v1_dot_repositories__pb2.GetRepositoryOverviewRequest.SerializeToString,
-            branchline_dot_v1_dot_repositories__pb2.GetRepositoryOverviewResponse.FromString,
+            '/branchline.v1.RepositoryService/DeleteRepository',
+            branchline_dot_v1_dot_repositories__pb2.DeleteRepositoryRequest.SerializeToString,
+            branchline_dot_v1_dot_repositories__pb2.DeleteRepositoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListBranches(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.v1.RepositoryService/ListBranches',
+            branchline_dot_v1_dot_repositories__pb2.ListBranchesRequest.SerializeToString,
+            branchline_dot_v1_dot_repositories__pb2.ListBranchesResponse.FromString,
             options,
             channel_credentials,
             insecure,

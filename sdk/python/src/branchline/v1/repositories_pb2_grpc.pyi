@@ -15,47 +15,45 @@ class RepositoryServiceStub:
     """Repositories of an organization."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
-    DeleteRepository: _aio.UnaryUnaryMultiCallable[_repositories_pb2.DeleteRepositoryRequest, _repositories_pb2.DeleteRepositoryResponse]
-    """Has the repository deleted with its tasks and their sandboxes; the remote is left alone. Needs the role admin.
-    Answers when the deletion is recorded; it takes no commands from then on.
+    CreateRepository: _aio.UnaryUnaryMultiCallable[_repositories_pb2.CreateRepositoryRequest, _repositories_pb2.CreateRepositoryResponse]
+    """Creates a repository from a git URL. The URL is not tried here: a task that cannot clone it ends FAILED with git's
+    words. ALREADY_EXISTS naming the repository that has this URL.
     """
-    AddRepository: _aio.UnaryUnaryMultiCallable[_repositories_pb2.AddRepositoryRequest, _repositories_pb2.AddRepositoryResponse]
-    """Adds a repository by git URL. Needs the role admin. The URL is not tried here: a task that
-    cannot clone it ends in the status error with git's words.
-    ALREADY_EXISTS naming the repository that has this URL.
-    """
+    GetRepository: _aio.UnaryUnaryMultiCallable[_repositories_pb2.GetRepositoryRequest, _repositories_pb2.GetRepositoryResponse]
+    """Reads one repository."""
     ListRepositories: _aio.UnaryUnaryMultiCallable[_repositories_pb2.ListRepositoriesRequest, _repositories_pb2.ListRepositoriesResponse]
     """Lists the organization's repositories, by name."""
-    GetRepositoryOverview: _aio.UnaryUnaryMultiCallable[_repositories_pb2.GetRepositoryOverviewRequest, _repositories_pb2.GetRepositoryOverviewResponse]
-    """Lists the repository's branches with their tasks and pull requests: the default branch first,
-    then branches with tasks, then by name.
+    DeleteRepository: _aio.UnaryUnaryMultiCallable[_repositories_pb2.DeleteRepositoryRequest, _repositories_pb2.DeleteRepositoryResponse]
+    """Has the repository deleted with its tasks and their sandboxes; the remote is left alone. Answers when the deletion is
+    recorded; it takes no commands from then on.
+    """
+    ListBranches: _aio.UnaryUnaryMultiCallable[_repositories_pb2.ListBranchesRequest, _repositories_pb2.ListBranchesResponse]
+    """Lists the repository's branches with their tasks and pull requests: the default branch first, then branches with
+    tasks, then by name.
     """
     SyncGithub: _aio.UnaryUnaryMultiCallable[_repositories_pb2.SyncGithubRequest, _repositories_pb2.SyncGithubResponse]
-    """Reads repositories, branches and open pull requests from GitHub now. Needs the role admin.
-    FAILED_PRECONDITION if the organization has no GitHub login. Progress shows in the GitHub status.
+    """Reads repositories, branches and open pull requests from GitHub now. FAILED_PRECONDITION if the organization has no
+    GitHub login. Progress shows in the GitHub status.
     """
 
 class RepositoryServiceServicer:
     """Repositories of an organization."""
 
-    def DeleteRepository(
+    def CreateRepository(
         self,
-        request: _repositories_pb2.DeleteRepositoryRequest,
-        context: _aio.ServicerContext[_repositories_pb2.DeleteRepositoryRequest, _abc.Awaitable[_repositories_pb2.DeleteRepositoryResponse]],
-    ) -> _abc.Awaitable[_repositories_pb2.DeleteRepositoryResponse]:
-        """Has the repository deleted with its tasks and their sandboxes; the remote is left alone. Needs the role admin.
-        Answers when the deletion is recorded; it takes no commands from then on.
+        request: _repositories_pb2.CreateRepositoryRequest,
+        context: _aio.ServicerContext[_repositories_pb2.CreateRepositoryRequest, _abc.Awaitable[_repositories_pb2.CreateRepositoryResponse]],
+    ) -> _abc.Awaitable[_repositories_pb2.CreateRepositoryResponse]:
+        """Creates a repository from a git URL. The URL is not tried here: a task that cannot clone it ends FAILED with git's
+        words. ALREADY_EXISTS naming the repository that has this URL.
         """
 
-    def AddRepository(
+    def GetRepository(
         self,
-        request: _repositories_pb2.AddRepositoryRequest,
-        context: _aio.ServicerContext[_repositories_pb2.AddRepositoryRequest, _abc.Awaitable[_repositories_pb2.AddRepositoryResponse]],
-    ) -> _abc.Awaitable[_repositories_pb2.AddRepositoryResponse]:
-        """Adds a repository by git URL. Needs the role admin. The URL is not tried here: a task that
-        cannot clone it ends in the status error with git's words.
-        ALREADY_EXISTS naming the repository that has this URL.
-        """
+        request: _repositories_pb2.GetRepositoryRequest,
+        context: _aio.ServicerContext[_repositories_pb2.GetRepositoryRequest, _abc.Awaitable[_repositories_pb2.GetRepositoryResponse]],
+    ) -> _abc.Awaitable[_repositories_pb2.GetRepositoryResponse]:
+        """Reads one repository."""
 
     def ListRepositories(
         self,
@@ -64,13 +62,22 @@ class RepositoryServiceServicer:
     ) -> _abc.Awaitable[_repositories_pb2.ListRepositoriesResponse]:
         """Lists the organization's repositories, by name."""
 
-    def GetRepositoryOverview(
+    def DeleteRepository(
         self,
-        request: _repositories_pb2.GetRepositoryOverviewRequest,
-        context: _aio.ServicerContext[_repositories_pb2.GetRepositoryOverviewRequest, _abc.Awaitable[_repositories_pb2.GetRepositoryOverviewResponse]],
-    ) -> _abc.Awaitable[_repositories_pb2.GetRepositoryOverviewResponse]:
-        """Lists the repository's branches with their tasks and pull requests: the default branch first,
-        then branches with tasks, then by name.
+        request: _repositories_pb2.DeleteRepositoryRequest,
+        context: _aio.ServicerContext[_repositories_pb2.DeleteRepositoryRequest, _abc.Awaitable[_repositories_pb2.DeleteRepositoryResponse]],
+    ) -> _abc.Awaitable[_repositories_pb2.DeleteRepositoryResponse]:
+        """Has the repository deleted with its tasks and their sandboxes; the remote is left alone. Answers when the deletion is
+        recorded; it takes no commands from then on.
+        """
+
+    def ListBranches(
+        self,
+        request: _repositories_pb2.ListBranchesRequest,
+        context: _aio.ServicerContext[_repositories_pb2.ListBranchesRequest, _abc.Awaitable[_repositories_pb2.ListBranchesResponse]],
+    ) -> _abc.Awaitable[_repositories_pb2.ListBranchesResponse]:
+        """Lists the repository's branches with their tasks and pull requests: the default branch first, then branches with
+        tasks, then by name.
         """
 
     def SyncGithub(
@@ -78,8 +85,8 @@ class RepositoryServiceServicer:
         request: _repositories_pb2.SyncGithubRequest,
         context: _aio.ServicerContext[_repositories_pb2.SyncGithubRequest, _abc.Awaitable[_repositories_pb2.SyncGithubResponse]],
     ) -> _abc.Awaitable[_repositories_pb2.SyncGithubResponse]:
-        """Reads repositories, branches and open pull requests from GitHub now. Needs the role admin.
-        FAILED_PRECONDITION if the organization has no GitHub login. Progress shows in the GitHub status.
+        """Reads repositories, branches and open pull requests from GitHub now. FAILED_PRECONDITION if the organization has no
+        GitHub login. Progress shows in the GitHub status.
         """
 
 def add_RepositoryServiceServicer_to_server(servicer: RepositoryServiceServicer, server: _aio.Server) -> None: ...

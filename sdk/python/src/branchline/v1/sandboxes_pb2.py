@@ -22,11 +22,12 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from branchline.v1 import common_pb2 as branchline_dot_v1_dot_common__pb2
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x62ranchline/v1/sandboxes.proto\x12\rbranchline.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xbb\x01\n\x11RunCommandRequest\x12\"\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x06taskId\x12%\n\x07\x63ommand\x18\x02 \x03(\tB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\xe8\x07R\x07\x63ommand\x12&\n\tdirectory\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80 R\tdirectory\x12\x33\n\x0ftimeout_seconds\x18\x04 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\x90\x1c(\x00R\x0etimeoutSeconds\"\x9f\x01\n\x12RunCommandResponse\x12\x1b\n\texit_code\x18\x01 \x01(\x05R\x08\x65xitCode\x12\x16\n\x06stdout\x18\x02 \x01(\tR\x06stdout\x12\x16\n\x06stderr\x18\x03 \x01(\tR\x06stderr\x12\x1b\n\ttimed_out\x18\x04 \x01(\x08R\x08timedOut\x12\x1f\n\x0b\x64uration_ms\x18\x05 \x01(\x03R\ndurationMs\"\xbe\x01\n\x14StreamCommandRequest\x12\"\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x06taskId\x12%\n\x07\x63ommand\x18\x02 \x03(\tB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\xe8\x07R\x07\x63ommand\x12&\n\tdirectory\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80 R\tdirectory\x12\x33\n\x0ftimeout_seconds\x18\x04 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\x90\x1c(\x00R\x0etimeoutSeconds\"\x83\x01\n\x15StreamCommandResponse\x12\x18\n\x06stdout\x18\x01 \x01(\x0cH\x00R\x06stdout\x12\x18\n\x06stderr\x18\x02 \x01(\x0cH\x00R\x06stderr\x12-\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x19.branchline.v1.CommandEndH\x00R\x03\x65ndB\x07\n\x05\x65vent\"g\n\nCommandEnd\x12\x1b\n\texit_code\x18\x01 \x01(\x05R\x08\x65xitCode\x12\x1b\n\ttimed_out\x18\x02 \x01(\x08R\x08timedOut\x12\x1f\n\x0b\x64uration_ms\x18\x03 \x01(\x03R\ndurationMs\"7\n\x11ListAgentsRequest\x12\"\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x06taskId\"F\n\x12ListAgentsResponse\x12\x30\n\x06\x61gents\x18\x01 \x03(\x0b\x32\x18.branchline.v1.AgentInfoR\x06\x61gents\"a\n\tAgentInfo\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n\tinstalled\x18\x02 \x01(\x08R\tinstalled\x12\"\n\x0c\x63\x61pabilities\x18\x03 \x03(\tR\x0c\x63\x61pabilities\"\x98\x01\n\x08\x46ileInfo\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n\tdirectory\x18\x02 \x01(\x08R\tdirectory\x12\x1d\n\nsize_bytes\x18\x03 \x01(\x03R\tsizeBytes\x12;\n\x0bmodify_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nmodifyTime\"T\n\x10ListFilesRequest\x12\"\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x06taskId\x12\x1c\n\x04path\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80 R\x04path\"B\n\x11ListFilesResponse\x12-\n\x05\x66iles\x18\x01 \x03(\x0b\x32\x17.branchline.v1.FileInfoR\x05\x66iles\"U\n\x0fStatFileRequest\x12\"\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x06taskId\x12\x1e\n\x04path\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80 R\x04path\"?\n\x10StatFileResponse\x12+\n\x04\x66ile\x18\x01 \x01(\x0b\x32\x17.branchline.v1.FileInfoR\x04\x66ile\"\x9a\x01\n\x0fMoveFileRequest\x12\"\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x06taskId\x12\x1e\n\x04path\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80 R\x04path\x12%\n\x08new_path\x18\x03 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80 R\x07newPath\x12\x1c\n\toverwrite\x18\x04 \x01(\x08R\toverwrite\"\x12\n\x10MoveFileResponse\"U\n\x0fReadFileRequest\x12\"\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x06taskId\x12\x1e\n\x04path\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80 R\x04path\",\n\x10ReadFileResponse\x12\x18\n\x07\x63ontent\x18\x01 \x01(\x0cR\x07\x63ontent\"{\n\x10WriteFileRequest\x12\"\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x06taskId\x12\x1e\n\x04path\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80 R\x04path\x12#\n\x07\x63ontent\x18\x03 \x01(\x0c\x42\t\xbaH\x06z\x04\x18\x80\x80@R\x07\x63ontent\"\x13\n\x11WriteFileResponse\"W\n\x11\x44\x65leteFileRequest\x12\"\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x06taskId\x12\x1e\n\x04path\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80 R\x04path\"\x14\n\x12\x44\x65leteFileResponse\"\xfb\x02\n\x07Sandbox\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\x17\n\x07task_id\x18\x02 \x01(\tR\x06taskId\x12\x1a\n\x08provider\x18\x03 \x01(\tR\x08provider\x12\x34\n\x06status\x18\x04 \x01(\x0e\x32\x1c.branchline.v1.SandboxStatusR\x06status\x12#\n\rstatus_reason\x18\x05 \x01(\tR\x0cstatusReason\x12;\n\x0bstatus_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nstatusTime\x12\x1c\n\tisolation\x18\x07 \x01(\tR\tisolation\x12;\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12\x1a\n\x08revision\x18\t \x01(\x03R\x08revision\x12\x1c\n\tworkspace\x18\n \x01(\tR\tworkspace*\xda\x01\n\rSandboxStatus\x12\x1e\n\x1aSANDBOX_STATUS_UNSPECIFIED\x10\x00\x12\x1b\n\x17SANDBOX_STATUS_CREATING\x10\x01\x12\x1a\n\x16SANDBOX_STATUS_RUNNING\x10\x02\x12\x19\n\x15SANDBOX_STATUS_PAUSED\x10\x03\x12\x1d\n\x19SANDBOX_STATUS_DESTROYING\x10\x04\x12\x1c\n\x18SANDBOX_STATUS_DESTROYED\x10\x05\x12\x18\n\x14SANDBOX_STATUS_ERROR\x10\x06\x32\xee\x05\n\x0eSandboxService\x12Q\n\nRunCommand\x12 .branchline.v1.RunCommandRequest\x1a!.branchline.v1.RunCommandResponse\x12\\\n\rStreamCommand\x12#.branchline.v1.StreamCommandRequest\x1a$.branchline.v1.StreamCommandResponse0\x01\x12Q\n\nListAgents\x12 .branchline.v1.ListAgentsRequest\x1a!.branchline.v1.ListAgentsResponse\x12N\n\tListFiles\x12\x1f.branchline.v1.ListFilesRequest\x1a .branchline.v1.ListFilesResponse\x12K\n\x08StatFile\x12\x1e.branchline.v1.StatFileRequest\x1a\x1f.branchline.v1.StatFileResponse\x12K\n\x08MoveFile\x12\x1e.branchline.v1.MoveFileRequest\x1a\x1f.branchline.v1.MoveFileResponse\x12K\n\x08ReadFile\x12\x1e.branchline.v1.ReadFileRequest\x1a\x1f.branchline.v1.ReadFileResponse\x12N\n\tWriteFile\x12\x1f.branchline.v1.WriteFileRequest\x1a .branchline.v1.WriteFileResponse\x12Q\n\nDeleteFile\x12 .branchline.v1.DeleteFileRequest\x1a!.branchline.v1.DeleteFileResponseBDZBgithub.com/branchline/branchline/sdk/go/branchline/v1;branchlinev1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x62ranchline/v1/sandboxes.proto\x12\rbranchline.v1\x1a\x1a\x62ranchline/v1/common.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8d\x03\n\x07Sandbox\x12\x17\n\x02id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02(@R\x02id\x12 \n\x07task_id\x18\x02 \x01(\tB\x07\xbaH\x04r\x02(@R\x06taskId\x12#\n\x08provider\x18\x03 \x01(\tB\x07\xbaH\x04r\x02(@R\x08provider\x12\x31\n\x05state\x18\x04 \x01(\x0e\x32\x1b.branchline.v1.SandboxStateR\x05state\x12\x30\n\x07\x66\x61ilure\x18\x05 \x01(\x0b\x32\x16.branchline.v1.FailureR\x07\x66\x61ilure\x12\x39\n\nstate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tstateTime\x12%\n\tisolation\x18\x07 \x01(\tB\x07\xbaH\x04r\x02(@R\tisolation\x12;\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12\x1e\n\x08revision\x18\t \x01(\x03\x42\x02\x30\x01R\x08revision*\xd3\x01\n\x0cSandboxState\x12\x1d\n\x19SANDBOX_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16SANDBOX_STATE_CREATING\x10\x01\x12\x19\n\x15SANDBOX_STATE_RUNNING\x10\x02\x12\x18\n\x14SANDBOX_STATE_PAUSED\x10\x03\x12\x1c\n\x18SANDBOX_STATE_DESTROYING\x10\x04\x12\x1b\n\x17SANDBOX_STATE_DESTROYED\x10\x05\x12\x18\n\x14SANDBOX_STATE_FAILED\x10\x06\x42\x44ZBgithub.com/branchline/branchline/sdk/go/branchline/v1;branchlinev1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,98 +35,18 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'branchline.v1.sandboxes_pb2
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'ZBgithub.com/branchline/branchline/sdk/go/branchline/v1;branchlinev1'
-  _globals['_RUNCOMMANDREQUEST'].fields_by_name['task_id']._loaded_options = None
-  _globals['_RUNCOMMANDREQUEST'].fields_by_name['task_id']._serialized_options = b'\272H\006r\004\020\001\030@'
-  _globals['_RUNCOMMANDREQUEST'].fields_by_name['command']._loaded_options = None
-  _globals['_RUNCOMMANDREQUEST'].fields_by_name['command']._serialized_options = b'\272H\010\222\001\005\010\001\020\350\007'
-  _globals['_RUNCOMMANDREQUEST'].fields_by_name['directory']._loaded_options = None
-  _globals['_RUNCOMMANDREQUEST'].fields_by_name['directory']._serialized_options = b'\272H\005r\003\030\200 '
-  _globals['_RUNCOMMANDREQUEST'].fields_by_name['timeout_seconds']._loaded_options = None
-  _globals['_RUNCOMMANDREQUEST'].fields_by_name['timeout_seconds']._serialized_options = b'\272H\007\032\005\030\220\034(\000'
-  _globals['_STREAMCOMMANDREQUEST'].fields_by_name['task_id']._loaded_options = None
-  _globals['_STREAMCOMMANDREQUEST'].fields_by_name['task_id']._serialized_options = b'\272H\006r\004\020\001\030@'
-  _globals['_STREAMCOMMANDREQUEST'].fields_by_name['command']._loaded_options = None
-  _globals['_STREAMCOMMANDREQUEST'].fields_by_name['command']._serialized_options = b'\272H\010\222\001\005\010\001\020\350\007'
-  _globals['_STREAMCOMMANDREQUEST'].fields_by_name['directory']._loaded_options = None
-  _globals['_STREAMCOMMANDREQUEST'].fields_by_name['directory']._serialized_options = b'\272H\005r\003\030\200 '
-  _globals['_STREAMCOMMANDREQUEST'].fields_by_name['timeout_seconds']._loaded_options = None
-  _globals['_STREAMCOMMANDREQUEST'].fields_by_name['timeout_seconds']._serialized_options = b'\272H\007\032\005\030\220\034(\000'
-  _globals['_LISTAGENTSREQUEST'].fields_by_name['task_id']._loaded_options = None
-  _globals['_LISTAGENTSREQUEST'].fields_by_name['task_id']._serialized_options = b'\272H\006r\004\020\001\030@'
-  _globals['_LISTFILESREQUEST'].fields_by_name['task_id']._loaded_options = None
-  _globals['_LISTFILESREQUEST'].fields_by_name['task_id']._serialized_options = b'\272H\006r\004\020\001\030@'
-  _globals['_LISTFILESREQUEST'].fields_by_name['path']._loaded_options = None
-  _globals['_LISTFILESREQUEST'].fields_by_name['path']._serialized_options = b'\272H\005r\003\030\200 '
-  _globals['_STATFILEREQUEST'].fields_by_name['task_id']._loaded_options = None
-  _globals['_STATFILEREQUEST'].fields_by_name['task_id']._serialized_options = b'\272H\006r\004\020\001\030@'
-  _globals['_STATFILEREQUEST'].fields_by_name['path']._loaded_options = None
-  _globals['_STATFILEREQUEST'].fields_by_name['path']._serialized_options = b'\272H\007r\005\020\001\030\200 '
-  _globals['_MOVEFILEREQUEST'].fields_by_name['task_id']._loaded_options = None
-  _globals['_MOVEFILEREQUEST'].fields_by_name['task_id']._serialized_options = b'\272H\006r\004\020\001\030@'
-  _globals['_MOVEFILEREQUEST'].fields_by_name['path']._loaded_options = None
-  _globals['_MOVEFILEREQUEST'].fields_by_name['path']._serialized_options = b'\272H\007r\005\020\001\030\200 '
-  _globals['_MOVEFILEREQUEST'].fields_by_name['new_path']._loaded_options = None
-  _globals['_MOVEFILEREQUEST'].fields_by_name['new_path']._serialized_options = b'\272H\007r\005\020\001\030\200 '
-  _globals['_READFILEREQUEST'].fields_by_name['task_id']._loaded_options = None
-  _globals['_READFILEREQUEST'].fields_by_name['task_id']._serialized_options = b'\272H\006r\004\020\001\030@'
-  _globals['_READFILEREQUEST'].fields_by_name['path']._loaded_options = None
-  _globals['_READFILEREQUEST'].fields_by_name['path']._serialized_options = b'\272H\007r\005\020\001\030\200 '
-  _globals['_WRITEFILEREQUEST'].fields_by_name['task_id']._loaded_options = None
-  _globals['_WRITEFILEREQUEST'].fields_by_name['task_id']._serialized_options = b'\272H\006r\004\020\001\030@'
-  _globals['_WRITEFILEREQUEST'].fields_by_name['path']._loaded_options = None
-  _globals['_WRITEFILEREQUEST'].fields_by_name['path']._serialized_options = b'\272H\007r\005\020\001\030\200 '
-  _globals['_WRITEFILEREQUEST'].fields_by_name['content']._loaded_options = None
-  _globals['_WRITEFILEREQUEST'].fields_by_name['content']._serialized_options = b'\272H\006z\004\030\200\200@'
-  _globals['_DELETEFILEREQUEST'].fields_by_name['task_id']._loaded_options = None
-  _globals['_DELETEFILEREQUEST'].fields_by_name['task_id']._serialized_options = b'\272H\006r\004\020\001\030@'
-  _globals['_DELETEFILEREQUEST'].fields_by_name['path']._loaded_options = None
-  _globals['_DELETEFILEREQUEST'].fields_by_name['path']._serialized_options = b'\272H\007r\005\020\001\030\200 '
-  _globals['_SANDBOXSTATUS']._serialized_start=2533
-  _globals['_SANDBOXSTATUS']._serialized_end=2751
-  _globals['_RUNCOMMANDREQUEST']._serialized_start=111
-  _globals['_RUNCOMMANDREQUEST']._serialized_end=298
-  _globals['_RUNCOMMANDRESPONSE']._serialized_start=301
-  _globals['_RUNCOMMANDRESPONSE']._serialized_end=460
-  _globals['_STREAMCOMMANDREQUEST']._serialized_start=463
-  _globals['_STREAMCOMMANDREQUEST']._serialized_end=653
-  _globals['_STREAMCOMMANDRESPONSE']._serialized_start=656
-  _globals['_STREAMCOMMANDRESPONSE']._serialized_end=787
-  _globals['_COMMANDEND']._serialized_start=789
-  _globals['_COMMANDEND']._serialized_end=892
-  _globals['_LISTAGENTSREQUEST']._serialized_start=894
-  _globals['_LISTAGENTSREQUEST']._serialized_end=949
-  _globals['_LISTAGENTSRESPONSE']._serialized_start=951
-  _globals['_LISTAGENTSRESPONSE']._serialized_end=1021
-  _globals['_AGENTINFO']._serialized_start=1023
-  _globals['_AGENTINFO']._serialized_end=1120
-  _globals['_FILEINFO']._serialized_start=1123
-  _globals['_FILEINFO']._serialized_end=1275
-  _globals['_LISTFILESREQUEST']._serialized_start=1277
-  _globals['_LISTFILESREQUEST']._serialized_end=1361
-  _globals['_LISTFILESRESPONSE']._serialized_start=1363
-  _globals['_LISTFILESRESPONSE']._serialized_end=1429
-  _globals['_STATFILEREQUEST']._serialized_start=1431
-  _globals['_STATFILEREQUEST']._serialized_end=1516
-  _globals['_STATFILERESPONSE']._serialized_start=1518
-  _globals['_STATFILERESPONSE']._serialized_end=1581
-  _globals['_MOVEFILEREQUEST']._serialized_start=1584
-  _globals['_MOVEFILEREQUEST']._serialized_end=1738
-  _globals['_MOVEFILERESPONSE']._serialized_start=1740
-  _globals['_MOVEFILERESPONSE']._serialized_end=1758
-  _globals['_READFILEREQUEST']._serialized_start=1760
-  _globals['_READFILEREQUEST']._serialized_end=1845
-  _globals['_READFILERESPONSE']._serialized_start=1847
-  _globals['_READFILERESPONSE']._serialized_end=1891
-  _globals['_WRITEFILEREQUEST']._serialized_start=1893
-  _globals['_WRITEFILEREQUEST']._serialized_end=2016
-  _globals['_WRITEFILERESPONSE']._serialized_start=2018
-  _globals['_WRITEFILERESPONSE']._serialized_end=2037
-  _globals['_DELETEFILEREQUEST']._serialized_start=2039
-  _globals['_DELETEFILEREQUEST']._serialized_end=2126
-  _globals['_DELETEFILERESPONSE']._serialized_start=2128
-  _globals['_DELETEFILERESPONSE']._serialized_end=2148
-  _globals['_SANDBOX']._serialized_start=2151
-  _globals['_SANDBOX']._serialized_end=2530
-  _globals['_SANDBOXSERVICE']._serialized_start=2754
-  _globals['_SANDBOXSERVICE']._serialized_end=3504
+  _globals['_SANDBOX'].fields_by_name['id']._loaded_options = None
+  _globals['_SANDBOX'].fields_by_name['id']._serialized_options = b'\272H\004r\002(@'
+  _globals['_SANDBOX'].fields_by_name['task_id']._loaded_options = None
+  _globals['_SANDBOX'].fields_by_name['task_id']._serialized_options = b'\272H\004r\002(@'
+  _globals['_SANDBOX'].fields_by_name['provider']._loaded_options = None
+  _globals['_SANDBOX'].fields_by_name['provider']._serialized_options = b'\272H\004r\002(@'
+  _globals['_SANDBOX'].fields_by_name['isolation']._loaded_options = None
+  _globals['_SANDBOX'].fields_by_name['isolation']._serialized_options = b'\272H\004r\002(@'
+  _globals['_SANDBOX'].fields_by_name['revision']._loaded_options = None
+  _globals['_SANDBOX'].fields_by_name['revision']._serialized_options = b'0\001'
+  _globals['_SANDBOXSTATE']._serialized_start=539
+  _globals['_SANDBOXSTATE']._serialized_end=750
+  _globals['_SANDBOX']._serialized_start=139
+  _globals['_SANDBOX']._serialized_end=536
 # @@protoc_insertion_point(module_scope)

@@ -3,11 +3,10 @@
 isort:skip_file
 """
 
-from collections import abc as _abc
+from branchline.v1 import common_pb2 as _common_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
-from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
@@ -20,622 +19,45 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class _SandboxStatus:
+class _SandboxState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
 
-class _SandboxStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SandboxStatus.ValueType], _builtins.type):
+class _SandboxStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SandboxState.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
-    SANDBOX_STATUS_UNSPECIFIED: _SandboxStatus.ValueType  # 0
+    SANDBOX_STATE_UNSPECIFIED: _SandboxState.ValueType  # 0
     """Not set."""
-    SANDBOX_STATUS_CREATING: _SandboxStatus.ValueType  # 1
+    SANDBOX_STATE_CREATING: _SandboxState.ValueType  # 1
     """Being created."""
-    SANDBOX_STATUS_RUNNING: _SandboxStatus.ValueType  # 2
+    SANDBOX_STATE_RUNNING: _SandboxState.ValueType  # 2
     """Running and reachable."""
-    SANDBOX_STATUS_PAUSED: _SandboxStatus.ValueType  # 3
+    SANDBOX_STATE_PAUSED: _SandboxState.ValueType  # 3
     """Stopped with its files kept."""
-    SANDBOX_STATUS_DESTROYING: _SandboxStatus.ValueType  # 4
+    SANDBOX_STATE_DESTROYING: _SandboxState.ValueType  # 4
     """Being destroyed."""
-    SANDBOX_STATUS_DESTROYED: _SandboxStatus.ValueType  # 5
+    SANDBOX_STATE_DESTROYED: _SandboxState.ValueType  # 5
     """Gone."""
-    SANDBOX_STATUS_ERROR: _SandboxStatus.ValueType  # 6
-    """Its creation or its machine failed; the reason says how."""
+    SANDBOX_STATE_FAILED: _SandboxState.ValueType  # 6
+    """Its creation or its machine failed; the failure says how."""
 
-class SandboxStatus(_SandboxStatus, metaclass=_SandboxStatusEnumTypeWrapper):
+class SandboxState(_SandboxState, metaclass=_SandboxStateEnumTypeWrapper):
     """Where a sandbox stands."""
 
-SANDBOX_STATUS_UNSPECIFIED: SandboxStatus.ValueType  # 0
+SANDBOX_STATE_UNSPECIFIED: SandboxState.ValueType  # 0
 """Not set."""
-SANDBOX_STATUS_CREATING: SandboxStatus.ValueType  # 1
+SANDBOX_STATE_CREATING: SandboxState.ValueType  # 1
 """Being created."""
-SANDBOX_STATUS_RUNNING: SandboxStatus.ValueType  # 2
+SANDBOX_STATE_RUNNING: SandboxState.ValueType  # 2
 """Running and reachable."""
-SANDBOX_STATUS_PAUSED: SandboxStatus.ValueType  # 3
+SANDBOX_STATE_PAUSED: SandboxState.ValueType  # 3
 """Stopped with its files kept."""
-SANDBOX_STATUS_DESTROYING: SandboxStatus.ValueType  # 4
+SANDBOX_STATE_DESTROYING: SandboxState.ValueType  # 4
 """Being destroyed."""
-SANDBOX_STATUS_DESTROYED: SandboxStatus.ValueType  # 5
+SANDBOX_STATE_DESTROYED: SandboxState.ValueType  # 5
 """Gone."""
-SANDBOX_STATUS_ERROR: SandboxStatus.ValueType  # 6
-"""Its creation or its machine failed; the reason says how."""
-Global___SandboxStatus: _TypeAlias = SandboxStatus  # noqa: Y015
-
-@_typing.final
-class RunCommandRequest(_message.Message):
-    """See SandboxService.RunCommand."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TASK_ID_FIELD_NUMBER: _builtins.int
-    COMMAND_FIELD_NUMBER: _builtins.int
-    DIRECTORY_FIELD_NUMBER: _builtins.int
-    TIMEOUT_SECONDS_FIELD_NUMBER: _builtins.int
-    task_id: _builtins.str
-    """The task."""
-    directory: _builtins.str
-    """Directory relative to the working tree; empty means its root."""
-    timeout_seconds: _builtins.int
-    """Time after which it is killed, in seconds, at most 3600; 0 means 60."""
-    @_builtins.property
-    def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The program and its arguments; no shell is put between."""
-
-    def __init__(
-        self,
-        *,
-        task_id: _builtins.str = ...,
-        command: _abc.Iterable[_builtins.str] | None = ...,
-        directory: _builtins.str = ...,
-        timeout_seconds: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "directory", b"directory", "task_id", b"task_id", "timeout_seconds", b"timeout_seconds"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___RunCommandRequest: _TypeAlias = RunCommandRequest  # noqa: Y015
-
-@_typing.final
-class RunCommandResponse(_message.Message):
-    """See SandboxService.RunCommand."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    EXIT_CODE_FIELD_NUMBER: _builtins.int
-    STDOUT_FIELD_NUMBER: _builtins.int
-    STDERR_FIELD_NUMBER: _builtins.int
-    TIMED_OUT_FIELD_NUMBER: _builtins.int
-    DURATION_MS_FIELD_NUMBER: _builtins.int
-    exit_code: _builtins.int
-    """Exit code; -1 if it was killed."""
-    stdout: _builtins.str
-    """Its standard output; the last MiB of what is longer."""
-    stderr: _builtins.str
-    """Its standard error; the last MiB of what is longer."""
-    timed_out: _builtins.bool
-    """Whether it was killed by the timeout."""
-    duration_ms: _builtins.int
-    """How long it ran, in milliseconds."""
-    def __init__(
-        self,
-        *,
-        exit_code: _builtins.int = ...,
-        stdout: _builtins.str = ...,
-        stderr: _builtins.str = ...,
-        timed_out: _builtins.bool = ...,
-        duration_ms: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration_ms", b"duration_ms", "exit_code", b"exit_code", "stderr", b"stderr", "stdout", b"stdout", "timed_out", b"timed_out"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___RunCommandResponse: _TypeAlias = RunCommandResponse  # noqa: Y015
-
-@_typing.final
-class StreamCommandRequest(_message.Message):
-    """See SandboxService.StreamCommand."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TASK_ID_FIELD_NUMBER: _builtins.int
-    COMMAND_FIELD_NUMBER: _builtins.int
-    DIRECTORY_FIELD_NUMBER: _builtins.int
-    TIMEOUT_SECONDS_FIELD_NUMBER: _builtins.int
-    task_id: _builtins.str
-    """The task."""
-    directory: _builtins.str
-    """Directory relative to the working tree; empty means its root."""
-    timeout_seconds: _builtins.int
-    """Time after which it is killed, in seconds, at most 3600; 0 means 60."""
-    @_builtins.property
-    def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The program and its arguments; no shell is put between."""
-
-    def __init__(
-        self,
-        *,
-        task_id: _builtins.str = ...,
-        command: _abc.Iterable[_builtins.str] | None = ...,
-        directory: _builtins.str = ...,
-        timeout_seconds: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "directory", b"directory", "task_id", b"task_id", "timeout_seconds", b"timeout_seconds"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___StreamCommandRequest: _TypeAlias = StreamCommandRequest  # noqa: Y015
-
-@_typing.final
-class StreamCommandResponse(_message.Message):
-    """See SandboxService.StreamCommand."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    STDOUT_FIELD_NUMBER: _builtins.int
-    STDERR_FIELD_NUMBER: _builtins.int
-    END_FIELD_NUMBER: _builtins.int
-    stdout: _builtins.bytes
-    """A piece of standard output."""
-    stderr: _builtins.bytes
-    """A piece of standard error."""
-    @_builtins.property
-    def end(self) -> Global___CommandEnd:
-        """The end; nothing follows."""
-
-    def __init__(
-        self,
-        *,
-        stdout: _builtins.bytes = ...,
-        stderr: _builtins.bytes = ...,
-        end: Global___CommandEnd | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "event", b"event", "stderr", b"stderr", "stdout", b"stdout"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "event", b"event", "stderr", b"stderr", "stdout", b"stdout"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["stdout", "stderr", "end"]  # noqa: Y015
-    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
-
-Global___StreamCommandResponse: _TypeAlias = StreamCommandResponse  # noqa: Y015
-
-@_typing.final
-class CommandEnd(_message.Message):
-    """How a command ended."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    EXIT_CODE_FIELD_NUMBER: _builtins.int
-    TIMED_OUT_FIELD_NUMBER: _builtins.int
-    DURATION_MS_FIELD_NUMBER: _builtins.int
-    exit_code: _builtins.int
-    """Exit code; -1 if it was killed."""
-    timed_out: _builtins.bool
-    """Whether it was killed by the timeout."""
-    duration_ms: _builtins.int
-    """How long it ran, in milliseconds."""
-    def __init__(
-        self,
-        *,
-        exit_code: _builtins.int = ...,
-        timed_out: _builtins.bool = ...,
-        duration_ms: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration_ms", b"duration_ms", "exit_code", b"exit_code", "timed_out", b"timed_out"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___CommandEnd: _TypeAlias = CommandEnd  # noqa: Y015
-
-@_typing.final
-class ListAgentsRequest(_message.Message):
-    """See SandboxService.ListAgents."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TASK_ID_FIELD_NUMBER: _builtins.int
-    task_id: _builtins.str
-    """The task."""
-    def __init__(
-        self,
-        *,
-        task_id: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["task_id", b"task_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ListAgentsRequest: _TypeAlias = ListAgentsRequest  # noqa: Y015
-
-@_typing.final
-class ListAgentsResponse(_message.Message):
-    """See SandboxService.ListAgents."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    AGENTS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def agents(self) -> _containers.RepeatedCompositeFieldContainer[Global___AgentInfo]:
-        """The agents."""
-
-    def __init__(
-        self,
-        *,
-        agents: _abc.Iterable[Global___AgentInfo] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agents", b"agents"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ListAgentsResponse: _TypeAlias = ListAgentsResponse  # noqa: Y015
-
-@_typing.final
-class AgentInfo(_message.Message):
-    """An agent that a sandbox knows."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    NAME_FIELD_NUMBER: _builtins.int
-    INSTALLED_FIELD_NUMBER: _builtins.int
-    CAPABILITIES_FIELD_NUMBER: _builtins.int
-    name: _builtins.str
-    """Its name, as sessions take it."""
-    installed: _builtins.bool
-    """Whether it is in the sandbox already; one that is not is installed on its first session."""
-    @_builtins.property
-    def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What it can do, in the words of sandbox-agent, such as "permissions" or "streamingDeltas"."""
-
-    def __init__(
-        self,
-        *,
-        name: _builtins.str = ...,
-        installed: _builtins.bool = ...,
-        capabilities: _abc.Iterable[_builtins.str] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "installed", b"installed", "name", b"name"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___AgentInfo: _TypeAlias = AgentInfo  # noqa: Y015
-
-@_typing.final
-class FileInfo(_message.Message):
-    """A file or directory in a sandbox."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    NAME_FIELD_NUMBER: _builtins.int
-    DIRECTORY_FIELD_NUMBER: _builtins.int
-    SIZE_BYTES_FIELD_NUMBER: _builtins.int
-    MODIFY_TIME_FIELD_NUMBER: _builtins.int
-    name: _builtins.str
-    """Name within its directory."""
-    directory: _builtins.bool
-    """Whether it is a directory."""
-    size_bytes: _builtins.int
-    """Size in bytes."""
-    @_builtins.property
-    def modify_time(self) -> _timestamp_pb2.Timestamp:
-        """When it last changed."""
-
-    def __init__(
-        self,
-        *,
-        name: _builtins.str = ...,
-        directory: _builtins.bool = ...,
-        size_bytes: _builtins.int = ...,
-        modify_time: _timestamp_pb2.Timestamp | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["modify_time", b"modify_time"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["directory", b"directory", "modify_time", b"modify_time", "name", b"name", "size_bytes", b"size_bytes"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___FileInfo: _TypeAlias = FileInfo  # noqa: Y015
-
-@_typing.final
-class ListFilesRequest(_message.Message):
-    """See SandboxService.ListFiles."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TASK_ID_FIELD_NUMBER: _builtins.int
-    PATH_FIELD_NUMBER: _builtins.int
-    task_id: _builtins.str
-    """The task."""
-    path: _builtins.str
-    """Directory relative to the working tree; empty means its root."""
-    def __init__(
-        self,
-        *,
-        task_id: _builtins.str = ...,
-        path: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path", "task_id", b"task_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ListFilesRequest: _TypeAlias = ListFilesRequest  # noqa: Y015
-
-@_typing.final
-class ListFilesResponse(_message.Message):
-    """See SandboxService.ListFiles."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    FILES_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___FileInfo]:
-        """What it holds, by name."""
-
-    def __init__(
-        self,
-        *,
-        files: _abc.Iterable[Global___FileInfo] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ListFilesResponse: _TypeAlias = ListFilesResponse  # noqa: Y015
-
-@_typing.final
-class StatFileRequest(_message.Message):
-    """See SandboxService.StatFile."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TASK_ID_FIELD_NUMBER: _builtins.int
-    PATH_FIELD_NUMBER: _builtins.int
-    task_id: _builtins.str
-    """The task."""
-    path: _builtins.str
-    """Path relative to the working tree."""
-    def __init__(
-        self,
-        *,
-        task_id: _builtins.str = ...,
-        path: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path", "task_id", b"task_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___StatFileRequest: _TypeAlias = StatFileRequest  # noqa: Y015
-
-@_typing.final
-class StatFileResponse(_message.Message):
-    """See SandboxService.StatFile."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    FILE_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def file(self) -> Global___FileInfo:
-        """The file or directory."""
-
-    def __init__(
-        self,
-        *,
-        file: Global___FileInfo | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["file", b"file"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___StatFileResponse: _TypeAlias = StatFileResponse  # noqa: Y015
-
-@_typing.final
-class MoveFileRequest(_message.Message):
-    """See SandboxService.MoveFile."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TASK_ID_FIELD_NUMBER: _builtins.int
-    PATH_FIELD_NUMBER: _builtins.int
-    NEW_PATH_FIELD_NUMBER: _builtins.int
-    OVERWRITE_FIELD_NUMBER: _builtins.int
-    task_id: _builtins.str
-    """The task."""
-    path: _builtins.str
-    """Path relative to the working tree."""
-    new_path: _builtins.str
-    """Path relative to the working tree that it has afterwards."""
-    overwrite: _builtins.bool
-    """Whether what has that path is replaced."""
-    def __init__(
-        self,
-        *,
-        task_id: _builtins.str = ...,
-        path: _builtins.str = ...,
-        new_path: _builtins.str = ...,
-        overwrite: _builtins.bool = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["new_path", b"new_path", "overwrite", b"overwrite", "path", b"path", "task_id", b"task_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___MoveFileRequest: _TypeAlias = MoveFileRequest  # noqa: Y015
-
-@_typing.final
-class MoveFileResponse(_message.Message):
-    """See SandboxService.MoveFile."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    def __init__(
-        self,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___MoveFileResponse: _TypeAlias = MoveFileResponse  # noqa: Y015
-
-@_typing.final
-class ReadFileRequest(_message.Message):
-    """See SandboxService.ReadFile."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TASK_ID_FIELD_NUMBER: _builtins.int
-    PATH_FIELD_NUMBER: _builtins.int
-    task_id: _builtins.str
-    """The task."""
-    path: _builtins.str
-    """Path relative to the working tree."""
-    def __init__(
-        self,
-        *,
-        task_id: _builtins.str = ...,
-        path: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path", "task_id", b"task_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ReadFileRequest: _TypeAlias = ReadFileRequest  # noqa: Y015
-
-@_typing.final
-class ReadFileResponse(_message.Message):
-    """See SandboxService.ReadFile."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    CONTENT_FIELD_NUMBER: _builtins.int
-    content: _builtins.bytes
-    """Its bytes."""
-    def __init__(
-        self,
-        *,
-        content: _builtins.bytes = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ReadFileResponse: _TypeAlias = ReadFileResponse  # noqa: Y015
-
-@_typing.final
-class WriteFileRequest(_message.Message):
-    """See SandboxService.WriteFile."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TASK_ID_FIELD_NUMBER: _builtins.int
-    PATH_FIELD_NUMBER: _builtins.int
-    CONTENT_FIELD_NUMBER: _builtins.int
-    task_id: _builtins.str
-    """The task."""
-    path: _builtins.str
-    """Path relative to the working tree."""
-    content: _builtins.bytes
-    """Its bytes."""
-    def __init__(
-        self,
-        *,
-        task_id: _builtins.str = ...,
-        path: _builtins.str = ...,
-        content: _builtins.bytes = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "path", b"path", "task_id", b"task_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___WriteFileRequest: _TypeAlias = WriteFileRequest  # noqa: Y015
-
-@_typing.final
-class WriteFileResponse(_message.Message):
-    """See SandboxService.WriteFile."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    def __init__(
-        self,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___WriteFileResponse: _TypeAlias = WriteFileResponse  # noqa: Y015
-
-@_typing.final
-class DeleteFileRequest(_message.Message):
-    """See SandboxService.DeleteFile."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TASK_ID_FIELD_NUMBER: _builtins.int
-    PATH_FIELD_NUMBER: _builtins.int
-    task_id: _builtins.str
-    """The task."""
-    path: _builtins.str
-    """Path relative to the working tree."""
-    def __init__(
-        self,
-        *,
-        task_id: _builtins.str = ...,
-        path: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path", "task_id", b"task_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___DeleteFileRequest: _TypeAlias = DeleteFileRequest  # noqa: Y015
-
-@_typing.final
-class DeleteFileResponse(_message.Message):
-    """See SandboxService.DeleteFile."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    def __init__(
-        self,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___DeleteFileResponse: _TypeAlias = DeleteFileResponse  # noqa: Y015
+SANDBOX_STATE_FAILED: SandboxState.ValueType  # 6
+"""Its creation or its machine failed; the failure says how."""
+Global___SandboxState: _TypeAlias = SandboxState  # noqa: Y015
 
 @_typing.final
 class Sandbox(_message.Message):
@@ -646,31 +68,30 @@ class Sandbox(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     TASK_ID_FIELD_NUMBER: _builtins.int
     PROVIDER_FIELD_NUMBER: _builtins.int
-    STATUS_FIELD_NUMBER: _builtins.int
-    STATUS_REASON_FIELD_NUMBER: _builtins.int
-    STATUS_TIME_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    STATE_TIME_FIELD_NUMBER: _builtins.int
     ISOLATION_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
-    WORKSPACE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Id with the prefix "sbx_"."""
     task_id: _builtins.str
     """The task it belongs to."""
     provider: _builtins.str
     """The provider that made it, such as "local"."""
-    status: Global___SandboxStatus.ValueType
+    state: Global___SandboxState.ValueType
     """Where it stands."""
-    status_reason: _builtins.str
-    """Why it stands there, in words."""
     isolation: _builtins.str
     """How it is kept apart from the host, such as "bubblewrap" or "none"."""
     revision: _builtins.int
     """Number of its state; grows with every change."""
-    workspace: _builtins.str
-    """Directory of the repository's working tree inside the sandbox."""
     @_builtins.property
-    def status_time(self) -> _timestamp_pb2.Timestamp:
+    def failure(self) -> _common_pb2.Failure:
+        """Why it failed; set where it is FAILED, or DESTROYED against anybody's will."""
+
+    @_builtins.property
+    def state_time(self) -> _timestamp_pb2.Timestamp:
         """Since when it stands there."""
 
     @_builtins.property
@@ -683,17 +104,16 @@ class Sandbox(_message.Message):
         id: _builtins.str = ...,
         task_id: _builtins.str = ...,
         provider: _builtins.str = ...,
-        status: Global___SandboxStatus.ValueType = ...,
-        status_reason: _builtins.str = ...,
-        status_time: _timestamp_pb2.Timestamp | None = ...,
+        state: Global___SandboxState.ValueType = ...,
+        failure: _common_pb2.Failure | None = ...,
+        state_time: _timestamp_pb2.Timestamp | None = ...,
         isolation: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         revision: _builtins.int = ...,
-        workspace: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "status_time", b"status_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "failure", b"failure", "state_time", b"state_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "id", b"id", "isolation", b"isolation", "provider", b"provider", "revision", b"revision", "status", b"status", "status_reason", b"status_reason", "status_time", b"status_time", "task_id", b"task_id", "workspace", b"workspace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "failure", b"failure", "id", b"id", "isolation", b"isolation", "provider", b"provider", "revision", b"revision", "state", b"state", "state_time", b"state_time", "task_id", b"task_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

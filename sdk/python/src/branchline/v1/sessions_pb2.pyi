@@ -3,8 +3,12 @@
 isort:skip_file
 """
 
+from branchline.v1 import agents_pb2 as _agents_pb2
+from branchline.v1 import common_pb2 as _common_pb2
+from branchline.v1 import transcripts_pb2 as _transcripts_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -20,93 +24,289 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class _SessionStatus:
+class _SessionState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
 
-class _SessionStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SessionStatus.ValueType], _builtins.type):
+class _SessionStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SessionState.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
-    SESSION_STATUS_UNSPECIFIED: _SessionStatus.ValueType  # 0
+    SESSION_STATE_UNSPECIFIED: _SessionState.ValueType  # 0
     """Not set."""
-    SESSION_STATUS_PENDING: _SessionStatus.ValueType  # 1
-    """Recorded; the agent has not been started."""
-    SESSION_STATUS_IDLE: _SessionStatus.ValueType  # 2
-    """The agent is started and takes messages."""
-    SESSION_STATUS_RUNNING: _SessionStatus.ValueType  # 3
+    SESSION_STATE_PENDING: _SessionState.ValueType  # 1
+    """Recorded; the agent has not been started. A message that is sent meanwhile is given to it behind that."""
+    SESSION_STATE_IDLE: _SessionState.ValueType  # 2
+    """The agent is started, or will be with the next message."""
+    SESSION_STATE_RUNNING: _SessionState.ValueType  # 3
     """The agent works on a message."""
-    SESSION_STATUS_WAITING: _SessionStatus.ValueType  # 4
+    SESSION_STATE_WAITING: _SessionState.ValueType  # 4
     """The agent asked something and waits for an answer."""
-    SESSION_STATUS_ERROR: _SessionStatus.ValueType  # 5
-    """The agent or its start failed; a new message starts it afresh."""
-    SESSION_STATUS_CLOSED: _SessionStatus.ValueType  # 6
+    SESSION_STATE_FAILED: _SessionState.ValueType  # 5
+    """The agent or its start failed; a new message, or RetryTurn, starts it afresh."""
+    SESSION_STATE_CLOSED: _SessionState.ValueType  # 6
     """Closed by a member."""
 
-class SessionStatus(_SessionStatus, metaclass=_SessionStatusEnumTypeWrapper):
+class SessionState(_SessionState, metaclass=_SessionStateEnumTypeWrapper):
     """Where a session stands."""
 
-SESSION_STATUS_UNSPECIFIED: SessionStatus.ValueType  # 0
+SESSION_STATE_UNSPECIFIED: SessionState.ValueType  # 0
 """Not set."""
-SESSION_STATUS_PENDING: SessionStatus.ValueType  # 1
-"""Recorded; the agent has not been started."""
-SESSION_STATUS_IDLE: SessionStatus.ValueType  # 2
-"""The agent is started and takes messages."""
-SESSION_STATUS_RUNNING: SessionStatus.ValueType  # 3
+SESSION_STATE_PENDING: SessionState.ValueType  # 1
+"""Recorded; the agent has not been started. A message that is sent meanwhile is given to it behind that."""
+SESSION_STATE_IDLE: SessionState.ValueType  # 2
+"""The agent is started, or will be with the next message."""
+SESSION_STATE_RUNNING: SessionState.ValueType  # 3
 """The agent works on a message."""
-SESSION_STATUS_WAITING: SessionStatus.ValueType  # 4
+SESSION_STATE_WAITING: SessionState.ValueType  # 4
 """The agent asked something and waits for an answer."""
-SESSION_STATUS_ERROR: SessionStatus.ValueType  # 5
-"""The agent or its start failed; a new message starts it afresh."""
-SESSION_STATUS_CLOSED: SessionStatus.ValueType  # 6
+SESSION_STATE_FAILED: SessionState.ValueType  # 5
+"""The agent or its start failed; a new message, or RetryTurn, starts it afresh."""
+SESSION_STATE_CLOSED: SessionState.ValueType  # 6
 """Closed by a member."""
-Global___SessionStatus: _TypeAlias = SessionStatus  # noqa: Y015
+Global___SessionState: _TypeAlias = SessionState  # noqa: Y015
 
-class _TranscriptEntryKind:
+class _WhenBusy:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
 
-class _TranscriptEntryKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TranscriptEntryKind.ValueType], _builtins.type):
+class _WhenBusyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WhenBusy.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
-    TRANSCRIPT_ENTRY_KIND_UNSPECIFIED: _TranscriptEntryKind.ValueType  # 0
-    """Not set."""
-    TRANSCRIPT_ENTRY_KIND_USER_MESSAGE: _TranscriptEntryKind.ValueType  # 1
-    """A member's message to the agent."""
-    TRANSCRIPT_ENTRY_KIND_AGENT_MESSAGE: _TranscriptEntryKind.ValueType  # 2
-    """Text from the agent."""
-    TRANSCRIPT_ENTRY_KIND_REASONING: _TranscriptEntryKind.ValueType  # 3
-    """The agent's reasoning."""
-    TRANSCRIPT_ENTRY_KIND_TOOL_CALL: _TranscriptEntryKind.ValueType  # 4
-    """A tool call with its state and result."""
-    TRANSCRIPT_ENTRY_KIND_PLAN: _TranscriptEntryKind.ValueType  # 5
-    """The agent's plan."""
-    TRANSCRIPT_ENTRY_KIND_PERMISSION: _TranscriptEntryKind.ValueType  # 6
-    """The agent asks for permission."""
-    TRANSCRIPT_ENTRY_KIND_STATUS: _TranscriptEntryKind.ValueType  # 7
-    """A change of the session's state, such as the end of a turn."""
-    TRANSCRIPT_ENTRY_KIND_ERROR: _TranscriptEntryKind.ValueType  # 8
-    """Something failed."""
+    WHEN_BUSY_UNSPECIFIED: _WhenBusy.ValueType  # 0
+    """As REFUSE."""
+    WHEN_BUSY_REFUSE: _WhenBusy.ValueType  # 1
+    """FAILED_PRECONDITION, SESSION_WORKING."""
+    WHEN_BUSY_QUEUE: _WhenBusy.ValueType  # 2
+    """It waits, and is sent when its turn comes."""
+    WHEN_BUSY_INTERRUPT: _WhenBusy.ValueType  # 3
+    """The running turn is cancelled, and it is sent next; after those that interrupted it before and still wait."""
 
-class TranscriptEntryKind(_TranscriptEntryKind, metaclass=_TranscriptEntryKindEnumTypeWrapper):
-    """What a transcript entry is."""
+class WhenBusy(_WhenBusy, metaclass=_WhenBusyEnumTypeWrapper):
+    """What becomes of a message while an agent of the task works."""
 
-TRANSCRIPT_ENTRY_KIND_UNSPECIFIED: TranscriptEntryKind.ValueType  # 0
-"""Not set."""
-TRANSCRIPT_ENTRY_KIND_USER_MESSAGE: TranscriptEntryKind.ValueType  # 1
-"""A member's message to the agent."""
-TRANSCRIPT_ENTRY_KIND_AGENT_MESSAGE: TranscriptEntryKind.ValueType  # 2
-"""Text from the agent."""
-TRANSCRIPT_ENTRY_KIND_REASONING: TranscriptEntryKind.ValueType  # 3
-"""The agent's reasoning."""
-TRANSCRIPT_ENTRY_KIND_TOOL_CALL: TranscriptEntryKind.ValueType  # 4
-"""A tool call with its state and result."""
-TRANSCRIPT_ENTRY_KIND_PLAN: TranscriptEntryKind.ValueType  # 5
-"""The agent's plan."""
-TRANSCRIPT_ENTRY_KIND_PERMISSION: TranscriptEntryKind.ValueType  # 6
-"""The agent asks for permission."""
-TRANSCRIPT_ENTRY_KIND_STATUS: TranscriptEntryKind.ValueType  # 7
-"""A change of the session's state, such as the end of a turn."""
-TRANSCRIPT_ENTRY_KIND_ERROR: TranscriptEntryKind.ValueType  # 8
-"""Something failed."""
-Global___TranscriptEntryKind: _TypeAlias = TranscriptEntryKind  # noqa: Y015
+WHEN_BUSY_UNSPECIFIED: WhenBusy.ValueType  # 0
+"""As REFUSE."""
+WHEN_BUSY_REFUSE: WhenBusy.ValueType  # 1
+"""FAILED_PRECONDITION, SESSION_WORKING."""
+WHEN_BUSY_QUEUE: WhenBusy.ValueType  # 2
+"""It waits, and is sent when its turn comes."""
+WHEN_BUSY_INTERRUPT: WhenBusy.ValueType  # 3
+"""The running turn is cancelled, and it is sent next; after those that interrupted it before and still wait."""
+Global___WhenBusy: _TypeAlias = WhenBusy  # noqa: Y015
+
+@_typing.final
+class SessionSummary(_message.Message):
+    """A session as the sidebar shows it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    AGENT_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Id with the prefix "ses_"."""
+    display_name: _builtins.str
+    """Name shown to people."""
+    state: Global___SessionState.ValueType
+    """Where it stands."""
+    agent: _builtins.str
+    """The agent, such as "claude"."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        display_name: _builtins.str = ...,
+        state: Global___SessionState.ValueType = ...,
+        agent: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "display_name", b"display_name", "id", b"id", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SessionSummary: _TypeAlias = SessionSummary  # noqa: Y015
+
+@_typing.final
+class Session(_message.Message):
+    """A conversation with an agent."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    AGENT_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    STATE_TIME_FIELD_NUMBER: _builtins.int
+    TURN_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    MODELS_FIELD_NUMBER: _builtins.int
+    MODES_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Id with the prefix "ses_"."""
+    task_id: _builtins.str
+    """The task it belongs to."""
+    display_name: _builtins.str
+    """Name shown to people, "Session 1" by default."""
+    agent: _builtins.str
+    """The agent, such as "claude"."""
+    model: _builtins.str
+    """The model; empty means the agent's default."""
+    mode: _builtins.str
+    """The mode; empty means the agent's default."""
+    state: Global___SessionState.ValueType
+    """Where it stands."""
+    turn: _builtins.int
+    """Turns begun so far; each message to the agent begins one."""
+    revision: _builtins.int
+    """Number of its state; grows with every change."""
+    etag: _builtins.str
+    """Changes with what UpdateSession can change, and only then."""
+    @_builtins.property
+    def failure(self) -> _common_pb2.Failure:
+        """Why it failed; set where it is FAILED."""
+
+    @_builtins.property
+    def state_time(self) -> _timestamp_pb2.Timestamp:
+        """Since when it stands there; for a running session, when the turn began."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was created."""
+
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[_agents_pb2.AgentModel]:
+        """Models that the agent offers, as it listed them in this session."""
+
+    @_builtins.property
+    def modes(self) -> _containers.RepeatedCompositeFieldContainer[_agents_pb2.AgentMode]:
+        """Modes that the agent offers, as it listed them in this session."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        task_id: _builtins.str = ...,
+        display_name: _builtins.str = ...,
+        agent: _builtins.str = ...,
+        model: _builtins.str = ...,
+        mode: _builtins.str = ...,
+        state: Global___SessionState.ValueType = ...,
+        failure: _common_pb2.Failure | None = ...,
+        state_time: _timestamp_pb2.Timestamp | None = ...,
+        turn: _builtins.int = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        revision: _builtins.int = ...,
+        etag: _builtins.str = ...,
+        models: _abc.Iterable[_agents_pb2.AgentModel] | None = ...,
+        modes: _abc.Iterable[_agents_pb2.AgentMode] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "failure", b"failure", "state_time", b"state_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "create_time", b"create_time", "display_name", b"display_name", "etag", b"etag", "failure", b"failure", "id", b"id", "mode", b"mode", "model", b"model", "models", b"models", "modes", b"modes", "revision", b"revision", "state", b"state", "state_time", b"state_time", "task_id", b"task_id", "turn", b"turn"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Session: _TypeAlias = Session  # noqa: Y015
+
+@_typing.final
+class QueuedMessage(_message.Message):
+    """A message that waits. It becomes a transcript entry, with a position, when it is sent."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    AUTHOR_FIELD_NUMBER: _builtins.int
+    PLACE_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    INTERRUPTS_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Id with the prefix "msg_"."""
+    task_id: _builtins.str
+    """The task."""
+    session_id: _builtins.str
+    """The session."""
+    place: _builtins.int
+    """Place among the messages of the task that wait, counted from 1."""
+    etag: _builtins.str
+    """Changes with its prompt, and only then: its place also changes as other messages are sent."""
+    revision: _builtins.int
+    """Number of its state; grows with every change."""
+    interrupts: _builtins.bool
+    """Whether it was sent to interrupt: it waits before those that were not, and behind those that were."""
+    @_builtins.property
+    def prompt(self) -> _common_pb2.Prompt:
+        """What will be said."""
+
+    @_builtins.property
+    def author(self) -> _common_pb2.Actor:
+        """Who wrote it."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was queued."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        task_id: _builtins.str = ...,
+        session_id: _builtins.str = ...,
+        prompt: _common_pb2.Prompt | None = ...,
+        author: _common_pb2.Actor | None = ...,
+        place: _builtins.int = ...,
+        etag: _builtins.str = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        revision: _builtins.int = ...,
+        interrupts: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["author", b"author", "create_time", b"create_time", "prompt", b"prompt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["author", b"author", "create_time", b"create_time", "etag", b"etag", "id", b"id", "interrupts", b"interrupts", "place", b"place", "prompt", b"prompt", "revision", b"revision", "session_id", b"session_id", "task_id", b"task_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueuedMessage: _TypeAlias = QueuedMessage  # noqa: Y015
+
+@_typing.final
+class SessionOptions(_message.Message):
+    """How a session is opened."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AGENT_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    agent: _builtins.str
+    """Agent; empty follows the task's first session, for that the user, then the organization."""
+    model: _builtins.str
+    """Model; empty follows, in a task's first session, the user, then the organization; else it is the agent's own."""
+    mode: _builtins.str
+    """Mode; empty leaves it to the agent."""
+    def __init__(
+        self,
+        *,
+        agent: _builtins.str = ...,
+        model: _builtins.str = ...,
+        mode: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "mode", b"mode", "model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SessionOptions: _TypeAlias = SessionOptions  # noqa: Y015
 
 @_typing.final
 class CreateSessionRequest(_message.Message):
@@ -116,31 +316,29 @@ class CreateSessionRequest(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     TASK_ID_FIELD_NUMBER: _builtins.int
-    NAME_FIELD_NUMBER: _builtins.int
-    AGENT_FIELD_NUMBER: _builtins.int
-    MODEL_FIELD_NUMBER: _builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Chosen by the client; repeating it gives the first answer."""
+    """Chosen by the client, a UUID: repeating it within seven days gives the first answer. Empty: each call is a new one."""
     task_id: _builtins.str
     """The task."""
-    name: _builtins.str
+    display_name: _builtins.str
     """Name; "Session N" when empty."""
-    agent: _builtins.str
-    """Agent; empty means that of the task's first session."""
-    model: _builtins.str
-    """Model; empty leaves it to the agent."""
+    @_builtins.property
+    def options(self) -> Global___SessionOptions:
+        """How it is opened."""
+
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         task_id: _builtins.str = ...,
-        name: _builtins.str = ...,
-        agent: _builtins.str = ...,
-        model: _builtins.str = ...,
+        display_name: _builtins.str = ...,
+        options: Global___SessionOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "model", b"model", "name", b"name", "request_id", b"request_id", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["display_name", b"display_name", "options", b"options", "request_id", b"request_id", "task_id", b"task_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -158,7 +356,7 @@ class CreateSessionResponse(_message.Message):
     """Give it to reads and watches that must see this change."""
     @_builtins.property
     def session(self) -> Global___Session:
-        """The session."""
+        """The session, PENDING."""
 
     def __init__(
         self,
@@ -175,42 +373,106 @@ class CreateSessionResponse(_message.Message):
 Global___CreateSessionResponse: _TypeAlias = CreateSessionResponse  # noqa: Y015
 
 @_typing.final
-class RenameSessionRequest(_message.Message):
-    """See SessionService.RenameSession."""
+class ListSessionsRequest(_message.Message):
+    """See SessionService.ListSessions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    """The task."""
+    page_size: _builtins.int
+    """Most in one answer; 0 means 100, more than 1000 is taken as 1000. A page also ends at 1 MiB."""
+    page_token: _builtins.str
+    """Token of the page before; empty for the first."""
+    @_builtins.property
+    def consistency(self) -> _common_pb2.Consistency:
+        """How fresh the answer must be."""
+
+    def __init__(
+        self,
+        *,
+        task_id: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        consistency: _common_pb2.Consistency | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "page_size", b"page_size", "page_token", b"page_token", "task_id", b"task_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListSessionsRequest: _TypeAlias = ListSessionsRequest  # noqa: Y015
+
+@_typing.final
+class ListSessionsResponse(_message.Message):
+    """See SessionService.ListSessions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSIONS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page; empty on the last."""
+    @_builtins.property
+    def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Session]:
+        """The sessions."""
+
+    def __init__(
+        self,
+        *,
+        sessions: _abc.Iterable[Global___Session] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "sessions", b"sessions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListSessionsResponse: _TypeAlias = ListSessionsResponse  # noqa: Y015
+
+@_typing.final
+class UpdateSessionRequest(_message.Message):
+    """See SessionService.UpdateSession."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
-    TASK_ID_FIELD_NUMBER: _builtins.int
-    SESSION_ID_FIELD_NUMBER: _builtins.int
-    NAME_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    UPDATE_MASK_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Chosen by the client; repeating it gives the first answer."""
-    task_id: _builtins.str
-    """The task."""
-    session_id: _builtins.str
-    """The session."""
-    name: _builtins.str
-    """The new name."""
+    """Chosen by the client, a UUID: repeating it within seven days gives the first answer. Empty: each call is a new one."""
+    @_builtins.property
+    def session(self) -> Global___Session:
+        """Its id and task_id, the new values, and the etag that they are based on; an empty etag overwrites."""
+
+    @_builtins.property
+    def update_mask(self) -> _field_mask_pb2.FieldMask:
+        """Fields to change: display_name. Absent: every field that is set."""
+
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
-        task_id: _builtins.str = ...,
-        session_id: _builtins.str = ...,
-        name: _builtins.str = ...,
+        session: Global___Session | None = ...,
+        update_mask: _field_mask_pb2.FieldMask | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["session", b"session", "update_mask", b"update_mask"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "request_id", b"request_id", "session_id", b"session_id", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "session", b"session", "update_mask", b"update_mask"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___RenameSessionRequest: _TypeAlias = RenameSessionRequest  # noqa: Y015
+Global___UpdateSessionRequest: _TypeAlias = UpdateSessionRequest  # noqa: Y015
 
 @_typing.final
-class RenameSessionResponse(_message.Message):
-    """See SessionService.RenameSession."""
+class UpdateSessionResponse(_message.Message):
+    """See SessionService.UpdateSession."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -220,7 +482,7 @@ class RenameSessionResponse(_message.Message):
     """Give it to reads and watches that must see this change."""
     @_builtins.property
     def session(self) -> Global___Session:
-        """The session."""
+        """The session after the change."""
 
     def __init__(
         self,
@@ -234,7 +496,7 @@ class RenameSessionResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___RenameSessionResponse: _TypeAlias = RenameSessionResponse  # noqa: Y015
+Global___UpdateSessionResponse: _TypeAlias = UpdateSessionResponse  # noqa: Y015
 
 @_typing.final
 class CloseSessionRequest(_message.Message):
@@ -246,7 +508,7 @@ class CloseSessionRequest(_message.Message):
     TASK_ID_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Chosen by the client; repeating it gives the first answer."""
+    """Chosen by the client, a UUID: repeating it within seven days gives the first answer. Empty: each call is a new one."""
     task_id: _builtins.str
     """The task."""
     session_id: _builtins.str
@@ -304,7 +566,7 @@ class ReopenSessionRequest(_message.Message):
     TASK_ID_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Chosen by the client; repeating it gives the first answer."""
+    """Chosen by the client, a UUID: repeating it within seven days gives the first answer. Empty: each call is a new one."""
     task_id: _builtins.str
     """The task."""
     session_id: _builtins.str
@@ -361,22 +623,19 @@ class SendMessageRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     TASK_ID_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
-    TEXT_FIELD_NUMBER: _builtins.int
-    ATTACHMENTS_FIELD_NUMBER: _builtins.int
-    QUEUE_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    WHEN_BUSY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Chosen by the client; repeating it gives the first answer."""
+    """Chosen by the client, a UUID: repeating it within seven days gives the first answer. Empty: each call is a new one."""
     task_id: _builtins.str
     """The task."""
     session_id: _builtins.str
     """The session."""
-    text: _builtins.str
-    """Its text."""
-    queue: _builtins.bool
-    """Whether it may wait until the agent is free."""
+    when_busy: Global___WhenBusy.ValueType
+    """What becomes of it while an agent of the task works."""
     @_builtins.property
-    def attachments(self) -> _containers.RepeatedCompositeFieldContainer[Global___Attachment]:
-        """Files attached to it."""
+    def prompt(self) -> _common_pb2.Prompt:
+        """What is said; its text must hold more than white space."""
 
     def __init__(
         self,
@@ -384,13 +643,12 @@ class SendMessageRequest(_message.Message):
         request_id: _builtins.str = ...,
         task_id: _builtins.str = ...,
         session_id: _builtins.str = ...,
-        text: _builtins.str = ...,
-        attachments: _abc.Iterable[Global___Attachment] | None = ...,
-        queue: _builtins.bool = ...,
+        prompt: _common_pb2.Prompt | None = ...,
+        when_busy: Global___WhenBusy.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "queue", b"queue", "request_id", b"request_id", "session_id", b"session_id", "task_id", b"task_id", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "request_id", b"request_id", "session_id", b"session_id", "task_id", b"task_id", "when_busy", b"when_busy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -403,26 +661,96 @@ class SendMessageResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ENTRY_FIELD_NUMBER: _builtins.int
+    QUEUED_MESSAGE_FIELD_NUMBER: _builtins.int
     CONSISTENCY_TOKEN_FIELD_NUMBER: _builtins.int
     consistency_token: _builtins.str
     """Give it to reads and watches that must see this change."""
     @_builtins.property
-    def entry(self) -> Global___TranscriptEntry:
-        """The message as the transcript holds it; its state is "queued" while it waits."""
+    def entry(self) -> _transcripts_pb2.TranscriptEntry:
+        """It was given to the agent: the entry as the transcript holds it."""
+
+    @_builtins.property
+    def queued_message(self) -> Global___QueuedMessage:
+        """It waits."""
 
     def __init__(
         self,
         *,
-        entry: Global___TranscriptEntry | None = ...,
+        entry: _transcripts_pb2.TranscriptEntry | None = ...,
+        queued_message: Global___QueuedMessage | None = ...,
         consistency_token: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry", "message", b"message", "queued_message", b"queued_message"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token", "entry", b"entry"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token", "entry", b"entry", "message", b"message", "queued_message", b"queued_message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["entry", "queued_message"]  # noqa: Y015
+    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+
+Global___SendMessageResponse: _TypeAlias = SendMessageResponse  # noqa: Y015
+
+@_typing.final
+class RetryTurnRequest(_message.Message):
+    """See SessionService.RetryTurn."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    TURN_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Chosen by the client, a UUID: repeating it within seven days gives the first answer. Empty: each call is a new one."""
+    task_id: _builtins.str
+    """The task."""
+    session_id: _builtins.str
+    """The session."""
+    turn: _builtins.int
+    """The turn that failed; it must be the session's last."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        task_id: _builtins.str = ...,
+        session_id: _builtins.str = ...,
+        turn: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "session_id", b"session_id", "task_id", b"task_id", "turn", b"turn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___SendMessageResponse: _TypeAlias = SendMessageResponse  # noqa: Y015
+Global___RetryTurnRequest: _TypeAlias = RetryTurnRequest  # noqa: Y015
+
+@_typing.final
+class RetryTurnResponse(_message.Message):
+    """See SessionService.RetryTurn."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_TOKEN_FIELD_NUMBER: _builtins.int
+    consistency_token: _builtins.str
+    """Give it to reads and watches that must see this change."""
+    @_builtins.property
+    def session(self) -> Global___Session:
+        """The session, RUNNING."""
+
+    def __init__(
+        self,
+        *,
+        session: Global___Session | None = ...,
+        consistency_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token", "session", b"session"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetryTurnResponse: _TypeAlias = RetryTurnResponse  # noqa: Y015
 
 @_typing.final
 class CancelTurnRequest(_message.Message):
@@ -433,22 +761,26 @@ class CancelTurnRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     TASK_ID_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
+    TURN_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Chosen by the client; repeating it gives the first answer."""
+    """Chosen by the client, a UUID: repeating it within seven days gives the first answer. Empty: each call is a new one."""
     task_id: _builtins.str
     """The task."""
     session_id: _builtins.str
     """The session."""
+    turn: _builtins.int
+    """The turn, as Session.turn counts; another one is left alone."""
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         task_id: _builtins.str = ...,
         session_id: _builtins.str = ...,
+        turn: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "session_id", b"session_id", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "session_id", b"session_id", "task_id", b"task_id", "turn", b"turn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -460,124 +792,253 @@ class CancelTurnResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    SESSION_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_TOKEN_FIELD_NUMBER: _builtins.int
+    consistency_token: _builtins.str
+    """Give it to reads and watches that must see this change."""
+    @_builtins.property
+    def session(self) -> Global___Session:
+        """The session."""
+
     def __init__(
         self,
+        *,
+        session: Global___Session | None = ...,
+        consistency_token: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelTurnResponse: _TypeAlias = CancelTurnResponse  # noqa: Y015
 
 @_typing.final
-class AnswerPermissionRequest(_message.Message):
-    """See SessionService.AnswerPermission."""
+class ListQueuedMessagesRequest(_message.Message):
+    """See SessionService.ListQueuedMessages."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    """The task."""
+    page_size: _builtins.int
+    """Most in one answer; 0 means 100, more than 1000 is taken as 1000. A page also ends at 1 MiB."""
+    page_token: _builtins.str
+    """Token of the page before; empty for the first."""
+    @_builtins.property
+    def consistency(self) -> _common_pb2.Consistency:
+        """How fresh the answer must be."""
+
+    def __init__(
+        self,
+        *,
+        task_id: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        consistency: _common_pb2.Consistency | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "page_size", b"page_size", "page_token", b"page_token", "task_id", b"task_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListQueuedMessagesRequest: _TypeAlias = ListQueuedMessagesRequest  # noqa: Y015
+
+@_typing.final
+class ListQueuedMessagesResponse(_message.Message):
+    """See SessionService.ListQueuedMessages."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUEUED_MESSAGES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page; empty on the last."""
+    @_builtins.property
+    def queued_messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___QueuedMessage]:
+        """The messages."""
+
+    def __init__(
+        self,
+        *,
+        queued_messages: _abc.Iterable[Global___QueuedMessage] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "queued_messages", b"queued_messages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListQueuedMessagesResponse: _TypeAlias = ListQueuedMessagesResponse  # noqa: Y015
+
+@_typing.final
+class UpdateQueuedMessageRequest(_message.Message):
+    """See SessionService.UpdateQueuedMessage."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    QUEUED_MESSAGE_FIELD_NUMBER: _builtins.int
+    UPDATE_MASK_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Chosen by the client, a UUID: repeating it within seven days gives the first answer. Empty: each call is a new one."""
+    @_builtins.property
+    def queued_message(self) -> Global___QueuedMessage:
+        """Its id and task_id, the new values, and the etag that they are based on; an empty etag overwrites."""
+
+    @_builtins.property
+    def update_mask(self) -> _field_mask_pb2.FieldMask:
+        """Fields to change: prompt, place. Absent: every field that is set. A place behind the last is the last."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        queued_message: Global___QueuedMessage | None = ...,
+        update_mask: _field_mask_pb2.FieldMask | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["queued_message", b"queued_message", "update_mask", b"update_mask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["queued_message", b"queued_message", "request_id", b"request_id", "update_mask", b"update_mask"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateQueuedMessageRequest: _TypeAlias = UpdateQueuedMessageRequest  # noqa: Y015
+
+@_typing.final
+class UpdateQueuedMessageResponse(_message.Message):
+    """See SessionService.UpdateQueuedMessage."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUEUED_MESSAGE_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_TOKEN_FIELD_NUMBER: _builtins.int
+    consistency_token: _builtins.str
+    """Give it to reads and watches that must see this change."""
+    @_builtins.property
+    def queued_message(self) -> Global___QueuedMessage:
+        """The message after the change."""
+
+    def __init__(
+        self,
+        *,
+        queued_message: Global___QueuedMessage | None = ...,
+        consistency_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["queued_message", b"queued_message"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token", "queued_message", b"queued_message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateQueuedMessageResponse: _TypeAlias = UpdateQueuedMessageResponse  # noqa: Y015
+
+@_typing.final
+class DeleteQueuedMessageRequest(_message.Message):
+    """See SessionService.DeleteQueuedMessage."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     TASK_ID_FIELD_NUMBER: _builtins.int
-    SESSION_ID_FIELD_NUMBER: _builtins.int
-    ENTRY_ID_FIELD_NUMBER: _builtins.int
-    OPTION_ID_FIELD_NUMBER: _builtins.int
+    QUEUED_MESSAGE_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Chosen by the client; repeating it gives the first answer."""
+    """Chosen by the client, a UUID: repeating it within seven days gives the first answer. Empty: each call is a new one."""
     task_id: _builtins.str
     """The task."""
-    session_id: _builtins.str
-    """The session."""
-    entry_id: _builtins.str
-    """The transcript entry that asks."""
-    option_id: _builtins.str
-    """The option chosen."""
+    queued_message_id: _builtins.str
+    """The message."""
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         task_id: _builtins.str = ...,
-        session_id: _builtins.str = ...,
-        entry_id: _builtins.str = ...,
-        option_id: _builtins.str = ...,
+        queued_message_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry_id", b"entry_id", "option_id", b"option_id", "request_id", b"request_id", "session_id", b"session_id", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["queued_message_id", b"queued_message_id", "request_id", b"request_id", "task_id", b"task_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___AnswerPermissionRequest: _TypeAlias = AnswerPermissionRequest  # noqa: Y015
+Global___DeleteQueuedMessageRequest: _TypeAlias = DeleteQueuedMessageRequest  # noqa: Y015
 
 @_typing.final
-class AnswerPermissionResponse(_message.Message):
-    """See SessionService.AnswerPermission."""
+class DeleteQueuedMessageResponse(_message.Message):
+    """See SessionService.DeleteQueuedMessage."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    ENTRY_FIELD_NUMBER: _builtins.int
     CONSISTENCY_TOKEN_FIELD_NUMBER: _builtins.int
     consistency_token: _builtins.str
     """Give it to reads and watches that must see this change."""
-    @_builtins.property
-    def entry(self) -> Global___TranscriptEntry:
-        """The entry, answered."""
-
     def __init__(
         self,
         *,
-        entry: Global___TranscriptEntry | None = ...,
         consistency_token: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token", "entry", b"entry"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___AnswerPermissionResponse: _TypeAlias = AnswerPermissionResponse  # noqa: Y015
+Global___DeleteQueuedMessageResponse: _TypeAlias = DeleteQueuedMessageResponse  # noqa: Y015
 
 @_typing.final
-class ListTranscriptRequest(_message.Message):
-    """See SessionService.ListTranscript."""
+class ListTranscriptEntriesRequest(_message.Message):
+    """See SessionService.ListTranscriptEntries."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TASK_ID_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
+    ORDER_BY_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
-    CONSISTENCY_TOKEN_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     """The task."""
     session_id: _builtins.str
     """The session."""
+    order_by: _builtins.str
+    """"position" or "position desc"; empty means "position"."""
     page_size: _builtins.int
-    """Most entries in one answer, at most 1000; 0 means 100."""
+    """Most in one answer; 0 means 100, more than 1000 is taken as 1000. A page also ends at 1 MiB."""
     page_token: _builtins.str
-    """Token of the page before; empty for the oldest entries."""
-    consistency_token: _builtins.str
-    """From a command's answer: wait until its change is visible. May be empty."""
+    """Token of the page before; empty for the first."""
+    @_builtins.property
+    def consistency(self) -> _common_pb2.Consistency:
+        """How fresh the answer must be."""
+
     def __init__(
         self,
         *,
         task_id: _builtins.str = ...,
         session_id: _builtins.str = ...,
+        order_by: _builtins.str = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
-        consistency_token: _builtins.str = ...,
+        consistency: _common_pb2.Consistency | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token", "page_size", b"page_size", "page_token", b"page_token", "session_id", b"session_id", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "order_by", b"order_by", "page_size", b"page_size", "page_token", b"page_token", "session_id", b"session_id", "task_id", b"task_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ListTranscriptRequest: _TypeAlias = ListTranscriptRequest  # noqa: Y015
+Global___ListTranscriptEntriesRequest: _TypeAlias = ListTranscriptEntriesRequest  # noqa: Y015
 
 @_typing.final
-class ListTranscriptResponse(_message.Message):
-    """See SessionService.ListTranscript."""
+class ListTranscriptEntriesResponse(_message.Message):
+    """See SessionService.ListTranscriptEntries."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -586,13 +1047,13 @@ class ListTranscriptResponse(_message.Message):
     next_page_token: _builtins.str
     """Token of the next page; empty on the last."""
     @_builtins.property
-    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___TranscriptEntry]:
-        """The entries, oldest first."""
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[_transcripts_pb2.TranscriptEntry]:
+        """The entries."""
 
     def __init__(
         self,
         *,
-        entries: _abc.Iterable[Global___TranscriptEntry] | None = ...,
+        entries: _abc.Iterable[_transcripts_pb2.TranscriptEntry] | None = ...,
         next_page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
@@ -601,248 +1062,144 @@ class ListTranscriptResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ListTranscriptResponse: _TypeAlias = ListTranscriptResponse  # noqa: Y015
+Global___ListTranscriptEntriesResponse: _TypeAlias = ListTranscriptEntriesResponse  # noqa: Y015
 
 @_typing.final
-class SessionSummary(_message.Message):
-    """A session as the sidebar shows it."""
+class AnswerInputRequestRequest(_message.Message):
+    """See SessionService.AnswerInputRequest."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    ID_FIELD_NUMBER: _builtins.int
-    NAME_FIELD_NUMBER: _builtins.int
-    STATUS_FIELD_NUMBER: _builtins.int
-    AGENT_FIELD_NUMBER: _builtins.int
-    id: _builtins.str
-    """Id with the prefix "ses_"."""
-    name: _builtins.str
-    """Name shown to people, "Session 1" by default."""
-    status: Global___SessionStatus.ValueType
-    """Where it stands."""
-    agent: _builtins.str
-    """The agent, such as "claude"."""
-    def __init__(
-        self,
-        *,
-        id: _builtins.str = ...,
-        name: _builtins.str = ...,
-        status: Global___SessionStatus.ValueType = ...,
-        agent: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "id", b"id", "name", b"name", "status", b"status"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___SessionSummary: _TypeAlias = SessionSummary  # noqa: Y015
-
-@_typing.final
-class Session(_message.Message):
-    """A conversation with an agent."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     TASK_ID_FIELD_NUMBER: _builtins.int
-    NAME_FIELD_NUMBER: _builtins.int
-    AGENT_FIELD_NUMBER: _builtins.int
-    MODEL_FIELD_NUMBER: _builtins.int
-    STATUS_FIELD_NUMBER: _builtins.int
-    STATUS_REASON_FIELD_NUMBER: _builtins.int
-    STATUS_TIME_FIELD_NUMBER: _builtins.int
-    TURN_FIELD_NUMBER: _builtins.int
-    CREATE_TIME_FIELD_NUMBER: _builtins.int
-    REVISION_FIELD_NUMBER: _builtins.int
-    id: _builtins.str
-    """Id with the prefix "ses_"."""
-    task_id: _builtins.str
-    """The task it belongs to."""
-    name: _builtins.str
-    """Name shown to people."""
-    agent: _builtins.str
-    """The agent, such as "claude"."""
-    model: _builtins.str
-    """The model; empty means the agent's default."""
-    status: Global___SessionStatus.ValueType
-    """Where it stands."""
-    status_reason: _builtins.str
-    """Why it stands there, in words."""
-    turn: _builtins.int
-    """Turns begun so far; each message to the agent begins one."""
-    revision: _builtins.int
-    """Number of its state; grows with every change."""
-    @_builtins.property
-    def status_time(self) -> _timestamp_pb2.Timestamp:
-        """Since when it stands there; for a running session, when the turn began."""
-
-    @_builtins.property
-    def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was created."""
-
-    def __init__(
-        self,
-        *,
-        id: _builtins.str = ...,
-        task_id: _builtins.str = ...,
-        name: _builtins.str = ...,
-        agent: _builtins.str = ...,
-        model: _builtins.str = ...,
-        status: Global___SessionStatus.ValueType = ...,
-        status_reason: _builtins.str = ...,
-        status_time: _timestamp_pb2.Timestamp | None = ...,
-        turn: _builtins.int = ...,
-        create_time: _timestamp_pb2.Timestamp | None = ...,
-        revision: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "status_time", b"status_time"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "create_time", b"create_time", "id", b"id", "model", b"model", "name", b"name", "revision", b"revision", "status", b"status", "status_reason", b"status_reason", "status_time", b"status_time", "task_id", b"task_id", "turn", b"turn"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Session: _TypeAlias = Session  # noqa: Y015
-
-@_typing.final
-class Attachment(_message.Message):
-    """A piece of a file, attached to a message."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    PATH_FIELD_NUMBER: _builtins.int
-    LINE_FIELD_NUMBER: _builtins.int
-    CONTENT_FIELD_NUMBER: _builtins.int
-    path: _builtins.str
-    """Path within the repository."""
-    line: _builtins.int
-    """First line that it shows, counted from 1; 0 means the whole file."""
-    content: _builtins.str
-    """The text itself."""
-    def __init__(
-        self,
-        *,
-        path: _builtins.str = ...,
-        line: _builtins.int = ...,
-        content: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "line", b"line", "path", b"path"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Attachment: _TypeAlias = Attachment  # noqa: Y015
-
-@_typing.final
-class PermissionOption(_message.Message):
-    """One thing that a member may answer to a permission request."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ID_FIELD_NUMBER: _builtins.int
-    NAME_FIELD_NUMBER: _builtins.int
-    id: _builtins.str
-    """Id to answer with."""
-    name: _builtins.str
-    """Words for people."""
-    def __init__(
-        self,
-        *,
-        id: _builtins.str = ...,
-        name: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "name", b"name"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___PermissionOption: _TypeAlias = PermissionOption  # noqa: Y015
-
-@_typing.final
-class TranscriptEntry(_message.Message):
-    """One entry of a session's transcript. The text of a long message runs over several entries."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ID_FIELD_NUMBER: _builtins.int
-    SESSION_ID_FIELD_NUMBER: _builtins.int
-    TASK_ID_FIELD_NUMBER: _builtins.int
-    POSITION_FIELD_NUMBER: _builtins.int
-    KIND_FIELD_NUMBER: _builtins.int
-    TEXT_FIELD_NUMBER: _builtins.int
-    OUTPUT_FIELD_NUMBER: _builtins.int
-    STATE_FIELD_NUMBER: _builtins.int
-    STREAMING_FIELD_NUMBER: _builtins.int
-    TURN_FIELD_NUMBER: _builtins.int
-    USER_ID_FIELD_NUMBER: _builtins.int
-    ATTACHMENTS_FIELD_NUMBER: _builtins.int
-    OPTIONS_FIELD_NUMBER: _builtins.int
-    CREATE_TIME_FIELD_NUMBER: _builtins.int
-    REVISION_FIELD_NUMBER: _builtins.int
-    MESSAGE_ID_FIELD_NUMBER: _builtins.int
-    id: _builtins.str
-    """Stable id with the prefix "ent_"."""
-    session_id: _builtins.str
-    """The session."""
+    INPUT_REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ANSWER_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Chosen by the client, a UUID: repeating it within seven days gives the first answer. Empty: each call is a new one."""
     task_id: _builtins.str
     """The task."""
-    position: _builtins.int
-    """Place within the session, counted from 1 without gaps."""
-    kind: Global___TranscriptEntryKind.ValueType
-    """What it is."""
-    text: _builtins.str
-    """Its text: the words of a message, the title of a tool call, the reason of an error."""
-    output: _builtins.str
-    """Result of a tool call, cut at 16 KiB."""
-    state: _builtins.str
-    """State of a tool call or permission request, such as "completed"; empty elsewhere."""
-    streaming: _builtins.bool
-    """Whether the entry may still change."""
-    turn: _builtins.int
-    """Turn that it belongs to."""
-    user_id: _builtins.str
-    """User who wrote or answered it; empty for the agent."""
-    revision: _builtins.int
-    """Number of its state; grows while it streams."""
-    message_id: _builtins.str
-    """Message that it is part of; entries of one long message share it."""
+    input_request_id: _builtins.str
+    """What is answered."""
     @_builtins.property
-    def attachments(self) -> _containers.RepeatedCompositeFieldContainer[Global___Attachment]:
-        """Files attached to a member's message."""
-
-    @_builtins.property
-    def options(self) -> _containers.RepeatedCompositeFieldContainer[Global___PermissionOption]:
-        """What may be answered to a permission request."""
-
-    @_builtins.property
-    def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was begun."""
+    def answer(self) -> _transcripts_pb2.InputAnswer:
+        """The answer."""
 
     def __init__(
         self,
         *,
-        id: _builtins.str = ...,
-        session_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
         task_id: _builtins.str = ...,
-        position: _builtins.int = ...,
-        kind: Global___TranscriptEntryKind.ValueType = ...,
-        text: _builtins.str = ...,
-        output: _builtins.str = ...,
-        state: _builtins.str = ...,
-        streaming: _builtins.bool = ...,
-        turn: _builtins.int = ...,
-        user_id: _builtins.str = ...,
-        attachments: _abc.Iterable[Global___Attachment] | None = ...,
-        options: _abc.Iterable[Global___PermissionOption] | None = ...,
-        create_time: _timestamp_pb2.Timestamp | None = ...,
-        revision: _builtins.int = ...,
-        message_id: _builtins.str = ...,
+        input_request_id: _builtins.str = ...,
+        answer: _transcripts_pb2.InputAnswer | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "create_time", b"create_time", "id", b"id", "kind", b"kind", "message_id", b"message_id", "options", b"options", "output", b"output", "position", b"position", "revision", b"revision", "session_id", b"session_id", "state", b"state", "streaming", b"streaming", "task_id", b"task_id", "text", b"text", "turn", b"turn", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "input_request_id", b"input_request_id", "request_id", b"request_id", "task_id", b"task_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___TranscriptEntry: _TypeAlias = TranscriptEntry  # noqa: Y015
+Global___AnswerInputRequestRequest: _TypeAlias = AnswerInputRequestRequest  # noqa: Y015
+
+@_typing.final
+class AnswerInputRequestResponse(_message.Message):
+    """See SessionService.AnswerInputRequest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INPUT_REQUEST_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_TOKEN_FIELD_NUMBER: _builtins.int
+    consistency_token: _builtins.str
+    """Give it to reads and watches that must see this change."""
+    @_builtins.property
+    def input_request(self) -> _transcripts_pb2.InputRequest:
+        """The request, ANSWERED."""
+
+    def __init__(
+        self,
+        *,
+        input_request: _transcripts_pb2.InputRequest | None = ...,
+        consistency_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["input_request", b"input_request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token", "input_request", b"input_request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AnswerInputRequestResponse: _TypeAlias = AnswerInputRequestResponse  # noqa: Y015
+
+@_typing.final
+class ListInputRequestsRequest(_message.Message):
+    """See SessionService.ListInputRequests."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
+    TASK_IDS_FIELD_NUMBER: _builtins.int
+    STATES_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_FIELD_NUMBER: _builtins.int
+    organization_id: _builtins.str
+    """The organization."""
+    page_size: _builtins.int
+    """Most in one answer; 0 means 100, more than 1000 is taken as 1000. A page also ends at 1 MiB."""
+    page_token: _builtins.str
+    """Token of the page before; empty for the first."""
+    @_builtins.property
+    def task_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Only requests of these tasks; empty means all."""
+
+    @_builtins.property
+    def states(self) -> _containers.RepeatedScalarFieldContainer[_transcripts_pb2.InputRequestState.ValueType]:
+        """Only requests in these states; empty means PENDING."""
+
+    @_builtins.property
+    def consistency(self) -> _common_pb2.Consistency:
+        """How fresh the answer must be."""
+
+    def __init__(
+        self,
+        *,
+        organization_id: _builtins.str = ...,
+        task_ids: _abc.Iterable[_builtins.str] | None = ...,
+        states: _abc.Iterable[_transcripts_pb2.InputRequestState.ValueType] | None = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        consistency: _common_pb2.Consistency | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "organization_id", b"organization_id", "page_size", b"page_size", "page_token", b"page_token", "states", b"states", "task_ids", b"task_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListInputRequestsRequest: _TypeAlias = ListInputRequestsRequest  # noqa: Y015
+
+@_typing.final
+class ListInputRequestsResponse(_message.Message):
+    """See SessionService.ListInputRequests."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INPUT_REQUESTS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page; empty on the last."""
+    @_builtins.property
+    def input_requests(self) -> _containers.RepeatedCompositeFieldContainer[_transcripts_pb2.InputRequest]:
+        """The requests."""
+
+    def __init__(
+        self,
+        *,
+        input_requests: _abc.Iterable[_transcripts_pb2.InputRequest] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input_requests", b"input_requests", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListInputRequestsResponse: _TypeAlias = ListInputRequestsResponse  # noqa: Y015

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class SessionServiceStub:
-    """Conversations with agents. A task has several; one works at a time.
+    """Conversations with agents. A task has up to 64; one works at a time.
     """
 
     def __init__(self, channel):
@@ -40,10 +40,15 @@ class SessionServiceStub:
                 request_serializer=branchline_dot_v1_dot_sessions__pb2.CreateSessionRequest.SerializeToString,
                 response_deserializer=branchline_dot_v1_dot_sessions__pb2.CreateSessionResponse.FromString,
                 _registered_method=True)
-        self.RenameSession = channel.unary_unary(
-                '/branchline.v1.SessionService/RenameSession',
-                request_serializer=branchline_dot_v1_dot_sessions__pb2.RenameSessionRequest.SerializeToString,
-                response_deserializer=branchline_dot_v1_dot_sessions__pb2.RenameSessionResponse.FromString,
+        self.ListSessions = channel.unary_unary(
+                '/branchline.v1.SessionService/ListSessions',
+                request_serializer=branchline_dot_v1_dot_sessions__pb2.ListSessionsRequest.SerializeToString,
+                response_deserializer=branchline_dot_v1_dot_sessions__pb2.ListSessionsResponse.FromString,
+                _registered_method=True)
+        self.UpdateSession = channel.unary_unary(
+                '/branchline.v1.SessionService/UpdateSession',
+                request_serializer=branchline_dot_v1_dot_sessions__pb2.UpdateSessionRequest.SerializeToString,
+                response_deserializer=branchline_dot_v1_dot_sessions__pb2.UpdateSessionResponse.FromString,
                 _registered_method=True)
         self.CloseSession = channel.unary_unary(
                 '/branchline.v1.SessionService/CloseSession',
@@ -60,37 +65,69 @@ class SessionServiceStub:
                 request_serializer=branchline_dot_v1_dot_sessions__pb2.SendMessageRequest.SerializeToString,
                 response_deserializer=branchline_dot_v1_dot_sessions__pb2.SendMessageResponse.FromString,
                 _registered_method=True)
+        self.RetryTurn = channel.unary_unary(
+                '/branchline.v1.SessionService/RetryTurn',
+                request_serializer=branchline_dot_v1_dot_sessions__pb2.RetryTurnRequest.SerializeToString,
+                response_deserializer=branchline_dot_v1_dot_sessions__pb2.RetryTurnResponse.FromString,
+                _registered_method=True)
         self.CancelTurn = channel.unary_unary(
                 '/branchline.v1.SessionService/CancelTurn',
                 request_serializer=branchline_dot_v1_dot_sessions__pb2.CancelTurnRequest.SerializeToString,
                 response_deserializer=branchline_dot_v1_dot_sessions__pb2.CancelTurnResponse.FromString,
                 _registered_method=True)
-        self.AnswerPermission = channel.unary_unary(
-                '/branchline.v1.SessionService/AnswerPermission',
-                request_serializer=branchline_dot_v1_dot_sessions__pb2.AnswerPermissionRequest.SerializeToString,
-                response_deserializer=branchline_dot_v1_dot_sessions__pb2.AnswerPermissionResponse.FromString,
+        self.ListQueuedMessages = channel.unary_unary(
+                '/branchline.v1.SessionService/ListQueuedMessages',
+                request_serializer=branchline_dot_v1_dot_sessions__pb2.ListQueuedMessagesRequest.SerializeToString,
+                response_deserializer=branchline_dot_v1_dot_sessions__pb2.ListQueuedMessagesResponse.FromString,
                 _registered_method=True)
-        self.ListTranscript = channel.unary_unary(
-                '/branchline.v1.SessionService/ListTranscript',
-                request_serializer=branchline_dot_v1_dot_sessions__pb2.ListTranscriptRequest.SerializeToString,
-                response_deserializer=branchline_dot_v1_dot_sessions__pb2.ListTranscriptResponse.FromString,
+        self.UpdateQueuedMessage = channel.unary_unary(
+                '/branchline.v1.SessionService/UpdateQueuedMessage',
+                request_serializer=branchline_dot_v1_dot_sessions__pb2.UpdateQueuedMessageRequest.SerializeToString,
+                response_deserializer=branchline_dot_v1_dot_sessions__pb2.UpdateQueuedMessageResponse.FromString,
+                _registered_method=True)
+        self.DeleteQueuedMessage = channel.unary_unary(
+                '/branchline.v1.SessionService/DeleteQueuedMessage',
+                request_serializer=branchline_dot_v1_dot_sessions__pb2.DeleteQueuedMessageRequest.SerializeToString,
+                response_deserializer=branchline_dot_v1_dot_sessions__pb2.DeleteQueuedMessageResponse.FromString,
+                _registered_method=True)
+        self.ListTranscriptEntries = channel.unary_unary(
+                '/branchline.v1.SessionService/ListTranscriptEntries',
+                request_serializer=branchline_dot_v1_dot_sessions__pb2.ListTranscriptEntriesRequest.SerializeToString,
+                response_deserializer=branchline_dot_v1_dot_sessions__pb2.ListTranscriptEntriesResponse.FromString,
+                _registered_method=True)
+        self.AnswerInputRequest = channel.unary_unary(
+                '/branchline.v1.SessionService/AnswerInputRequest',
+                request_serializer=branchline_dot_v1_dot_sessions__pb2.AnswerInputRequestRequest.SerializeToString,
+                response_deserializer=branchline_dot_v1_dot_sessions__pb2.AnswerInputRequestResponse.FromString,
+                _registered_method=True)
+        self.ListInputRequests = channel.unary_unary(
+                '/branchline.v1.SessionService/ListInputRequests',
+                request_serializer=branchline_dot_v1_dot_sessions__pb2.ListInputRequestsRequest.SerializeToString,
+                response_deserializer=branchline_dot_v1_dot_sessions__pb2.ListInputRequestsResponse.FromString,
                 _registered_method=True)
 
 
 class SessionServiceServicer:
-    """Conversations with agents. A task has several; one works at a time.
+    """Conversations with agents. A task has up to 64; one works at a time.
     """
 
     def CreateSession(self, request, context):
-        """Creates a session and starts its agent. INVALID_ARGUMENT naming the agents that exist if the
-        agent is unknown; FAILED_PRECONDITION unless the task is provisioned.
+        """Creates a session and answers at once; its agent starts behind it. FAILED_PRECONDITION unless the task is ACTIVE;
+        INVALID_ARGUMENT for agents, models and modes that its sandbox does not know; RESOURCE_EXHAUSTED past 64 sessions.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def RenameSession(self, request, context):
-        """Renames a session.
+    def ListSessions(self, request, context):
+        """Lists the sessions of a task, oldest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateSession(self, request, context):
+        """Changes a session: display_name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -111,29 +148,64 @@ class SessionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SendMessage(self, request, context):
-        """Sends a message to the agent. FAILED_PRECONDITION with reason SESSION_WORKING while a session of
-        the task works and queueing was not asked for.
+        """Sends a message to the agent. What happens while an agent of the task works is the caller's choice. At most 100
+        messages wait in a task, and 4 MiB of them: RESOURCE_EXHAUSTED past that.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RetryTurn(self, request, context):
+        """Gives the prompt of the last turn to the agent again. FAILED_PRECONDITION unless that turn failed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CancelTurn(self, request, context):
-        """Asks the agent to stop its turn. FAILED_PRECONDITION if it does not work.
+        """Asks the agent to stop its turn. FAILED_PRECONDITION if it does not work on this turn.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def AnswerPermission(self, request, context):
-        """Answers a permission request. The first answer wins: FAILED_PRECONDITION for later ones.
+    def ListQueuedMessages(self, request, context):
+        """Lists the messages of a task that wait, in the order in which they will be sent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def ListTranscript(self, request, context):
+    def UpdateQueuedMessage(self, request, context):
+        """Changes a message that waits: prompt, place. NOT_FOUND once it was sent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteQueuedMessage(self, request, context):
+        """Takes back a message that waits. NOT_FOUND once it was sent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListTranscriptEntries(self, request, context):
         """Reads a page of a session's transcript.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AnswerInputRequest(self, request, context):
+        """Answers what an agent waits for. The first answer wins: FAILED_PRECONDITION for later ones.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListInputRequests(self, request, context):
+        """Lists what waits for a person, over all tasks of an organization, oldest first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -147,10 +219,15 @@ def add_SessionServiceServicer_to_server(servicer, server):
                     request_deserializer=branchline_dot_v1_dot_sessions__pb2.CreateSessionRequest.FromString,
                     response_serializer=branchline_dot_v1_dot_sessions__pb2.CreateSessionResponse.SerializeToString,
             ),
-            'RenameSession': grpc.unary_unary_rpc_method_handler(
-                    servicer.RenameSession,
-                    request_deserializer=branchline_dot_v1_dot_sessions__pb2.RenameSessionRequest.FromString,
-                    response_serializer=branchline_dot_v1_dot_sessions__pb2.RenameSessionResponse.SerializeToString,
+            'ListSessions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSessions,
+                    request_deserializer=branchline_dot_v1_dot_sessions__pb2.ListSessionsRequest.FromString,
+                    response_serializer=branchline_dot_v1_dot_sessions__pb2.ListSessionsResponse.SerializeToString,
+            ),
+            'UpdateSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateSession,
+                    request_deserializer=branchline_dot_v1_dot_sessions__pb2.UpdateSessionRequest.FromString,
+                    response_serializer=branchline_dot_v1_dot_sessions__pb2.UpdateSessionResponse.SerializeToString,
             ),
             'CloseSession': grpc.unary_unary_rpc_method_handler(
                     servicer.CloseSession,
@@ -167,20 +244,45 @@ def add_SessionServiceServicer_to_server(servicer, server):
                     request_deserializer=branchline_dot_v1_dot_sessions__pb2.SendMessageRequest.FromString,
                     response_serializer=branchline_dot_v1_dot_sessions__pb2.SendMessageResponse.SerializeToString,
             ),
+            'RetryTurn': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetryTurn,
+                    request_deserializer=branchline_dot_v1_dot_sessions__pb2.RetryTurnRequest.FromString,
+                    response_serializer=branchline_dot_v1_dot_sessions__pb2.RetryTurnResponse.SerializeToString,
+            ),
             'CancelTurn': grpc.unary_unary_rpc_method_handler(
                     servicer.CancelTurn,
                     request_deserializer=branchline_dot_v1_dot_sessions__pb2.CancelTurnRequest.FromString,
                     response_serializer=branchline_dot_v1_dot_sessions__pb2.CancelTurnResponse.SerializeToString,
             ),
-            'AnswerPermission': grpc.unary_unary_rpc_method_handler(
-                    servicer.AnswerPermission,
-                    request_deserializer=branchline_dot_v1_dot_sessions__pb2.AnswerPermissionRequest.FromString,
-                    response_serializer=branchline_dot_v1_dot_sessions__pb2.AnswerPermissionResponse.SerializeToString,
+            'ListQueuedMessages': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListQueuedMessages,
+                    request_deserializer=branchline_dot_v1_dot_sessions__pb2.ListQueuedMessagesRequest.FromString,
+                    response_serializer=branchline_dot_v1_dot_sessions__pb2.ListQueuedMessagesResponse.SerializeToString,
             ),
-            'ListTranscript': grpc.unary_unary_rpc_method_handler(
-                    servicer.ListTranscript,
-                    request_deserializer=branchline_dot_v1_dot_sessions__pb2.ListTranscriptRequest.FromString,
-                    response_serializer=branchline_dot_v1_dot_sessions__pb2.ListTranscriptResponse.SerializeToString,
+            'UpdateQueuedMessage': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateQueuedMessage,
+                    request_deserializer=branchline_dot_v1_dot_sessions__pb2.UpdateQueuedMessageRequest.FromString,
+                    response_serializer=branchline_dot_v1_dot_sessions__pb2.UpdateQueuedMessageResponse.SerializeToString,
+            ),
+            'DeleteQueuedMessage': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteQueuedMessage,
+                    request_deserializer=branchline_dot_v1_dot_sessions__pb2.DeleteQueuedMessageRequest.FromString,
+                    response_serializer=branchline_dot_v1_dot_sessions__pb2.DeleteQueuedMessageResponse.SerializeToString,
+            ),
+            'ListTranscriptEntries': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTranscriptEntries,
+                    request_deserializer=branchline_dot_v1_dot_sessions__pb2.ListTranscriptEntriesRequest.FromString,
+                    response_serializer=branchline_dot_v1_dot_sessions__pb2.ListTranscriptEntriesResponse.SerializeToString,
+            ),
+            'AnswerInputRequest': grpc.unary_unary_rpc_method_handler(
+                    servicer.AnswerInputRequest,
+                    request_deserializer=branchline_dot_v1_dot_sessions__pb2.AnswerInputRequestRequest.FromString,
+                    response_serializer=branchline_dot_v1_dot_sessions__pb2.AnswerInputRequestResponse.SerializeToString,
+            ),
+            'ListInputRequests': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListInputRequests,
+                    request_deserializer=branchline_dot_v1_dot_sessions__pb2.ListInputRequestsRequest.FromString,
+                    response_serializer=branchline_dot_v1_dot_sessions__pb2.ListInputRequestsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -191,7 +293,7 @@ def add_SessionServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class SessionService:
-    """Conversations with agents. A task has several; one works at a time.
+    """Conversations with agents. A task has up to 64; one works at a time.
     """
 
     @staticmethod
@@ -222,7 +324,7 @@ class SessionService:
             _registered_method=True)
 
     @staticmethod
-    def RenameSession(request,
+    def ListSessions(request,
             target,
             options=(),
             channel_credentials=None,
@@ -235,9 +337,36 @@ class SessionService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/branchline.v1.SessionService/RenameSession',
-            branchline_dot_v1_dot_sessions__pb2.RenameSessionRequest.SerializeToString,
-            branchline_dot_v1_dot_sessions__pb2.RenameSessionResponse.FromString,
+            '/branchline.v1.SessionService/ListSessions',
+            branchline_dot_v1_dot_sessions__pb2.ListSessionsRequest.SerializeToString,
+            branchline_dot_v1_dot_sessions__pb2.ListSessionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.v1.SessionService/UpdateSession',
+            branchline_dot_v1_dot_sessions__pb2.UpdateSessionRequest.SerializeToString,
+            branchline_dot_v1_dot_sessions__pb2.UpdateSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -330,6 +459,33 @@ class SessionService:
             _registered_method=True)
 
     @staticmethod
+    def RetryTurn(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.v1.SessionService/RetryTurn',
+            branchline_dot_v1_dot_sessions__pb2.RetryTurnRequest.SerializeToString,
+            branchline_dot_v1_dot_sessions__pb2.RetryTurnResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def CancelTurn(request,
             target,
             options=(),
@@ -357,7 +513,7 @@ class SessionService:
             _registered_method=True)
 
     @staticmethod
-    def AnswerPermission(request,
+    def ListQueuedMessages(request,
             target,
             options=(),
             channel_credentials=None,
@@ -370,9 +526,9 @@ class SessionService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/branchline.v1.SessionService/AnswerPermission',
-            branchline_dot_v1_dot_sessions__pb2.AnswerPermissionRequest.SerializeToString,
-            branchline_dot_v1_dot_sessions__pb2.AnswerPermissionResponse.FromString,
+            '/branchline.v1.SessionService/ListQueuedMessages',
+            branchline_dot_v1_dot_sessions__pb2.ListQueuedMessagesRequest.SerializeToString,
+            branchline_dot_v1_dot_sessions__pb2.ListQueuedMessagesResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -384,7 +540,7 @@ class SessionService:
             _registered_method=True)
 
     @staticmethod
-    def ListTranscript(request,
+    def UpdateQueuedMessage(request,
             target,
             options=(),
             channel_credentials=None,
@@ -397,9 +553,117 @@ class SessionService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/branchline.v1.SessionService/ListTranscript',
-            branchline_dot_v1_dot_sessions__pb2.ListTranscriptRequest.SerializeToString,
-            branchline_dot_v1_dot_sessions__pb2.ListTranscriptResponse.FromString,
+            '/branchline.v1.SessionService/UpdateQueuedMessage',
+            branchline_dot_v1_dot_sessions__pb2.UpdateQueuedMessageRequest.SerializeToString,
+            branchline_dot_v1_dot_sessions__pb2.UpdateQueuedMessageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteQueuedMessage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.v1.SessionService/DeleteQueuedMessage',
+            branchline_dot_v1_dot_sessions__pb2.DeleteQueuedMessageRequest.SerializeToString,
+            branchline_dot_v1_dot_sessions__pb2.DeleteQueuedMessageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListTranscriptEntries(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.v1.SessionService/ListTranscriptEntries',
+            branchline_dot_v1_dot_sessions__pb2.ListTranscriptEntriesRequest.SerializeToString,
+            branchline_dot_v1_dot_sessions__pb2.ListTranscriptEntriesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AnswerInputRequest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.v1.SessionService/AnswerInputRequest',
+            branchline_dot_v1_dot_sessions__pb2.AnswerInputRequestRequest.SerializeToString,
+            branchline_dot_v1_dot_sessions__pb2.AnswerInputRequestResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListInputRequests(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.v1.SessionService/ListInputRequests',
+            branchline_dot_v1_dot_sessions__pb2.ListInputRequestsRequest.SerializeToString,
+            branchline_dot_v1_dot_sessions__pb2.ListInputRequestsResponse.FromString,
             options,
             channel_credentials,
             insecure,

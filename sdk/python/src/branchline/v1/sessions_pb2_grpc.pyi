@@ -12,48 +12,67 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class SessionServiceStub:
-    """Conversations with agents. A task has several; one works at a time."""
+    """Conversations with agents. A task has up to 64; one works at a time."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateSession: _aio.UnaryUnaryMultiCallable[_sessions_pb2.CreateSessionRequest, _sessions_pb2.CreateSessionResponse]
-    """Creates a session and starts its agent. INVALID_ARGUMENT naming the agents that exist if the
-    agent is unknown; FAILED_PRECONDITION unless the task is provisioned.
+    """Creates a session and answers at once; its agent starts behind it. FAILED_PRECONDITION unless the task is ACTIVE;
+    INVALID_ARGUMENT for agents, models and modes that its sandbox does not know; RESOURCE_EXHAUSTED past 64 sessions.
     """
-    RenameSession: _aio.UnaryUnaryMultiCallable[_sessions_pb2.RenameSessionRequest, _sessions_pb2.RenameSessionResponse]
-    """Renames a session."""
+    ListSessions: _aio.UnaryUnaryMultiCallable[_sessions_pb2.ListSessionsRequest, _sessions_pb2.ListSessionsResponse]
+    """Lists the sessions of a task, oldest first."""
+    UpdateSession: _aio.UnaryUnaryMultiCallable[_sessions_pb2.UpdateSessionRequest, _sessions_pb2.UpdateSessionResponse]
+    """Changes a session: display_name."""
     CloseSession: _aio.UnaryUnaryMultiCallable[_sessions_pb2.CloseSessionRequest, _sessions_pb2.CloseSessionResponse]
     """Closes a session; its transcript stays. FAILED_PRECONDITION while it works."""
     ReopenSession: _aio.UnaryUnaryMultiCallable[_sessions_pb2.ReopenSessionRequest, _sessions_pb2.ReopenSessionResponse]
     """Opens a closed session again; the next message starts its agent."""
     SendMessage: _aio.UnaryUnaryMultiCallable[_sessions_pb2.SendMessageRequest, _sessions_pb2.SendMessageResponse]
-    """Sends a message to the agent. FAILED_PRECONDITION with reason SESSION_WORKING while a session of
-    the task works and queueing was not asked for.
+    """Sends a message to the agent. What happens while an agent of the task works is the caller's choice. At most 100
+    messages wait in a task, and 4 MiB of them: RESOURCE_EXHAUSTED past that.
     """
+    RetryTurn: _aio.UnaryUnaryMultiCallable[_sessions_pb2.RetryTurnRequest, _sessions_pb2.RetryTurnResponse]
+    """Gives the prompt of the last turn to the agent again. FAILED_PRECONDITION unless that turn failed."""
     CancelTurn: _aio.UnaryUnaryMultiCallable[_sessions_pb2.CancelTurnRequest, _sessions_pb2.CancelTurnResponse]
-    """Asks the agent to stop its turn. FAILED_PRECONDITION if it does not work."""
-    AnswerPermission: _aio.UnaryUnaryMultiCallable[_sessions_pb2.AnswerPermissionRequest, _sessions_pb2.AnswerPermissionResponse]
-    """Answers a permission request. The first answer wins: FAILED_PRECONDITION for later ones."""
-    ListTranscript: _aio.UnaryUnaryMultiCallable[_sessions_pb2.ListTranscriptRequest, _sessions_pb2.ListTranscriptResponse]
+    """Asks the agent to stop its turn. FAILED_PRECONDITION if it does not work on this turn."""
+    ListQueuedMessages: _aio.UnaryUnaryMultiCallable[_sessions_pb2.ListQueuedMessagesRequest, _sessions_pb2.ListQueuedMessagesResponse]
+    """Lists the messages of a task that wait, in the order in which they will be sent."""
+    UpdateQueuedMessage: _aio.UnaryUnaryMultiCallable[_sessions_pb2.UpdateQueuedMessageRequest, _sessions_pb2.UpdateQueuedMessageResponse]
+    """Changes a message that waits: prompt, place. NOT_FOUND once it was sent."""
+    DeleteQueuedMessage: _aio.UnaryUnaryMultiCallable[_sessions_pb2.DeleteQueuedMessageRequest, _sessions_pb2.DeleteQueuedMessageResponse]
+    """Takes back a message that waits. NOT_FOUND once it was sent."""
+    ListTranscriptEntries: _aio.UnaryUnaryMultiCallable[_sessions_pb2.ListTranscriptEntriesRequest, _sessions_pb2.ListTranscriptEntriesResponse]
     """Reads a page of a session's transcript."""
+    AnswerInputRequest: _aio.UnaryUnaryMultiCallable[_sessions_pb2.AnswerInputRequestRequest, _sessions_pb2.AnswerInputRequestResponse]
+    """Answers what an agent waits for. The first answer wins: FAILED_PRECONDITION for later ones."""
+    ListInputRequests: _aio.UnaryUnaryMultiCallable[_sessions_pb2.ListInputRequestsRequest, _sessions_pb2.ListInputRequestsResponse]
+    """Lists what waits for a person, over all tasks of an organization, oldest first."""
 
 class SessionServiceServicer:
-    """Conversations with agents. A task has several; one works at a time."""
+    """Conversations with agents. A task has up to 64; one works at a time."""
 
     def CreateSession(
         self,
         request: _sessions_pb2.CreateSessionRequest,
         context: _aio.ServicerContext[_sessions_pb2.CreateSessionRequest, _abc.Awaitable[_sessions_pb2.CreateSessionResponse]],
     ) -> _abc.Awaitable[_sessions_pb2.CreateSessionResponse]:
-        """Creates a session and starts its agent. INVALID_ARGUMENT naming the agents that exist if the
-        agent is unknown; FAILED_PRECONDITION unless the task is provisioned.
+        """Creates a session and answers at once; its agent starts behind it. FAILED_PRECONDITION unless the task is ACTIVE;
+        INVALID_ARGUMENT for agents, models and modes that its sandbox does not know; RESOURCE_EXHAUSTED past 64 sessions.
         """
 
-    def RenameSession(
+    def ListSessions(
         self,
-        request: _sessions_pb2.RenameSessionRequest,
-        context: _aio.ServicerContext[_sessions_pb2.RenameSessionRequest, _abc.Awaitable[_sessions_pb2.RenameSessionResponse]],
-    ) -> _abc.Awaitable[_sessions_pb2.RenameSessionResponse]:
-        """Renames a session."""
+        request: _sessions_pb2.ListSessionsRequest,
+        context: _aio.ServicerContext[_sessions_pb2.ListSessionsRequest, _abc.Awaitable[_sessions_pb2.ListSessionsResponse]],
+    ) -> _abc.Awaitable[_sessions_pb2.ListSessionsResponse]:
+        """Lists the sessions of a task, oldest first."""
+
+    def UpdateSession(
+        self,
+        request: _sessions_pb2.UpdateSessionRequest,
+        context: _aio.ServicerContext[_sessions_pb2.UpdateSessionRequest, _abc.Awaitable[_sessions_pb2.UpdateSessionResponse]],
+    ) -> _abc.Awaitable[_sessions_pb2.UpdateSessionResponse]:
+        """Changes a session: display_name."""
 
     def CloseSession(
         self,
@@ -74,29 +93,64 @@ class SessionServiceServicer:
         request: _sessions_pb2.SendMessageRequest,
         context: _aio.ServicerContext[_sessions_pb2.SendMessageRequest, _abc.Awaitable[_sessions_pb2.SendMessageResponse]],
     ) -> _abc.Awaitable[_sessions_pb2.SendMessageResponse]:
-        """Sends a message to the agent. FAILED_PRECONDITION with reason SESSION_WORKING while a session of
-        the task works and queueing was not asked for.
+        """Sends a message to the agent. What happens while an agent of the task works is the caller's choice. At most 100
+        messages wait in a task, and 4 MiB of them: RESOURCE_EXHAUSTED past that.
         """
+
+    def RetryTurn(
+        self,
+        request: _sessions_pb2.RetryTurnRequest,
+        context: _aio.ServicerContext[_sessions_pb2.RetryTurnRequest, _abc.Awaitable[_sessions_pb2.RetryTurnResponse]],
+    ) -> _abc.Awaitable[_sessions_pb2.RetryTurnResponse]:
+        """Gives the prompt of the last turn to the agent again. FAILED_PRECONDITION unless that turn failed."""
 
     def CancelTurn(
         self,
         request: _sessions_pb2.CancelTurnRequest,
         context: _aio.ServicerContext[_sessions_pb2.CancelTurnRequest, _abc.Awaitable[_sessions_pb2.CancelTurnResponse]],
     ) -> _abc.Awaitable[_sessions_pb2.CancelTurnResponse]:
-        """Asks the agent to stop its turn. FAILED_PRECONDITION if it does not work."""
+        """Asks the agent to stop its turn. FAILED_PRECONDITION if it does not work on this turn."""
 
-    def AnswerPermission(
+    def ListQueuedMessages(
         self,
-        request: _sessions_pb2.AnswerPermissionRequest,
-        context: _aio.ServicerContext[_sessions_pb2.AnswerPermissionRequest, _abc.Awaitable[_sessions_pb2.AnswerPermissionResponse]],
-    ) -> _abc.Awaitable[_sessions_pb2.AnswerPermissionResponse]:
-        """Answers a permission request. The first answer wins: FAILED_PRECONDITION for later ones."""
+        request: _sessions_pb2.ListQueuedMessagesRequest,
+        context: _aio.ServicerContext[_sessions_pb2.ListQueuedMessagesRequest, _abc.Awaitable[_sessions_pb2.ListQueuedMessagesResponse]],
+    ) -> _abc.Awaitable[_sessions_pb2.ListQueuedMessagesResponse]:
+        """Lists the messages of a task that wait, in the order in which they will be sent."""
 
-    def ListTranscript(
+    def UpdateQueuedMessage(
         self,
-        request: _sessions_pb2.ListTranscriptRequest,
-        context: _aio.ServicerContext[_sessions_pb2.ListTranscriptRequest, _abc.Awaitable[_sessions_pb2.ListTranscriptResponse]],
-    ) -> _abc.Awaitable[_sessions_pb2.ListTranscriptResponse]:
+        request: _sessions_pb2.UpdateQueuedMessageRequest,
+        context: _aio.ServicerContext[_sessions_pb2.UpdateQueuedMessageRequest, _abc.Awaitable[_sessions_pb2.UpdateQueuedMessageResponse]],
+    ) -> _abc.Awaitable[_sessions_pb2.UpdateQueuedMessageResponse]:
+        """Changes a message that waits: prompt, place. NOT_FOUND once it was sent."""
+
+    def DeleteQueuedMessage(
+        self,
+        request: _sessions_pb2.DeleteQueuedMessageRequest,
+        context: _aio.ServicerContext[_sessions_pb2.DeleteQueuedMessageRequest, _abc.Awaitable[_sessions_pb2.DeleteQueuedMessageResponse]],
+    ) -> _abc.Awaitable[_sessions_pb2.DeleteQueuedMessageResponse]:
+        """Takes back a message that waits. NOT_FOUND once it was sent."""
+
+    def ListTranscriptEntries(
+        self,
+        request: _sessions_pb2.ListTranscriptEntriesRequest,
+        context: _aio.ServicerContext[_sessions_pb2.ListTranscriptEntriesRequest, _abc.Awaitable[_sessions_pb2.ListTranscriptEntriesResponse]],
+    ) -> _abc.Awaitable[_sessions_pb2.ListTranscriptEntriesResponse]:
         """Reads a page of a session's transcript."""
+
+    def AnswerInputRequest(
+        self,
+        request: _sessions_pb2.AnswerInputRequestRequest,
+        context: _aio.ServicerContext[_sessions_pb2.AnswerInputRequestRequest, _abc.Awaitable[_sessions_pb2.AnswerInputRequestResponse]],
+    ) -> _abc.Awaitable[_sessions_pb2.AnswerInputRequestResponse]:
+        """Answers what an agent waits for. The first answer wins: FAILED_PRECONDITION for later ones."""
+
+    def ListInputRequests(
+        self,
+        request: _sessions_pb2.ListInputRequestsRequest,
+        context: _aio.ServicerContext[_sessions_pb2.ListInputRequestsRequest, _abc.Awaitable[_sessions_pb2.ListInputRequestsResponse]],
+    ) -> _abc.Awaitable[_sessions_pb2.ListInputRequestsResponse]:
+        """Lists what waits for a person, over all tasks of an organization, oldest first."""
 
 def add_SessionServiceServicer_to_server(servicer: SessionServiceServicer, server: _aio.Server) -> None: ...

@@ -3,12 +3,17 @@
 isort:skip_file
 """
 
+from branchline.v1 import common_pb2 as _common_pb2
+from branchline.v1 import processes_pb2 as _processes_pb2
 from branchline.v1 import repositories_pb2 as _repositories_pb2
 from branchline.v1 import sandboxes_pb2 as _sandboxes_pb2
 from branchline.v1 import sessions_pb2 as _sessions_pb2
+from branchline.v1 import transcripts_pb2 as _transcripts_pb2
 from branchline.v1 import watches_pb2 as _watches_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
+from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -24,85 +29,85 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class _TaskSort:
+class _TaskState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
 
-class _TaskSortEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TaskSort.ValueType], _builtins.type):
+class _TaskStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TaskState.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
-    TASK_SORT_UNSPECIFIED: _TaskSort.ValueType  # 0
-    """Newest change first."""
-    TASK_SORT_CREATE_TIME: _TaskSort.ValueType  # 1
-    """Newest task first."""
-    TASK_SORT_TITLE: _TaskSort.ValueType  # 2
-    """By title."""
-
-class TaskSort(_TaskSort, metaclass=_TaskSortEnumTypeWrapper):
-    """How tasks are sorted."""
-
-TASK_SORT_UNSPECIFIED: TaskSort.ValueType  # 0
-"""Newest change first."""
-TASK_SORT_CREATE_TIME: TaskSort.ValueType  # 1
-"""Newest task first."""
-TASK_SORT_TITLE: TaskSort.ValueType  # 2
-"""By title."""
-Global___TaskSort: _TypeAlias = TaskSort  # noqa: Y015
-
-class _TaskStatus:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
-
-class _TaskStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TaskStatus.ValueType], _builtins.type):
-    DESCRIPTOR: _descriptor.EnumDescriptor
-    TASK_STATUS_UNSPECIFIED: _TaskStatus.ValueType  # 0
-    """Not set."""
-    TASK_STATUS_PENDING: _TaskStatus.ValueType  # 1
+    TASK_STATE_UNSPECIFIED: _TaskState.ValueType  # 0
+    """Not set; no task has it."""
+    TASK_STATE_QUEUED: _TaskState.ValueType  # 1
     """Recorded; provisioning has not begun."""
-    TASK_STATUS_PROVISIONING: _TaskStatus.ValueType  # 2
+    TASK_STATE_PROVISIONING: _TaskState.ValueType  # 2
     """Sandbox, clone, branch and first session are being made; see the stage."""
-    TASK_STATUS_IDLE: _TaskStatus.ValueType  # 3
-    """Ready for a message; no agent works."""
-    TASK_STATUS_RUNNING: _TaskStatus.ValueType  # 4
-    """An agent works."""
-    TASK_STATUS_WAITING: _TaskStatus.ValueType  # 5
-    """An agent asked something and waits for a member's answer."""
-    TASK_STATUS_ERROR: _TaskStatus.ValueType  # 6
-    """Something failed; the status reason says what. It can be retried."""
-    TASK_STATUS_ARCHIVING: _TaskStatus.ValueType  # 7
+    TASK_STATE_ACTIVE: _TaskState.ValueType  # 3
+    """Its sandbox runs; see the activity."""
+    TASK_STATE_FAILED: _TaskState.ValueType  # 4
+    """It has no sandbox that agents can work in; the failure says why. RetryProvisioning provisions it again."""
+    TASK_STATE_ARCHIVING: _TaskState.ValueType  # 5
     """The sandbox is being released; the task will be archived."""
-    TASK_STATUS_ARCHIVED: _TaskStatus.ValueType  # 8
+    TASK_STATE_ARCHIVED: _TaskState.ValueType  # 6
     """Put away; the branch stays on the remote."""
-    TASK_STATUS_KILLING: _TaskStatus.ValueType  # 9
+    TASK_STATE_KILLING: _TaskState.ValueType  # 7
     """The sandbox is being destroyed."""
-    TASK_STATUS_KILLED: _TaskStatus.ValueType  # 10
+    TASK_STATE_KILLED: _TaskState.ValueType  # 8
     """Ended; the sandbox is gone."""
 
-class TaskStatus(_TaskStatus, metaclass=_TaskStatusEnumTypeWrapper):
-    """Where a task stands."""
+class TaskState(_TaskState, metaclass=_TaskStateEnumTypeWrapper):
+    """Where a task is in its life."""
 
-TASK_STATUS_UNSPECIFIED: TaskStatus.ValueType  # 0
-"""Not set."""
-TASK_STATUS_PENDING: TaskStatus.ValueType  # 1
+TASK_STATE_UNSPECIFIED: TaskState.ValueType  # 0
+"""Not set; no task has it."""
+TASK_STATE_QUEUED: TaskState.ValueType  # 1
 """Recorded; provisioning has not begun."""
-TASK_STATUS_PROVISIONING: TaskStatus.ValueType  # 2
+TASK_STATE_PROVISIONING: TaskState.ValueType  # 2
 """Sandbox, clone, branch and first session are being made; see the stage."""
-TASK_STATUS_IDLE: TaskStatus.ValueType  # 3
-"""Ready for a message; no agent works."""
-TASK_STATUS_RUNNING: TaskStatus.ValueType  # 4
-"""An agent works."""
-TASK_STATUS_WAITING: TaskStatus.ValueType  # 5
-"""An agent asked something and waits for a member's answer."""
-TASK_STATUS_ERROR: TaskStatus.ValueType  # 6
-"""Something failed; the status reason says what. It can be retried."""
-TASK_STATUS_ARCHIVING: TaskStatus.ValueType  # 7
+TASK_STATE_ACTIVE: TaskState.ValueType  # 3
+"""Its sandbox runs; see the activity."""
+TASK_STATE_FAILED: TaskState.ValueType  # 4
+"""It has no sandbox that agents can work in; the failure says why. RetryProvisioning provisions it again."""
+TASK_STATE_ARCHIVING: TaskState.ValueType  # 5
 """The sandbox is being released; the task will be archived."""
-TASK_STATUS_ARCHIVED: TaskStatus.ValueType  # 8
+TASK_STATE_ARCHIVED: TaskState.ValueType  # 6
 """Put away; the branch stays on the remote."""
-TASK_STATUS_KILLING: TaskStatus.ValueType  # 9
+TASK_STATE_KILLING: TaskState.ValueType  # 7
 """The sandbox is being destroyed."""
-TASK_STATUS_KILLED: TaskStatus.ValueType  # 10
+TASK_STATE_KILLED: TaskState.ValueType  # 8
 """Ended; the sandbox is gone."""
-Global___TaskStatus: _TypeAlias = TaskStatus  # noqa: Y015
+Global___TaskState: _TypeAlias = TaskState  # noqa: Y015
+
+class _TaskActivity:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TaskActivityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TaskActivity.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TASK_ACTIVITY_UNSPECIFIED: _TaskActivity.ValueType  # 0
+    """Not set: the task is not ACTIVE."""
+    TASK_ACTIVITY_IDLE: _TaskActivity.ValueType  # 1
+    """No agent works."""
+    TASK_ACTIVITY_RUNNING: _TaskActivity.ValueType  # 2
+    """An agent works."""
+    TASK_ACTIVITY_WAITING: _TaskActivity.ValueType  # 3
+    """An agent waits for a member's answer."""
+    TASK_ACTIVITY_FAILED: _TaskActivity.ValueType  # 4
+    """The last turn failed; the failure says why. A message, or RetryTurn, goes on."""
+
+class TaskActivity(_TaskActivity, metaclass=_TaskActivityEnumTypeWrapper):
+    """What the agents of a task do, while it is ACTIVE."""
+
+TASK_ACTIVITY_UNSPECIFIED: TaskActivity.ValueType  # 0
+"""Not set: the task is not ACTIVE."""
+TASK_ACTIVITY_IDLE: TaskActivity.ValueType  # 1
+"""No agent works."""
+TASK_ACTIVITY_RUNNING: TaskActivity.ValueType  # 2
+"""An agent works."""
+TASK_ACTIVITY_WAITING: TaskActivity.ValueType  # 3
+"""An agent waits for a member's answer."""
+TASK_ACTIVITY_FAILED: TaskActivity.ValueType  # 4
+"""The last turn failed; the failure says why. A message, or RetryTurn, goes on."""
+Global___TaskActivity: _TypeAlias = TaskActivity  # noqa: Y015
 
 class _ProvisioningStage:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -133,6 +138,311 @@ PROVISIONING_STAGE_SESSION: ProvisioningStage.ValueType  # 3
 Global___ProvisioningStage: _TypeAlias = ProvisioningStage  # noqa: Y015
 
 @_typing.final
+class Task(_message.Message):
+    """One branch of a repository, with agent sessions and a sandbox."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
+    REPOSITORY_ID_FIELD_NUMBER: _builtins.int
+    TITLE_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    BRANCH_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    ACTIVITY_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    STATE_TIME_FIELD_NUMBER: _builtins.int
+    OWNER_USER_ID_FIELD_NUMBER: _builtins.int
+    CREATOR_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
+    SESSIONS_FIELD_NUMBER: _builtins.int
+    ACTIVE_SANDBOX_ID_FIELD_NUMBER: _builtins.int
+    SANDBOX_PROVIDER_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    HEAD_COMMIT_FIELD_NUMBER: _builtins.int
+    PULL_REQUEST_FIELD_NUMBER: _builtins.int
+    PENDING_INPUT_COUNT_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Id with the prefix "task_"."""
+    organization_id: _builtins.str
+    """The organization that owns it."""
+    repository_id: _builtins.str
+    """The repository it works on."""
+    title: _builtins.str
+    """Title shown to people."""
+    branch: _builtins.str
+    """The branch it owns."""
+    state: Global___TaskState.ValueType
+    """Where it is in its life."""
+    activity: Global___TaskActivity.ValueType
+    """What its agents do; set while it is ACTIVE."""
+    owner_user_id: _builtins.str
+    """User whose git credentials the sandbox uses."""
+    etag: _builtins.str
+    """Changes with what UpdateTask can change, and only then; agents at work do not touch it."""
+    revision: _builtins.int
+    """Number of its state; grows with every change."""
+    stage: Global___ProvisioningStage.ValueType
+    """How far provisioning has come, while it goes on."""
+    active_sandbox_id: _builtins.str
+    """The active sandbox; empty when there is none."""
+    sandbox_provider: _builtins.str
+    """Sandbox provider, such as "local"."""
+    head_commit: _builtins.str
+    """Commit at the tip of its branch in the sandbox after the last agent turn, 40 hex digits."""
+    pending_input_count: _builtins.int
+    """Input requests that wait for an answer."""
+    @_builtins.property
+    def prompt(self) -> _common_pb2.Prompt:
+        """What the task was created with: the first prompt."""
+
+    @_builtins.property
+    def failure(self) -> _common_pb2.Failure:
+        """Why it failed; set while state or activity is FAILED. While it is ARCHIVING or KILLING: why that takes long."""
+
+    @_builtins.property
+    def state_time(self) -> _timestamp_pb2.Timestamp:
+        """Since when it has this state and activity."""
+
+    @_builtins.property
+    def creator(self) -> _common_pb2.Actor:
+        """Who created it."""
+
+    @_builtins.property
+    def sessions(self) -> _containers.RepeatedCompositeFieldContainer[_sessions_pb2.SessionSummary]:
+        """Its sessions in brief, oldest first."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was created."""
+
+    @_builtins.property
+    def update_time(self) -> _timestamp_pb2.Timestamp:
+        """When anything of it last changed."""
+
+    @_builtins.property
+    def pull_request(self) -> _repositories_pb2.PullRequest:
+        """The open pull request from its branch; unset when there is none."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        organization_id: _builtins.str = ...,
+        repository_id: _builtins.str = ...,
+        title: _builtins.str = ...,
+        prompt: _common_pb2.Prompt | None = ...,
+        branch: _builtins.str = ...,
+        state: Global___TaskState.ValueType = ...,
+        activity: Global___TaskActivity.ValueType = ...,
+        failure: _common_pb2.Failure | None = ...,
+        state_time: _timestamp_pb2.Timestamp | None = ...,
+        owner_user_id: _builtins.str = ...,
+        creator: _common_pb2.Actor | None = ...,
+        etag: _builtins.str = ...,
+        revision: _builtins.int = ...,
+        stage: Global___ProvisioningStage.ValueType = ...,
+        sessions: _abc.Iterable[_sessions_pb2.SessionSummary] | None = ...,
+        active_sandbox_id: _builtins.str = ...,
+        sandbox_provider: _builtins.str = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        update_time: _timestamp_pb2.Timestamp | None = ...,
+        head_commit: _builtins.str = ...,
+        pull_request: _repositories_pb2.PullRequest | None = ...,
+        pending_input_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "creator", b"creator", "failure", b"failure", "prompt", b"prompt", "pull_request", b"pull_request", "state_time", b"state_time", "update_time", b"update_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_sandbox_id", b"active_sandbox_id", "activity", b"activity", "branch", b"branch", "create_time", b"create_time", "creator", b"creator", "etag", b"etag", "failure", b"failure", "head_commit", b"head_commit", "id", b"id", "organization_id", b"organization_id", "owner_user_id", b"owner_user_id", "pending_input_count", b"pending_input_count", "prompt", b"prompt", "pull_request", b"pull_request", "repository_id", b"repository_id", "revision", b"revision", "sandbox_provider", b"sandbox_provider", "sessions", b"sessions", "stage", b"stage", "state", b"state", "state_time", b"state_time", "title", b"title", "update_time", b"update_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Task: _TypeAlias = Task  # noqa: Y015
+
+@_typing.final
+class TaskSummary(_message.Message):
+    """A task as the sidebar shows it: at most 2.5 KiB, so that 400 of them fit a page."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
+    REPOSITORY_ID_FIELD_NUMBER: _builtins.int
+    TITLE_FIELD_NUMBER: _builtins.int
+    BRANCH_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    ACTIVITY_FIELD_NUMBER: _builtins.int
+    FAILURE_REASON_FIELD_NUMBER: _builtins.int
+    OWNER_USER_ID_FIELD_NUMBER: _builtins.int
+    SESSIONS_FIELD_NUMBER: _builtins.int
+    SESSION_COUNT_FIELD_NUMBER: _builtins.int
+    PULL_REQUEST_FIELD_NUMBER: _builtins.int
+    PENDING_INPUT_COUNT_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
+    HEAD_COMMIT_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Id with the prefix "task_"."""
+    organization_id: _builtins.str
+    """The organization that owns it."""
+    repository_id: _builtins.str
+    """The repository it works on."""
+    title: _builtins.str
+    """Title shown to people."""
+    branch: _builtins.str
+    """The branch it owns."""
+    state: Global___TaskState.ValueType
+    """Where it is in its life."""
+    activity: Global___TaskActivity.ValueType
+    """What its agents do; set while it is ACTIVE."""
+    failure_reason: _common_pb2.FailureReason.ValueType
+    """Why it failed, or its end takes long; set while the task's failure is. The words are the task's."""
+    owner_user_id: _builtins.str
+    """User whose git credentials the sandbox uses."""
+    session_count: _builtins.int
+    """How many sessions it has."""
+    pending_input_count: _builtins.int
+    """Input requests that wait for an answer."""
+    revision: _builtins.int
+    """Number of its state; grows with every change."""
+    stage: Global___ProvisioningStage.ValueType
+    """How far provisioning has come, while it goes on."""
+    head_commit: _builtins.str
+    """Commit at the tip of its branch in the sandbox after the last agent turn, 40 hex digits."""
+    @_builtins.property
+    def sessions(self) -> _containers.RepeatedCompositeFieldContainer[_sessions_pb2.SessionSummary]:
+        """Its first sessions in brief, oldest first: at most eight, and no more than fit 1.5 KiB."""
+
+    @_builtins.property
+    def pull_request(self) -> _repositories_pb2.PullRequestSummary:
+        """The open pull request from its branch; unset when there is none."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was created."""
+
+    @_builtins.property
+    def update_time(self) -> _timestamp_pb2.Timestamp:
+        """When anything of it last changed."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        organization_id: _builtins.str = ...,
+        repository_id: _builtins.str = ...,
+        title: _builtins.str = ...,
+        branch: _builtins.str = ...,
+        state: Global___TaskState.ValueType = ...,
+        activity: Global___TaskActivity.ValueType = ...,
+        failure_reason: _common_pb2.FailureReason.ValueType = ...,
+        owner_user_id: _builtins.str = ...,
+        sessions: _abc.Iterable[_sessions_pb2.SessionSummary] | None = ...,
+        session_count: _builtins.int = ...,
+        pull_request: _repositories_pb2.PullRequestSummary | None = ...,
+        pending_input_count: _builtins.int = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        update_time: _timestamp_pb2.Timestamp | None = ...,
+        revision: _builtins.int = ...,
+        stage: Global___ProvisioningStage.ValueType = ...,
+        head_commit: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "pull_request", b"pull_request", "update_time", b"update_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "branch", b"branch", "create_time", b"create_time", "failure_reason", b"failure_reason", "head_commit", b"head_commit", "id", b"id", "organization_id", b"organization_id", "owner_user_id", b"owner_user_id", "pending_input_count", b"pending_input_count", "pull_request", b"pull_request", "repository_id", b"repository_id", "revision", b"revision", "session_count", b"session_count", "sessions", b"sessions", "stage", b"stage", "state", b"state", "title", b"title", "update_time", b"update_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TaskSummary: _TypeAlias = TaskSummary  # noqa: Y015
+
+@_typing.final
+class BranchChoice(_message.Message):
+    """Which branch a task gets."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DERIVED_FIELD_NUMBER: _builtins.int
+    NEW_BRANCH_FIELD_NUMBER: _builtins.int
+    EXISTING_BRANCH_FIELD_NUMBER: _builtins.int
+    PULL_REQUEST_NUMBER_FIELD_NUMBER: _builtins.int
+    BASE_FIELD_NUMBER: _builtins.int
+    new_branch: _builtins.str
+    """A branch that is made. ALREADY_EXISTS where it is known to be taken; else the task ends FAILED, BRANCH_CONFLICT."""
+    existing_branch: _builtins.str
+    """A branch that is continued. NOT_FOUND where it is known to be missing; else the task ends FAILED, BRANCH_CONFLICT."""
+    pull_request_number: _builtins.int
+    """The head branch of this pull request, as for an existing branch."""
+    base: _builtins.str
+    """Where a branch that is made starts; empty means the default branch."""
+    @_builtins.property
+    def derived(self) -> Global___DerivedBranch:
+        """Derived from the title; one that is taken gets a number."""
+
+    def __init__(
+        self,
+        *,
+        derived: Global___DerivedBranch | None = ...,
+        new_branch: _builtins.str = ...,
+        existing_branch: _builtins.str = ...,
+        pull_request_number: _builtins.int = ...,
+        base: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["branch", b"branch", "derived", b"derived", "existing_branch", b"existing_branch", "new_branch", b"new_branch", "pull_request_number", b"pull_request_number"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "branch", b"branch", "derived", b"derived", "existing_branch", b"existing_branch", "new_branch", b"new_branch", "pull_request_number", b"pull_request_number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_branch: _TypeAlias = _typing.Literal["derived", "new_branch", "existing_branch", "pull_request_number"]  # noqa: Y015
+    _WhichOneofArgType_branch: _TypeAlias = _typing.Literal["branch", b"branch"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_branch) -> _WhichOneofReturnType_branch | None: ...
+
+Global___BranchChoice: _TypeAlias = BranchChoice  # noqa: Y015
+
+@_typing.final
+class DerivedBranch(_message.Message):
+    """The branch's name is derived from the title."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DerivedBranch: _TypeAlias = DerivedBranch  # noqa: Y015
+
+@_typing.final
+class SandboxOptions(_message.Message):
+    """How a sandbox is made."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROVIDER_FIELD_NUMBER: _builtins.int
+    provider: _builtins.str
+    """Provider, such as "local"; empty follows the organization."""
+    def __init__(
+        self,
+        *,
+        provider: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["provider", b"provider"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SandboxOptions: _TypeAlias = SandboxOptions  # noqa: Y015
+
+@_typing.final
 class CreateTaskRequest(_message.Message):
     """See TaskService.CreateTask."""
 
@@ -140,47 +450,55 @@ class CreateTaskRequest(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     REPOSITORY_ID_FIELD_NUMBER: _builtins.int
-    TEXT_FIELD_NUMBER: _builtins.int
     TITLE_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
     BRANCH_FIELD_NUMBER: _builtins.int
-    AGENT_FIELD_NUMBER: _builtins.int
-    MODEL_FIELD_NUMBER: _builtins.int
-    SANDBOX_PROVIDER_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    SANDBOX_FIELD_NUMBER: _builtins.int
     HOLD_PROMPT_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Chosen by the client; repeating it gives the first answer."""
+    """Chosen by the client, a UUID: repeating it within seven days gives the first answer. Empty: each call is a new one."""
     repository_id: _builtins.str
     """The repository to work on."""
-    text: _builtins.str
-    """What is to be done. Title and branch are derived from it when not given."""
     title: _builtins.str
-    """Title; derived when empty."""
-    branch: _builtins.str
-    """Branch to create or, if the remote has it, to continue; derived when empty."""
-    agent: _builtins.str
-    """Agent of the first session; empty follows the user, then the organization."""
-    model: _builtins.str
-    """Model of the first session; empty leaves it to user, organization and agent in this order."""
-    sandbox_provider: _builtins.str
-    """Sandbox provider; empty follows the organization."""
+    """Title; derived from the prompt when empty."""
     hold_prompt: _builtins.bool
-    """Whether the text waits: true makes the task ready without prompting the agent with it."""
+    """Whether the prompt waits: true makes the task ready without prompting the agent with it."""
+    validate_only: _builtins.bool
+    """Whether everything is checked and nothing done."""
+    @_builtins.property
+    def prompt(self) -> _common_pb2.Prompt:
+        """What is to be done; its text must hold more than white space."""
+
+    @_builtins.property
+    def branch(self) -> Global___BranchChoice:
+        """Which branch; unset derives it."""
+
+    @_builtins.property
+    def session(self) -> _sessions_pb2.SessionOptions:
+        """How the first session is opened."""
+
+    @_builtins.property
+    def sandbox(self) -> Global___SandboxOptions:
+        """How the sandbox is made."""
+
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         repository_id: _builtins.str = ...,
-        text: _builtins.str = ...,
         title: _builtins.str = ...,
-        branch: _builtins.str = ...,
-        agent: _builtins.str = ...,
-        model: _builtins.str = ...,
-        sandbox_provider: _builtins.str = ...,
+        prompt: _common_pb2.Prompt | None = ...,
+        branch: Global___BranchChoice | None = ...,
+        session: _sessions_pb2.SessionOptions | None = ...,
+        sandbox: Global___SandboxOptions | None = ...,
         hold_prompt: _builtins.bool = ...,
+        validate_only: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["branch", b"branch", "prompt", b"prompt", "sandbox", b"sandbox", "session", b"session"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "branch", b"branch", "hold_prompt", b"hold_prompt", "model", b"model", "repository_id", b"repository_id", "request_id", b"request_id", "sandbox_provider", b"sandbox_provider", "text", b"text", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["branch", b"branch", "hold_prompt", b"hold_prompt", "prompt", b"prompt", "repository_id", b"repository_id", "request_id", b"request_id", "sandbox", b"sandbox", "session", b"session", "title", b"title", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -198,7 +516,7 @@ class CreateTaskResponse(_message.Message):
     """Give it to reads and watches that must see this change."""
     @_builtins.property
     def task(self) -> Global___Task:
-        """The task, pending."""
+        """The task, QUEUED; with `validate_only` as it would be, without an id."""
 
     def __init__(
         self,
@@ -221,20 +539,22 @@ class GetTaskRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TASK_ID_FIELD_NUMBER: _builtins.int
-    CONSISTENCY_TOKEN_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     """The task."""
-    consistency_token: _builtins.str
-    """From a command's answer: wait until its change is visible. May be empty."""
+    @_builtins.property
+    def consistency(self) -> _common_pb2.Consistency:
+        """How fresh the answer must be."""
+
     def __init__(
         self,
         *,
         task_id: _builtins.str = ...,
-        consistency_token: _builtins.str = ...,
+        consistency: _common_pb2.Consistency | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "task_id", b"task_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -247,34 +567,78 @@ class GetTaskResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TASK_FIELD_NUMBER: _builtins.int
-    SESSIONS_FIELD_NUMBER: _builtins.int
-    SANDBOXES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def task(self) -> Global___Task:
         """The task."""
-
-    @_builtins.property
-    def sessions(self) -> _containers.RepeatedCompositeFieldContainer[_sessions_pb2.Session]:
-        """Its sessions, oldest first."""
-
-    @_builtins.property
-    def sandboxes(self) -> _containers.RepeatedCompositeFieldContainer[_sandboxes_pb2.Sandbox]:
-        """Its sandboxes, oldest first."""
 
     def __init__(
         self,
         *,
         task: Global___Task | None = ...,
-        sessions: _abc.Iterable[_sessions_pb2.Session] | None = ...,
-        sandboxes: _abc.Iterable[_sandboxes_pb2.Sandbox] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sandboxes", b"sandboxes", "sessions", b"sessions", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetTaskResponse: _TypeAlias = GetTaskResponse  # noqa: Y015
+
+@_typing.final
+class TaskFilter(_message.Message):
+    """Which tasks are meant; all that are given must hold. The same wherever tasks are chosen."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPOSITORY_IDS_FIELD_NUMBER: _builtins.int
+    OWNER_USER_IDS_FIELD_NUMBER: _builtins.int
+    STATES_FIELD_NUMBER: _builtins.int
+    ACTIVITIES_FIELD_NUMBER: _builtins.int
+    HAS_PULL_REQUEST_FIELD_NUMBER: _builtins.int
+    QUERY_FIELD_NUMBER: _builtins.int
+    INCLUDE_ENDED_FIELD_NUMBER: _builtins.int
+    has_pull_request: _builtins.bool
+    """Only tasks with an open pull request, or only those without. Unset means both."""
+    query: _builtins.str
+    """Only tasks whose title or branch holds this text, in any case of any script. May be empty."""
+    include_ended: _builtins.bool
+    """Whether archived and killed tasks are meant, too, where `states` is empty."""
+    @_builtins.property
+    def repository_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Only tasks of these repositories; empty means all."""
+
+    @_builtins.property
+    def owner_user_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Only tasks of these owners; empty means all."""
+
+    @_builtins.property
+    def states(self) -> _containers.RepeatedScalarFieldContainer[Global___TaskState.ValueType]:
+        """Only tasks in these states; empty means all that have not ended, or with `include_ended` all."""
+
+    @_builtins.property
+    def activities(self) -> _containers.RepeatedScalarFieldContainer[Global___TaskActivity.ValueType]:
+        """Only tasks with these activities; empty means all."""
+
+    def __init__(
+        self,
+        *,
+        repository_ids: _abc.Iterable[_builtins.str] | None = ...,
+        owner_user_ids: _abc.Iterable[_builtins.str] | None = ...,
+        states: _abc.Iterable[Global___TaskState.ValueType] | None = ...,
+        activities: _abc.Iterable[Global___TaskActivity.ValueType] | None = ...,
+        has_pull_request: _builtins.bool | None = ...,
+        query: _builtins.str = ...,
+        include_ended: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_has_pull_request", b"_has_pull_request", "has_pull_request", b"has_pull_request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_has_pull_request", b"_has_pull_request", "activities", b"activities", "has_pull_request", b"has_pull_request", "include_ended", b"include_ended", "owner_user_ids", b"owner_user_ids", "query", b"query", "repository_ids", b"repository_ids", "states", b"states"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__has_pull_request: _TypeAlias = _typing.Literal["has_pull_request"]  # noqa: Y015
+    _WhichOneofArgType__has_pull_request: _TypeAlias = _typing.Literal["_has_pull_request", b"_has_pull_request"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__has_pull_request) -> _WhichOneofReturnType__has_pull_request | None: ...
+
+Global___TaskFilter: _TypeAlias = TaskFilter  # noqa: Y015
 
 @_typing.final
 class ListTasksRequest(_message.Message):
@@ -283,58 +647,42 @@ class ListTasksRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
-    REPOSITORY_ID_FIELD_NUMBER: _builtins.int
-    STATUSES_FIELD_NUMBER: _builtins.int
-    OWNER_USER_ID_FIELD_NUMBER: _builtins.int
-    QUERY_FIELD_NUMBER: _builtins.int
-    SORT_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    ORDER_BY_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
-    CONSISTENCY_TOKEN_FIELD_NUMBER: _builtins.int
-    HAS_PULL_REQUEST_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_FIELD_NUMBER: _builtins.int
     organization_id: _builtins.str
     """The organization."""
-    repository_id: _builtins.str
-    """Only tasks of this repository. May be empty."""
-    owner_user_id: _builtins.str
-    """Only tasks of this owner. May be empty."""
-    query: _builtins.str
-    """Only tasks whose title or branch holds this text, in any case. May be empty."""
-    sort: Global___TaskSort.ValueType
-    """Order."""
+    order_by: _builtins.str
+    """"update_time desc", "create_time desc" or "title"; empty means "update_time desc"."""
     page_size: _builtins.int
-    """Most tasks in one answer, at most 1000; 0 means 50."""
+    """Most in one answer; 0 means 100, more than 1000 is taken as 1000. A page also ends at 1 MiB."""
     page_token: _builtins.str
     """Token of the page before; empty for the first."""
-    consistency_token: _builtins.str
-    """From a command's answer: wait until its change is visible. May be empty."""
-    has_pull_request: _builtins.bool
-    """Only tasks whose branch has an open pull request, or only those without. Not set means both."""
     @_builtins.property
-    def statuses(self) -> _containers.RepeatedScalarFieldContainer[Global___TaskStatus.ValueType]:
-        """Only tasks in one of these statuses. Empty means all but archived and killed ones."""
+    def filter(self) -> Global___TaskFilter:
+        """Which tasks."""
+
+    @_builtins.property
+    def consistency(self) -> _common_pb2.Consistency:
+        """How fresh the answer must be."""
 
     def __init__(
         self,
         *,
         organization_id: _builtins.str = ...,
-        repository_id: _builtins.str = ...,
-        statuses: _abc.Iterable[Global___TaskStatus.ValueType] | None = ...,
-        owner_user_id: _builtins.str = ...,
-        query: _builtins.str = ...,
-        sort: Global___TaskSort.ValueType = ...,
+        filter: Global___TaskFilter | None = ...,
+        order_by: _builtins.str = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
-        consistency_token: _builtins.str = ...,
-        has_pull_request: _builtins.bool | None = ...,
+        consistency: _common_pb2.Consistency | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_has_pull_request", b"_has_pull_request", "has_pull_request", b"has_pull_request"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "filter", b"filter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_has_pull_request", b"_has_pull_request", "consistency_token", b"consistency_token", "has_pull_request", b"has_pull_request", "organization_id", b"organization_id", "owner_user_id", b"owner_user_id", "page_size", b"page_size", "page_token", b"page_token", "query", b"query", "repository_id", b"repository_id", "sort", b"sort", "statuses", b"statuses"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "filter", b"filter", "order_by", b"order_by", "organization_id", b"organization_id", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__has_pull_request: _TypeAlias = _typing.Literal["has_pull_request"]  # noqa: Y015
-    _WhichOneofArgType__has_pull_request: _TypeAlias = _typing.Literal["_has_pull_request", b"_has_pull_request"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__has_pull_request) -> _WhichOneofReturnType__has_pull_request | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListTasksRequest: _TypeAlias = ListTasksRequest  # noqa: Y015
 
@@ -346,8 +694,13 @@ class ListTasksResponse(_message.Message):
 
     TASKS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """Token of the next page; empty on the last."""
+    resume_token: _builtins.str
+    """Of the first page: give it to WatchOrganization with kinds TASK and the same filter to see everything after this
+    list.
+    """
     @_builtins.property
     def tasks(self) -> _containers.RepeatedCompositeFieldContainer[Global___TaskSummary]:
         """The tasks."""
@@ -357,110 +710,53 @@ class ListTasksResponse(_message.Message):
         *,
         tasks: _abc.Iterable[Global___TaskSummary] | None = ...,
         next_page_token: _builtins.str = ...,
+        resume_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "tasks", b"tasks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "resume_token", b"resume_token", "tasks", b"tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListTasksResponse: _TypeAlias = ListTasksResponse  # noqa: Y015
 
 @_typing.final
-class WatchTaskRequest(_message.Message):
-    """See TaskService.WatchTask."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TASK_ID_FIELD_NUMBER: _builtins.int
-    SESSION_ID_FIELD_NUMBER: _builtins.int
-    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
-    CONSISTENCY_TOKEN_FIELD_NUMBER: _builtins.int
-    task_id: _builtins.str
-    """The task."""
-    session_id: _builtins.str
-    """Only this session and its transcript beside the task. May be empty."""
-    resume_token: _builtins.str
-    """Token of an earlier watch of the same task; empty for a snapshot."""
-    consistency_token: _builtins.str
-    """From a command's answer: the snapshot waits until its change is visible. May be empty."""
-    def __init__(
-        self,
-        *,
-        task_id: _builtins.str = ...,
-        session_id: _builtins.str = ...,
-        resume_token: _builtins.str = ...,
-        consistency_token: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token", "resume_token", b"resume_token", "session_id", b"session_id", "task_id", b"task_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___WatchTaskRequest: _TypeAlias = WatchTaskRequest  # noqa: Y015
-
-@_typing.final
-class WatchTaskResponse(_message.Message):
-    """See TaskService.WatchTask."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    FRAME_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def frame(self) -> _watches_pb2.WatchFrame:
-        """What happened."""
-
-    def __init__(
-        self,
-        *,
-        frame: _watches_pb2.WatchFrame | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___WatchTaskResponse: _TypeAlias = WatchTaskResponse  # noqa: Y015
-
-@_typing.final
-class RetryTaskRequest(_message.Message):
-    """See TaskService.RetryTask."""
+class UpdateTaskRequest(_message.Message):
+    """See TaskService.UpdateTask."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
-    TASK_ID_FIELD_NUMBER: _builtins.int
-    AGENT_FIELD_NUMBER: _builtins.int
-    MODEL_FIELD_NUMBER: _builtins.int
+    TASK_FIELD_NUMBER: _builtins.int
+    UPDATE_MASK_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Chosen by the client; repeating it gives the first answer."""
-    task_id: _builtins.str
-    """The task."""
-    agent: _builtins.str
-    """Another agent for the first session; empty keeps it."""
-    model: _builtins.str
-    """Another model for the first session; empty keeps it."""
+    """Chosen by the client, a UUID: repeating it within seven days gives the first answer. Empty: each call is a new one."""
+    @_builtins.property
+    def task(self) -> Global___Task:
+        """Its id, the new values, and the etag that they are based on; an empty etag overwrites."""
+
+    @_builtins.property
+    def update_mask(self) -> _field_mask_pb2.FieldMask:
+        """Fields to change: title. Absent: every field that is set."""
+
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
-        task_id: _builtins.str = ...,
-        agent: _builtins.str = ...,
-        model: _builtins.str = ...,
+        task: Global___Task | None = ...,
+        update_mask: _field_mask_pb2.FieldMask | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["task", b"task", "update_mask", b"update_mask"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "model", b"model", "request_id", b"request_id", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "task", b"task", "update_mask", b"update_mask"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___RetryTaskRequest: _TypeAlias = RetryTaskRequest  # noqa: Y015
+Global___UpdateTaskRequest: _TypeAlias = UpdateTaskRequest  # noqa: Y015
 
 @_typing.final
-class RetryTaskResponse(_message.Message):
-    """See TaskService.RetryTask."""
+class UpdateTaskResponse(_message.Message):
+    """See TaskService.UpdateTask."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -470,7 +766,7 @@ class RetryTaskResponse(_message.Message):
     """Give it to reads and watches that must see this change."""
     @_builtins.property
     def task(self) -> Global___Task:
-        """The task, pending again."""
+        """The task after the change."""
 
     def __init__(
         self,
@@ -484,7 +780,241 @@ class RetryTaskResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___RetryTaskResponse: _TypeAlias = RetryTaskResponse  # noqa: Y015
+Global___UpdateTaskResponse: _TypeAlias = UpdateTaskResponse  # noqa: Y015
+
+@_typing.final
+class TranscriptSelection(_message.Message):
+    """Which transcripts of a task, and how much of them, a watch shows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_IDS_FIELD_NUMBER: _builtins.int
+    TAIL_ENTRIES_FIELD_NUMBER: _builtins.int
+    tail_entries: _builtins.int
+    """Newest entries per session in the snapshot: unset 50, more than 500 is taken as 500, 0 none. Older ones:
+    ListTranscriptEntries. Changes of all entries are shown whatever it says.
+    """
+    @_builtins.property
+    def session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Sessions; empty means all."""
+
+    def __init__(
+        self,
+        *,
+        session_ids: _abc.Iterable[_builtins.str] | None = ...,
+        tail_entries: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tail_entries", b"_tail_entries", "tail_entries", b"tail_entries"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tail_entries", b"_tail_entries", "session_ids", b"session_ids", "tail_entries", b"tail_entries"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__tail_entries: _TypeAlias = _typing.Literal["tail_entries"]  # noqa: Y015
+    _WhichOneofArgType__tail_entries: _TypeAlias = _typing.Literal["_tail_entries", b"_tail_entries"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tail_entries) -> _WhichOneofReturnType__tail_entries | None: ...
+
+Global___TranscriptSelection: _TypeAlias = TranscriptSelection  # noqa: Y015
+
+@_typing.final
+class WatchTaskRequest(_message.Message):
+    """See TaskService.WatchTask."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    TRANSCRIPTS_FIELD_NUMBER: _builtins.int
+    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_INTERVAL_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    """The task."""
+    resume_token: _builtins.str
+    """Token of an earlier watch that selects the same; empty for a snapshot."""
+    @_builtins.property
+    def transcripts(self) -> Global___TranscriptSelection:
+        """Which transcripts; unset means all sessions' newest 50 entries."""
+
+    @_builtins.property
+    def consistency(self) -> _common_pb2.Consistency:
+        """How fresh the snapshot must be."""
+
+    @_builtins.property
+    def heartbeat_interval(self) -> _duration_pb2.Duration:
+        """Time between heartbeats, from 1 s to 60 s; unset means 10 s."""
+
+    def __init__(
+        self,
+        *,
+        task_id: _builtins.str = ...,
+        transcripts: Global___TranscriptSelection | None = ...,
+        resume_token: _builtins.str = ...,
+        consistency: _common_pb2.Consistency | None = ...,
+        heartbeat_interval: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "heartbeat_interval", b"heartbeat_interval", "transcripts", b"transcripts"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "heartbeat_interval", b"heartbeat_interval", "resume_token", b"resume_token", "task_id", b"task_id", "transcripts", b"transcripts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchTaskRequest: _TypeAlias = WatchTaskRequest  # noqa: Y015
+
+@_typing.final
+class WatchTaskResponse(_message.Message):
+    """See TaskService.WatchTask."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    CHANGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def header(self) -> _watches_pb2.FrameHeader:
+        """What every frame carries."""
+
+    @_builtins.property
+    def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___TaskChange]:
+        """The changes, in the order in which they happened."""
+
+    def __init__(
+        self,
+        *,
+        header: _watches_pb2.FrameHeader | None = ...,
+        changes: _abc.Iterable[Global___TaskChange] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["header", b"header"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes", "header", b"header"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchTaskResponse: _TypeAlias = WatchTaskResponse  # noqa: Y015
+
+@_typing.final
+class TaskChange(_message.Message):
+    """One entity of a task. Of a removed or deleted one only the identifying fields are set."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TYPE_FIELD_NUMBER: _builtins.int
+    TASK_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    SANDBOX_FIELD_NUMBER: _builtins.int
+    QUEUED_MESSAGE_FIELD_NUMBER: _builtins.int
+    TRANSCRIPT_ENTRY_FIELD_NUMBER: _builtins.int
+    INPUT_REQUEST_FIELD_NUMBER: _builtins.int
+    PROCESS_FIELD_NUMBER: _builtins.int
+    type: _watches_pb2.ChangeType.ValueType
+    """What happened to it."""
+    @_builtins.property
+    def task(self) -> Global___Task:
+        """The task itself."""
+
+    @_builtins.property
+    def session(self) -> _sessions_pb2.Session:
+        """A session."""
+
+    @_builtins.property
+    def sandbox(self) -> _sandboxes_pb2.Sandbox:
+        """A sandbox."""
+
+    @_builtins.property
+    def queued_message(self) -> _sessions_pb2.QueuedMessage:
+        """A message that waits."""
+
+    @_builtins.property
+    def transcript_entry(self) -> _transcripts_pb2.TranscriptEntry:
+        """An entry of a transcript."""
+
+    @_builtins.property
+    def input_request(self) -> _transcripts_pb2.InputRequest:
+        """Something that an agent waits for."""
+
+    @_builtins.property
+    def process(self) -> _processes_pb2.Process:
+        """A process."""
+
+    def __init__(
+        self,
+        *,
+        type: _watches_pb2.ChangeType.ValueType = ...,
+        task: Global___Task | None = ...,
+        session: _sessions_pb2.Session | None = ...,
+        sandbox: _sandboxes_pb2.Sandbox | None = ...,
+        queued_message: _sessions_pb2.QueuedMessage | None = ...,
+        transcript_entry: _transcripts_pb2.TranscriptEntry | None = ...,
+        input_request: _transcripts_pb2.InputRequest | None = ...,
+        process: _processes_pb2.Process | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["entity", b"entity", "input_request", b"input_request", "process", b"process", "queued_message", b"queued_message", "sandbox", b"sandbox", "session", b"session", "task", b"task", "transcript_entry", b"transcript_entry"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entity", b"entity", "input_request", b"input_request", "process", b"process", "queued_message", b"queued_message", "sandbox", b"sandbox", "session", b"session", "task", b"task", "transcript_entry", b"transcript_entry", "type", b"type"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_entity: _TypeAlias = _typing.Literal["task", "session", "sandbox", "queued_message", "transcript_entry", "input_request", "process"]  # noqa: Y015
+    _WhichOneofArgType_entity: _TypeAlias = _typing.Literal["entity", b"entity"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_entity) -> _WhichOneofReturnType_entity | None: ...
+
+Global___TaskChange: _TypeAlias = TaskChange  # noqa: Y015
+
+@_typing.final
+class RetryProvisioningRequest(_message.Message):
+    """See TaskService.RetryProvisioning."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Chosen by the client, a UUID: repeating it within seven days gives the first answer. Empty: each call is a new one."""
+    task_id: _builtins.str
+    """The task."""
+    @_builtins.property
+    def session(self) -> _sessions_pb2.SessionOptions:
+        """Another agent, model or mode for the first session; what is empty is kept. Another agent begins with its own model
+        and mode.
+        """
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        task_id: _builtins.str = ...,
+        session: _sessions_pb2.SessionOptions | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "session", b"session", "task_id", b"task_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetryProvisioningRequest: _TypeAlias = RetryProvisioningRequest  # noqa: Y015
+
+@_typing.final
+class RetryProvisioningResponse(_message.Message):
+    """See TaskService.RetryProvisioning."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_TOKEN_FIELD_NUMBER: _builtins.int
+    consistency_token: _builtins.str
+    """Give it to reads and watches that must see this change."""
+    @_builtins.property
+    def task(self) -> Global___Task:
+        """The task, QUEUED again."""
+
+    def __init__(
+        self,
+        *,
+        task: Global___Task | None = ...,
+        consistency_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token", "task", b"task"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetryProvisioningResponse: _TypeAlias = RetryProvisioningResponse  # noqa: Y015
 
 @_typing.final
 class ArchiveTaskRequest(_message.Message):
@@ -495,7 +1025,7 @@ class ArchiveTaskRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     TASK_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Chosen by the client; repeating it gives the first answer."""
+    """Chosen by the client, a UUID: repeating it within seven days gives the first answer. Empty: each call is a new one."""
     task_id: _builtins.str
     """The task."""
     def __init__(
@@ -524,7 +1054,7 @@ class ArchiveTaskResponse(_message.Message):
     """Give it to reads and watches that must see this change."""
     @_builtins.property
     def task(self) -> Global___Task:
-        """The task, archiving."""
+        """The task, ARCHIVING."""
 
     def __init__(
         self,
@@ -549,7 +1079,7 @@ class KillTaskRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     TASK_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Chosen by the client; repeating it gives the first answer."""
+    """Chosen by the client, a UUID: repeating it within seven days gives the first answer. Empty: each call is a new one."""
     task_id: _builtins.str
     """The task."""
     def __init__(
@@ -578,7 +1108,7 @@ class KillTaskResponse(_message.Message):
     """Give it to reads and watches that must see this change."""
     @_builtins.property
     def task(self) -> Global___Task:
-        """The task, killing."""
+        """The task, KILLING."""
 
     def __init__(
         self,
@@ -595,201 +1125,65 @@ class KillTaskResponse(_message.Message):
 Global___KillTaskResponse: _TypeAlias = KillTaskResponse  # noqa: Y015
 
 @_typing.final
-class Task(_message.Message):
-    """One branch of a repository, with agent sessions and a sandbox."""
+class ListSandboxesRequest(_message.Message):
+    """See TaskService.ListSandboxes."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    ID_FIELD_NUMBER: _builtins.int
-    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
-    REPOSITORY_ID_FIELD_NUMBER: _builtins.int
-    TITLE_FIELD_NUMBER: _builtins.int
-    TEXT_FIELD_NUMBER: _builtins.int
-    BRANCH_FIELD_NUMBER: _builtins.int
-    STATUS_FIELD_NUMBER: _builtins.int
-    STATUS_REASON_FIELD_NUMBER: _builtins.int
-    STATUS_TIME_FIELD_NUMBER: _builtins.int
-    STAGE_FIELD_NUMBER: _builtins.int
-    OWNER_USER_ID_FIELD_NUMBER: _builtins.int
-    SESSIONS_FIELD_NUMBER: _builtins.int
-    ACTIVE_SANDBOX_ID_FIELD_NUMBER: _builtins.int
-    SANDBOX_PROVIDER_FIELD_NUMBER: _builtins.int
-    CREATE_TIME_FIELD_NUMBER: _builtins.int
-    UPDATE_TIME_FIELD_NUMBER: _builtins.int
-    REVISION_FIELD_NUMBER: _builtins.int
-    HEAD_COMMIT_FIELD_NUMBER: _builtins.int
-    PULL_REQUEST_FIELD_NUMBER: _builtins.int
-    id: _builtins.str
-    """Id with the prefix "task_"."""
-    organization_id: _builtins.str
-    """The organization that owns it."""
-    repository_id: _builtins.str
-    """The repository it works on."""
-    title: _builtins.str
-    """Title shown to people, at most 62 characters."""
-    text: _builtins.str
-    """Text that the task was created with: the first prompt."""
-    branch: _builtins.str
-    """The branch it owns."""
-    status: Global___TaskStatus.ValueType
-    """Where it stands."""
-    status_reason: _builtins.str
-    """Why it stands there, in words; for errors what failed and the output's tail."""
-    stage: Global___ProvisioningStage.ValueType
-    """How far provisioning has come, while it goes on."""
-    owner_user_id: _builtins.str
-    """User whose git credentials the sandbox uses."""
-    active_sandbox_id: _builtins.str
-    """The active sandbox; empty when there is none."""
-    sandbox_provider: _builtins.str
-    """Sandbox provider, such as "local"."""
-    revision: _builtins.int
-    """Number of its state; grows with every change."""
-    head_commit: _builtins.str
-    """Commit at the tip of its branch in the sandbox after the last agent turn, 40 hex digits."""
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    """The task."""
+    page_size: _builtins.int
+    """Most in one answer; 0 means 100, more than 1000 is taken as 1000. A page also ends at 1 MiB."""
+    page_token: _builtins.str
+    """Token of the page before; empty for the first."""
     @_builtins.property
-    def status_time(self) -> _timestamp_pb2.Timestamp:
-        """Since when it stands there."""
-
-    @_builtins.property
-    def sessions(self) -> _containers.RepeatedCompositeFieldContainer[_sessions_pb2.SessionSummary]:
-        """Its sessions in brief, oldest first."""
-
-    @_builtins.property
-    def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was created."""
-
-    @_builtins.property
-    def update_time(self) -> _timestamp_pb2.Timestamp:
-        """When anything of it last changed."""
-
-    @_builtins.property
-    def pull_request(self) -> _repositories_pb2.PullRequest:
-        """The open pull request from its branch; unset when there is none."""
+    def consistency(self) -> _common_pb2.Consistency:
+        """How fresh the answer must be."""
 
     def __init__(
         self,
         *,
-        id: _builtins.str = ...,
-        organization_id: _builtins.str = ...,
-        repository_id: _builtins.str = ...,
-        title: _builtins.str = ...,
-        text: _builtins.str = ...,
-        branch: _builtins.str = ...,
-        status: Global___TaskStatus.ValueType = ...,
-        status_reason: _builtins.str = ...,
-        status_time: _timestamp_pb2.Timestamp | None = ...,
-        stage: Global___ProvisioningStage.ValueType = ...,
-        owner_user_id: _builtins.str = ...,
-        sessions: _abc.Iterable[_sessions_pb2.SessionSummary] | None = ...,
-        active_sandbox_id: _builtins.str = ...,
-        sandbox_provider: _builtins.str = ...,
-        create_time: _timestamp_pb2.Timestamp | None = ...,
-        update_time: _timestamp_pb2.Timestamp | None = ...,
-        revision: _builtins.int = ...,
-        head_commit: _builtins.str = ...,
-        pull_request: _repositories_pb2.PullRequest | None = ...,
+        task_id: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        consistency: _common_pb2.Consistency | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "pull_request", b"pull_request", "status_time", b"status_time", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_sandbox_id", b"active_sandbox_id", "branch", b"branch", "create_time", b"create_time", "head_commit", b"head_commit", "id", b"id", "organization_id", b"organization_id", "owner_user_id", b"owner_user_id", "pull_request", b"pull_request", "repository_id", b"repository_id", "revision", b"revision", "sandbox_provider", b"sandbox_provider", "sessions", b"sessions", "stage", b"stage", "status", b"status", "status_reason", b"status_reason", "status_time", b"status_time", "text", b"text", "title", b"title", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "page_size", b"page_size", "page_token", b"page_token", "task_id", b"task_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Task: _TypeAlias = Task  # noqa: Y015
+Global___ListSandboxesRequest: _TypeAlias = ListSandboxesRequest  # noqa: Y015
 
 @_typing.final
-class TaskSummary(_message.Message):
-    """A task as the sidebar shows it: what `Task` holds, without its text and its long words."""
+class ListSandboxesResponse(_message.Message):
+    """See TaskService.ListSandboxes."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    ID_FIELD_NUMBER: _builtins.int
-    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
-    REPOSITORY_ID_FIELD_NUMBER: _builtins.int
-    TITLE_FIELD_NUMBER: _builtins.int
-    BRANCH_FIELD_NUMBER: _builtins.int
-    STATUS_FIELD_NUMBER: _builtins.int
-    STATUS_REASON_FIELD_NUMBER: _builtins.int
-    STATUS_TIME_FIELD_NUMBER: _builtins.int
-    STAGE_FIELD_NUMBER: _builtins.int
-    OWNER_USER_ID_FIELD_NUMBER: _builtins.int
-    SESSIONS_FIELD_NUMBER: _builtins.int
-    ACTIVE_SANDBOX_ID_FIELD_NUMBER: _builtins.int
-    HEAD_COMMIT_FIELD_NUMBER: _builtins.int
-    PULL_REQUEST_FIELD_NUMBER: _builtins.int
-    CREATE_TIME_FIELD_NUMBER: _builtins.int
-    UPDATE_TIME_FIELD_NUMBER: _builtins.int
-    REVISION_FIELD_NUMBER: _builtins.int
-    id: _builtins.str
-    """Id with the prefix "task_"."""
-    organization_id: _builtins.str
-    """The organization that owns it."""
-    repository_id: _builtins.str
-    """The repository it works on."""
-    title: _builtins.str
-    """Title shown to people, at most 62 characters."""
-    branch: _builtins.str
-    """The branch it owns."""
-    status: Global___TaskStatus.ValueType
-    """Where it stands."""
-    status_reason: _builtins.str
-    """Why it stands there: the beginning of the words, at most 200 characters."""
-    stage: Global___ProvisioningStage.ValueType
-    """How far provisioning has come, while it goes on."""
-    owner_user_id: _builtins.str
-    """User whose git credentials the sandbox uses."""
-    active_sandbox_id: _builtins.str
-    """The active sandbox; empty when there is none."""
-    head_commit: _builtins.str
-    """Commit at the tip of its branch in the sandbox after the last agent turn, 40 hex digits."""
-    revision: _builtins.int
-    """Number of its state; grows with every change."""
+    SANDBOXES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page; empty on the last."""
     @_builtins.property
-    def status_time(self) -> _timestamp_pb2.Timestamp:
-        """Since when it stands there."""
-
-    @_builtins.property
-    def sessions(self) -> _containers.RepeatedCompositeFieldContainer[_sessions_pb2.SessionSummary]:
-        """Its first eight sessions in brief, oldest first."""
-
-    @_builtins.property
-    def pull_request(self) -> _repositories_pb2.PullRequest:
-        """The open pull request from its branch; unset when there is none."""
-
-    @_builtins.property
-    def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was created."""
-
-    @_builtins.property
-    def update_time(self) -> _timestamp_pb2.Timestamp:
-        """When anything of it last changed."""
+    def sandboxes(self) -> _containers.RepeatedCompositeFieldContainer[_sandboxes_pb2.Sandbox]:
+        """The sandboxes."""
 
     def __init__(
         self,
         *,
-        id: _builtins.str = ...,
-        organization_id: _builtins.str = ...,
-        repository_id: _builtins.str = ...,
-        title: _builtins.str = ...,
-        branch: _builtins.str = ...,
-        status: Global___TaskStatus.ValueType = ...,
-        status_reason: _builtins.str = ...,
-        status_time: _timestamp_pb2.Timestamp | None = ...,
-        stage: Global___ProvisioningStage.ValueType = ...,
-        owner_user_id: _builtins.str = ...,
-        sessions: _abc.Iterable[_sessions_pb2.SessionSummary] | None = ...,
-        active_sandbox_id: _builtins.str = ...,
-        head_commit: _builtins.str = ...,
-        pull_request: _repositories_pb2.PullRequest | None = ...,
-        create_time: _timestamp_pb2.Timestamp | None = ...,
-        update_time: _timestamp_pb2.Timestamp | None = ...,
-        revision: _builtins.int = ...,
+        sandboxes: _abc.Iterable[_sandboxes_pb2.Sandbox] | None = ...,
+        next_page_token: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "pull_request", b"pull_request", "status_time", b"status_time", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_sandbox_id", b"active_sandbox_id", "branch", b"branch", "create_time", b"create_time", "head_commit", b"head_commit", "id", b"id", "organization_id", b"organization_id", "owner_user_id", b"owner_user_id", "pull_request", b"pull_request", "repository_id", b"repository_id", "revision", b"revision", "sessions", b"sessions", "stage", b"stage", "status", b"status", "status_reason", b"status_reason", "status_time", b"status_time", "title", b"title", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "sandboxes", b"sandboxes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___TaskSummary: _TypeAlias = TaskSummary  # noqa: Y015
+Global___ListSandboxesResponse: _TypeAlias = ListSandboxesResponse  # noqa: Y015

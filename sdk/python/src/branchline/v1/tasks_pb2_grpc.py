@@ -50,15 +50,20 @@ class TaskServiceStub:
                 request_serializer=branchline_dot_v1_dot_tasks__pb2.ListTasksRequest.SerializeToString,
                 response_deserializer=branchline_dot_v1_dot_tasks__pb2.ListTasksResponse.FromString,
                 _registered_method=True)
+        self.UpdateTask = channel.unary_unary(
+                '/branchline.v1.TaskService/UpdateTask',
+                request_serializer=branchline_dot_v1_dot_tasks__pb2.UpdateTaskRequest.SerializeToString,
+                response_deserializer=branchline_dot_v1_dot_tasks__pb2.UpdateTaskResponse.FromString,
+                _registered_method=True)
         self.WatchTask = channel.unary_stream(
                 '/branchline.v1.TaskService/WatchTask',
                 request_serializer=branchline_dot_v1_dot_tasks__pb2.WatchTaskRequest.SerializeToString,
                 response_deserializer=branchline_dot_v1_dot_tasks__pb2.WatchTaskResponse.FromString,
                 _registered_method=True)
-        self.RetryTask = channel.unary_unary(
-                '/branchline.v1.TaskService/RetryTask',
-                request_serializer=branchline_dot_v1_dot_tasks__pb2.RetryTaskRequest.SerializeToString,
-                response_deserializer=branchline_dot_v1_dot_tasks__pb2.RetryTaskResponse.FromString,
+        self.RetryProvisioning = channel.unary_unary(
+                '/branchline.v1.TaskService/RetryProvisioning',
+                request_serializer=branchline_dot_v1_dot_tasks__pb2.RetryProvisioningRequest.SerializeToString,
+                response_deserializer=branchline_dot_v1_dot_tasks__pb2.RetryProvisioningResponse.FromString,
                 _registered_method=True)
         self.ArchiveTask = channel.unary_unary(
                 '/branchline.v1.TaskService/ArchiveTask',
@@ -70,6 +75,11 @@ class TaskServiceStub:
                 request_serializer=branchline_dot_v1_dot_tasks__pb2.KillTaskRequest.SerializeToString,
                 response_deserializer=branchline_dot_v1_dot_tasks__pb2.KillTaskResponse.FromString,
                 _registered_method=True)
+        self.ListSandboxes = channel.unary_unary(
+                '/branchline.v1.TaskService/ListSandboxes',
+                request_serializer=branchline_dot_v1_dot_tasks__pb2.ListSandboxesRequest.SerializeToString,
+                response_deserializer=branchline_dot_v1_dot_tasks__pb2.ListSandboxesResponse.FromString,
+                _registered_method=True)
 
 
 class TaskServiceServicer:
@@ -77,37 +87,45 @@ class TaskServiceServicer:
     """
 
     def CreateTask(self, request, context):
-        """Creates a task and answers at once; provisioning goes on behind it.
-        ALREADY_EXISTS naming the task that holds the branch; INVALID_ARGUMENT for a name git refuses.
+        """Creates a task and answers at once; provisioning goes on behind it. ALREADY_EXISTS naming the task that holds the
+        branch; NOT_FOUND for a branch or pull request that is known to be missing; INVALID_ARGUMENT for a name that git
+        refuses, and for agents, models and providers that are not known.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetTask(self, request, context):
-        """Reads one task's workbench: the task, its sessions, its sandboxes.
+        """Reads one task.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListTasks(self, request, context):
-        """Lists the tasks of all repositories of an organization: the sidebar.
+        """Lists the tasks of all repositories of an organization, in brief: the sidebar.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateTask(self, request, context):
+        """Changes a task: title.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchTask(self, request, context):
-        """Watches one task: itself, its sessions, its sandboxes and all transcripts.
+        """Watches one task: itself, its sessions, queued messages, sandboxes, processes, input requests and transcripts.
         Snapshot, then changes for ever, with heartbeats.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def RetryTask(self, request, context):
-        """Provisions a task in error again. FAILED_PRECONDITION in any other status.
+    def RetryProvisioning(self, request, context):
+        """Provisions a task that is FAILED again. FAILED_PRECONDITION in any other state.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -122,6 +140,13 @@ class TaskServiceServicer:
 
     def KillTask(self, request, context):
         """Destroys the sandbox and ends the task, whatever it is doing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListSandboxes(self, request, context):
+        """Lists the task's sandboxes, oldest first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -145,15 +170,20 @@ def add_TaskServiceServicer_to_server(servicer, server):
                     request_deserializer=branchline_dot_v1_dot_tasks__pb2.ListTasksRequest.FromString,
                     response_serializer=branchline_dot_v1_dot_tasks__pb2.ListTasksResponse.SerializeToString,
             ),
+            'UpdateTask': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateTask,
+                    request_deserializer=branchline_dot_v1_dot_tasks__pb2.UpdateTaskRequest.FromString,
+                    response_serializer=branchline_dot_v1_dot_tasks__pb2.UpdateTaskResponse.SerializeToString,
+            ),
             'WatchTask': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchTask,
                     request_deserializer=branchline_dot_v1_dot_tasks__pb2.WatchTaskRequest.FromString,
                     response_serializer=branchline_dot_v1_dot_tasks__pb2.WatchTaskResponse.SerializeToString,
             ),
-            'RetryTask': grpc.unary_unary_rpc_method_handler(
-                    servicer.RetryTask,
-                    request_deserializer=branchline_dot_v1_dot_tasks__pb2.RetryTaskRequest.FromString,
-                    response_serializer=branchline_dot_v1_dot_tasks__pb2.RetryTaskResponse.SerializeToString,
+            'RetryProvisioning': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetryProvisioning,
+                    request_deserializer=branchline_dot_v1_dot_tasks__pb2.RetryProvisioningRequest.FromString,
+                    response_serializer=branchline_dot_v1_dot_tasks__pb2.RetryProvisioningResponse.SerializeToString,
             ),
             'ArchiveTask': grpc.unary_unary_rpc_method_handler(
                     servicer.ArchiveTask,
@@ -164,6 +194,11 @@ def add_TaskServiceServicer_to_server(servicer, server):
                     servicer.KillTask,
                     request_deserializer=branchline_dot_v1_dot_tasks__pb2.KillTaskRequest.FromString,
                     response_serializer=branchline_dot_v1_dot_tasks__pb2.KillTaskResponse.SerializeToString,
+            ),
+            'ListSandboxes': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSandboxes,
+                    request_deserializer=branchline_dot_v1_dot_tasks__pb2.ListSandboxesRequest.FromString,
+                    response_serializer=branchline_dot_v1_dot_tasks__pb2.ListSandboxesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -259,6 +294,33 @@ class TaskService:
             _registered_method=True)
 
     @staticmethod
+    def UpdateTask(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.v1.TaskService/UpdateTask',
+            branchline_dot_v1_dot_tasks__pb2.UpdateTaskRequest.SerializeToString,
+            branchline_dot_v1_dot_tasks__pb2.UpdateTaskResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def WatchTask(request,
             target,
             options=(),
@@ -286,7 +348,7 @@ class TaskService:
             _registered_method=True)
 
     @staticmethod
-    def RetryTask(request,
+    def RetryProvisioning(request,
             target,
             options=(),
             channel_credentials=None,
@@ -299,9 +361,9 @@ class TaskService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/branchline.v1.TaskService/RetryTask',
-            branchline_dot_v1_dot_tasks__pb2.RetryTaskRequest.SerializeToString,
-            branchline_dot_v1_dot_tasks__pb2.RetryTaskResponse.FromString,
+            '/branchline.v1.TaskService/RetryProvisioning',
+            branchline_dot_v1_dot_tasks__pb2.RetryProvisioningRequest.SerializeToString,
+            branchline_dot_v1_dot_tasks__pb2.RetryProvisioningResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -356,6 +418,33 @@ class TaskService:
             '/branchline.v1.TaskService/KillTask',
             branchline_dot_v1_dot_tasks__pb2.KillTaskRequest.SerializeToString,
             branchline_dot_v1_dot_tasks__pb2.KillTaskResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSandboxes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.v1.TaskService/ListSandboxes',
+            branchline_dot_v1_dot_tasks__pb2.ListSandboxesRequest.SerializeToString,
+            branchline_dot_v1_dot_tasks__pb2.ListSandboxesResponse.FromString,
             options,
             channel_credentials,
             insecure,

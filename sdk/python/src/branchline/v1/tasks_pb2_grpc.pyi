@@ -16,23 +16,28 @@ class TaskServiceStub:
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateTask: _aio.UnaryUnaryMultiCallable[_tasks_pb2.CreateTaskRequest, _tasks_pb2.CreateTaskResponse]
-    """Creates a task and answers at once; provisioning goes on behind it.
-    ALREADY_EXISTS naming the task that holds the branch; INVALID_ARGUMENT for a name git refuses.
+    """Creates a task and answers at once; provisioning goes on behind it. ALREADY_EXISTS naming the task that holds the
+    branch; NOT_FOUND for a branch or pull request that is known to be missing; INVALID_ARGUMENT for a name that git
+    refuses, and for agents, models and providers that are not known.
     """
     GetTask: _aio.UnaryUnaryMultiCallable[_tasks_pb2.GetTaskRequest, _tasks_pb2.GetTaskResponse]
-    """Reads one task's workbench: the task, its sessions, its sandboxes."""
+    """Reads one task."""
     ListTasks: _aio.UnaryUnaryMultiCallable[_tasks_pb2.ListTasksRequest, _tasks_pb2.ListTasksResponse]
-    """Lists the tasks of all repositories of an organization: the sidebar."""
+    """Lists the tasks of all repositories of an organization, in brief: the sidebar."""
+    UpdateTask: _aio.UnaryUnaryMultiCallable[_tasks_pb2.UpdateTaskRequest, _tasks_pb2.UpdateTaskResponse]
+    """Changes a task: title."""
     WatchTask: _aio.UnaryStreamMultiCallable[_tasks_pb2.WatchTaskRequest, _tasks_pb2.WatchTaskResponse]
-    """Watches one task: itself, its sessions, its sandboxes and all transcripts.
+    """Watches one task: itself, its sessions, queued messages, sandboxes, processes, input requests and transcripts.
     Snapshot, then changes for ever, with heartbeats.
     """
-    RetryTask: _aio.UnaryUnaryMultiCallable[_tasks_pb2.RetryTaskRequest, _tasks_pb2.RetryTaskResponse]
-    """Provisions a task in error again. FAILED_PRECONDITION in any other status."""
+    RetryProvisioning: _aio.UnaryUnaryMultiCallable[_tasks_pb2.RetryProvisioningRequest, _tasks_pb2.RetryProvisioningResponse]
+    """Provisions a task that is FAILED again. FAILED_PRECONDITION in any other state."""
     ArchiveTask: _aio.UnaryUnaryMultiCallable[_tasks_pb2.ArchiveTaskRequest, _tasks_pb2.ArchiveTaskResponse]
     """Releases the sandbox and puts the task away. The branch stays on the remote."""
     KillTask: _aio.UnaryUnaryMultiCallable[_tasks_pb2.KillTaskRequest, _tasks_pb2.KillTaskResponse]
     """Destroys the sandbox and ends the task, whatever it is doing."""
+    ListSandboxes: _aio.UnaryUnaryMultiCallable[_tasks_pb2.ListSandboxesRequest, _tasks_pb2.ListSandboxesResponse]
+    """Lists the task's sandboxes, oldest first."""
 
 class TaskServiceServicer:
     """Tasks: one branch each, with agent sessions and a sandbox."""
@@ -42,8 +47,9 @@ class TaskServiceServicer:
         request: _tasks_pb2.CreateTaskRequest,
         context: _aio.ServicerContext[_tasks_pb2.CreateTaskRequest, _abc.Awaitable[_tasks_pb2.CreateTaskResponse]],
     ) -> _abc.Awaitable[_tasks_pb2.CreateTaskResponse]:
-        """Creates a task and answers at once; provisioning goes on behind it.
-        ALREADY_EXISTS naming the task that holds the branch; INVALID_ARGUMENT for a name git refuses.
+        """Creates a task and answers at once; provisioning goes on behind it. ALREADY_EXISTS naming the task that holds the
+        branch; NOT_FOUND for a branch or pull request that is known to be missing; INVALID_ARGUMENT for a name that git
+        refuses, and for agents, models and providers that are not known.
         """
 
     def GetTask(
@@ -51,30 +57,37 @@ class TaskServiceServicer:
         request: _tasks_pb2.GetTaskRequest,
         context: _aio.ServicerContext[_tasks_pb2.GetTaskRequest, _abc.Awaitable[_tasks_pb2.GetTaskResponse]],
     ) -> _abc.Awaitable[_tasks_pb2.GetTaskResponse]:
-        """Reads one task's workbench: the task, its sessions, its sandboxes."""
+        """Reads one task."""
 
     def ListTasks(
         self,
         request: _tasks_pb2.ListTasksRequest,
         context: _aio.ServicerContext[_tasks_pb2.ListTasksRequest, _abc.Awaitable[_tasks_pb2.ListTasksResponse]],
     ) -> _abc.Awaitable[_tasks_pb2.ListTasksResponse]:
-        """Lists the tasks of all repositories of an organization: the sidebar."""
+        """Lists the tasks of all repositories of an organization, in brief: the sidebar."""
+
+    def UpdateTask(
+        self,
+        request: _tasks_pb2.UpdateTaskRequest,
+        context: _aio.ServicerContext[_tasks_pb2.UpdateTaskRequest, _abc.Awaitable[_tasks_pb2.UpdateTaskResponse]],
+    ) -> _abc.Awaitable[_tasks_pb2.UpdateTaskResponse]:
+        """Changes a task: title."""
 
     def WatchTask(
         self,
         request: _tasks_pb2.WatchTaskRequest,
         context: _aio.ServicerContext[_tasks_pb2.WatchTaskRequest, _abc.AsyncIterator[_tasks_pb2.WatchTaskResponse]],
     ) -> _abc.AsyncIterator[_tasks_pb2.WatchTaskResponse]:
-        """Watches one task: itself, its sessions, its sandboxes and all transcripts.
+        """Watches one task: itself, its sessions, queued messages, sandboxes, processes, input requests and transcripts.
         Snapshot, then changes for ever, with heartbeats.
         """
 
-    def RetryTask(
+    def RetryProvisioning(
         self,
-        request: _tasks_pb2.RetryTaskRequest,
-        context: _aio.ServicerContext[_tasks_pb2.RetryTaskRequest, _abc.Awaitable[_tasks_pb2.RetryTaskResponse]],
-    ) -> _abc.Awaitable[_tasks_pb2.RetryTaskResponse]:
-        """Provisions a task in error again. FAILED_PRECONDITION in any other status."""
+        request: _tasks_pb2.RetryProvisioningRequest,
+        context: _aio.ServicerContext[_tasks_pb2.RetryProvisioningRequest, _abc.Awaitable[_tasks_pb2.RetryProvisioningResponse]],
+    ) -> _abc.Awaitable[_tasks_pb2.RetryProvisioningResponse]:
+        """Provisions a task that is FAILED again. FAILED_PRECONDITION in any other state."""
 
     def ArchiveTask(
         self,
@@ -89,5 +102,12 @@ class TaskServiceServicer:
         context: _aio.ServicerContext[_tasks_pb2.KillTaskRequest, _abc.Awaitable[_tasks_pb2.KillTaskResponse]],
     ) -> _abc.Awaitable[_tasks_pb2.KillTaskResponse]:
         """Destroys the sandbox and ends the task, whatever it is doing."""
+
+    def ListSandboxes(
+        self,
+        request: _tasks_pb2.ListSandboxesRequest,
+        context: _aio.ServicerContext[_tasks_pb2.ListSandboxesRequest, _abc.Awaitable[_tasks_pb2.ListSandboxesResponse]],
+    ) -> _abc.Awaitable[_tasks_pb2.ListSandboxesResponse]:
+        """Lists the task's sandboxes, oldest first."""
 
 def add_TaskServiceServicer_to_server(servicer: TaskServiceServicer, server: _aio.Server) -> None: ...

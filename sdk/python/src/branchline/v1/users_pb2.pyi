@@ -3,10 +3,11 @@
 isort:skip_file
 """
 
-from branchline.v1 import organizations_pb2 as _organizations_pb2
-from branchline.v1 import sessions_pb2 as _sessions_pb2
+from branchline.v1 import common_pb2 as _common_pb2
+from branchline.v1 import roles_pb2 as _roles_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -22,25 +23,316 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
-class WhoAmIRequest(_message.Message):
-    """See UserService.WhoAmI."""
+class UserPreferences(_message.Message):
+    """What a person prefers, in every organization."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    DEFAULT_AGENT_FIELD_NUMBER: _builtins.int
+    DEFAULT_MODEL_FIELD_NUMBER: _builtins.int
+    default_agent: _builtins.str
+    """Agent of new sessions that name none; empty follows the organization."""
+    default_model: _builtins.str
+    """Model of new sessions that name none; empty follows the organization."""
     def __init__(
         self,
+        *,
+        default_agent: _builtins.str = ...,
+        default_model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_agent", b"default_agent", "default_model", b"default_model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___WhoAmIRequest: _TypeAlias = WhoAmIRequest  # noqa: Y015
+Global___UserPreferences: _TypeAlias = UserPreferences  # noqa: Y015
 
 @_typing.final
-class WhoAmIResponse(_message.Message):
-    """See UserService.WhoAmI."""
+class User(_message.Message):
+    """A person."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    EMAIL_FIELD_NUMBER: _builtins.int
+    PREFERENCES_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Id with the prefix "usr_"."""
+    display_name: _builtins.str
+    """Name shown to people; also the git author of the person's tasks."""
+    email: _builtins.str
+    """E-mail address, normalised to lower case; may be empty."""
+    revision: _builtins.int
+    """Number of its state; grows with every change."""
+    etag: _builtins.str
+    """Changes with what UpdateUser can change, and only then."""
+    @_builtins.property
+    def preferences(self) -> Global___UserPreferences:
+        """What the person prefers."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When the user was created."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        display_name: _builtins.str = ...,
+        email: _builtins.str = ...,
+        preferences: Global___UserPreferences | None = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        revision: _builtins.int = ...,
+        etag: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "preferences", b"preferences"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "display_name", b"display_name", "email", b"email", "etag", b"etag", "id", b"id", "preferences", b"preferences", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___User: _TypeAlias = User  # noqa: Y015
+
+@_typing.final
+class Membership(_message.Message):
+    """One of the caller's places, as GetCurrentUser tells it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
+    ORGANIZATION_SLUG_FIELD_NUMBER: _builtins.int
+    ORGANIZATION_DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    organization_id: _builtins.str
+    """The organization."""
+    organization_slug: _builtins.str
+    """Its slug."""
+    organization_display_name: _builtins.str
+    """Its name."""
+    role: _roles_pb2.Role.ValueType
+    """What the caller may do there."""
+    def __init__(
+        self,
+        *,
+        organization_id: _builtins.str = ...,
+        organization_slug: _builtins.str = ...,
+        organization_display_name: _builtins.str = ...,
+        role: _roles_pb2.Role.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["organization_display_name", b"organization_display_name", "organization_id", b"organization_id", "organization_slug", b"organization_slug", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Membership: _TypeAlias = Membership  # noqa: Y015
+
+@_typing.final
+class TokenScope(_message.Message):
+    """What a token may do at most, whatever its user may."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    ORGANIZATION_IDS_FIELD_NUMBER: _builtins.int
+    role: _roles_pb2.Role.ValueType
+    """Highest role that it has anywhere."""
+    @_builtins.property
+    def organization_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The organizations that it is good for; empty means all of its user's."""
+
+    def __init__(
+        self,
+        *,
+        role: _roles_pb2.Role.ValueType = ...,
+        organization_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["organization_ids", b"organization_ids", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenScope: _TypeAlias = TokenScope  # noqa: Y015
+
+@_typing.final
+class ApiToken(_message.Message):
+    """What is known of an API token. The token itself is shown once and never kept."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    SCOPE_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Id with the prefix "tok_"."""
+    user_id: _builtins.str
+    """The user it speaks for."""
+    display_name: _builtins.str
+    """Name given by the user."""
+    revision: _builtins.int
+    """Number of its state; grows with every change."""
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """When it ends; unset means never."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was created."""
+
+    @_builtins.property
+    def scope(self) -> Global___TokenScope:
+        """What it is held to; unset means whatever its user may do. A token with a scope cannot change its user."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        user_id: _builtins.str = ...,
+        display_name: _builtins.str = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        revision: _builtins.int = ...,
+        scope: Global___TokenScope | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "scope", b"scope"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "display_name", b"display_name", "expire_time", b"expire_time", "id", b"id", "revision", b"revision", "scope", b"scope", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ApiToken: _TypeAlias = ApiToken  # noqa: Y015
+
+@_typing.final
+class UserTaskState(_message.Message):
+    """What one user has open and unread on one task or session. Nobody else sees it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    OPEN_SESSION_ID_FIELD_NUMBER: _builtins.int
+    UNREAD_FIELD_NUMBER: _builtins.int
+    DRAFT_TIME_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """The user."""
+    organization_id: _builtins.str
+    """The organization."""
+    task_id: _builtins.str
+    """The task."""
+    session_id: _builtins.str
+    """The session; empty for what holds of the task as a whole."""
+    open_session_id: _builtins.str
+    """Session whose tab is open; only where session_id is empty."""
+    unread: _builtins.bool
+    """Whether something happened that the user has not seen."""
+    revision: _builtins.int
+    """Number of its state; grows with every change."""
+    @_builtins.property
+    def draft_time(self) -> _timestamp_pb2.Timestamp:
+        """When the user's draft last changed; unset while there is none. Its words: GetDraft."""
+
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        organization_id: _builtins.str = ...,
+        task_id: _builtins.str = ...,
+        session_id: _builtins.str = ...,
+        open_session_id: _builtins.str = ...,
+        unread: _builtins.bool = ...,
+        draft_time: _timestamp_pb2.Timestamp | None = ...,
+        revision: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["draft_time", b"draft_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draft_time", b"draft_time", "open_session_id", b"open_session_id", "organization_id", b"organization_id", "revision", b"revision", "session_id", b"session_id", "task_id", b"task_id", "unread", b"unread", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UserTaskState: _TypeAlias = UserTaskState  # noqa: Y015
+
+@_typing.final
+class Draft(_message.Message):
+    """A message that a user has begun and not sent. Nobody else sees it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    """The task."""
+    session_id: _builtins.str
+    """The session; empty for the task as a whole."""
+    revision: _builtins.int
+    """Number of its state; grows with every change."""
+    @_builtins.property
+    def prompt(self) -> _common_pb2.Prompt:
+        """What is written."""
+
+    @_builtins.property
+    def update_time(self) -> _timestamp_pb2.Timestamp:
+        """When it last changed."""
+
+    def __init__(
+        self,
+        *,
+        task_id: _builtins.str = ...,
+        session_id: _builtins.str = ...,
+        prompt: _common_pb2.Prompt | None = ...,
+        update_time: _timestamp_pb2.Timestamp | None = ...,
+        revision: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "update_time", b"update_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "revision", b"revision", "session_id", b"session_id", "task_id", b"task_id", "update_time", b"update_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Draft: _TypeAlias = Draft  # noqa: Y015
+
+@_typing.final
+class GetCurrentUserRequest(_message.Message):
+    """See UserService.GetCurrentUser."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONSISTENCY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def consistency(self) -> _common_pb2.Consistency:
+        """How fresh the answer must be."""
+
+    def __init__(
+        self,
+        *,
+        consistency: _common_pb2.Consistency | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetCurrentUserRequest: _TypeAlias = GetCurrentUserRequest  # noqa: Y015
+
+@_typing.final
+class GetCurrentUserResponse(_message.Message):
+    """See UserService.GetCurrentUser."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -51,14 +343,14 @@ class WhoAmIResponse(_message.Message):
         """The caller."""
 
     @_builtins.property
-    def memberships(self) -> _containers.RepeatedCompositeFieldContainer[_organizations_pb2.Member]:
-        """The caller's memberships."""
+    def memberships(self) -> _containers.RepeatedCompositeFieldContainer[Global___Membership]:
+        """The caller's places, by slug; at most 500."""
 
     def __init__(
         self,
         *,
         user: Global___User | None = ...,
-        memberships: _abc.Iterable[_organizations_pb2.Member] | None = ...,
+        memberships: _abc.Iterable[Global___Membership] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["user", b"user"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -66,39 +358,45 @@ class WhoAmIResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___WhoAmIResponse: _TypeAlias = WhoAmIResponse  # noqa: Y015
+Global___GetCurrentUserResponse: _TypeAlias = GetCurrentUserResponse  # noqa: Y015
 
 @_typing.final
-class UpdatePreferencesRequest(_message.Message):
-    """See UserService.UpdatePreferences."""
+class UpdateUserRequest(_message.Message):
+    """See UserService.UpdateUser."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
-    PREFERENCES_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
+    UPDATE_MASK_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Chosen by the client; repeating it gives the first answer."""
+    """Chosen by the client, a UUID: repeating it within seven days gives the first answer. Empty: each call is a new one."""
     @_builtins.property
-    def preferences(self) -> Global___UserPreferences:
-        """All preferences, as they shall be."""
+    def user(self) -> Global___User:
+        """The new values, and the etag that they are based on; an empty etag overwrites. Its id may be empty."""
+
+    @_builtins.property
+    def update_mask(self) -> _field_mask_pb2.FieldMask:
+        """Fields to change. Absent: every field that is set."""
 
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
-        preferences: Global___UserPreferences | None = ...,
+        user: Global___User | None = ...,
+        update_mask: _field_mask_pb2.FieldMask | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["preferences", b"preferences"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["update_mask", b"update_mask", "user", b"user"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["preferences", b"preferences", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "update_mask", b"update_mask", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___UpdatePreferencesRequest: _TypeAlias = UpdatePreferencesRequest  # noqa: Y015
+Global___UpdateUserRequest: _TypeAlias = UpdateUserRequest  # noqa: Y015
 
 @_typing.final
-class UpdatePreferencesResponse(_message.Message):
-    """See UserService.UpdatePreferences."""
+class UpdateUserResponse(_message.Message):
+    """See UserService.UpdateUser."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -122,7 +420,7 @@ class UpdatePreferencesResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___UpdatePreferencesResponse: _TypeAlias = UpdatePreferencesResponse  # noqa: Y015
+Global___UpdateUserResponse: _TypeAlias = UpdateUserResponse  # noqa: Y015
 
 @_typing.final
 class CreateApiTokenRequest(_message.Message):
@@ -130,27 +428,35 @@ class CreateApiTokenRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    NAME_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
-    ROLE_LIMIT_FIELD_NUMBER: _builtins.int
-    name: _builtins.str
+    SCOPE_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Chosen by the client, a UUID: repeating it within seven days gives the first answer without the token. Empty: each
+    call is a new one.
+    """
+    display_name: _builtins.str
     """Name by which its user knows it."""
-    role_limit: _organizations_pb2.Role.ValueType
-    """Most that it may do, such as ROLE_VIEWER for a token that only reads; unspecified means no limit."""
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
         """When it ends; unset means never."""
 
+    @_builtins.property
+    def scope(self) -> Global___TokenScope:
+        """What it is held to; unset means whatever its user may do."""
+
     def __init__(
         self,
         *,
-        name: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        display_name: _builtins.str = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
-        role_limit: _organizations_pb2.Role.ValueType = ...,
+        scope: Global___TokenScope | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "scope", b"scope"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "name", b"name", "role_limit", b"role_limit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["display_name", b"display_name", "expire_time", b"expire_time", "request_id", b"request_id", "scope", b"scope"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -194,12 +500,27 @@ class ListApiTokensRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """Most in one answer; 0 means 100, more than 1000 is taken as 1000. A page also ends at 1 MiB."""
+    page_token: _builtins.str
+    """Token of the page before; empty for the first."""
+    @_builtins.property
+    def consistency(self) -> _common_pb2.Consistency:
+        """How fresh the answer must be."""
+
     def __init__(
         self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        consistency: _common_pb2.Consistency | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -212,6 +533,9 @@ class ListApiTokensResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     API_TOKENS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page; empty on the last."""
     @_builtins.property
     def api_tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___ApiToken]:
         """The tokens."""
@@ -220,10 +544,11 @@ class ListApiTokensResponse(_message.Message):
         self,
         *,
         api_tokens: _abc.Iterable[Global___ApiToken] | None = ...,
+        next_page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_tokens", b"api_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_tokens", b"api_tokens", "next_page_token", b"next_page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -235,17 +560,21 @@ class RevokeApiTokenRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    TOKEN_ID_FIELD_NUMBER: _builtins.int
-    token_id: _builtins.str
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    API_TOKEN_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Chosen by the client, a UUID: repeating it within seven days gives the first answer. Empty: each call is a new one."""
+    api_token_id: _builtins.str
     """The token's id."""
     def __init__(
         self,
         *,
-        token_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        api_token_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["token_id", b"token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_token_id", b"api_token_id", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -274,327 +603,175 @@ class RevokeApiTokenResponse(_message.Message):
 Global___RevokeApiTokenResponse: _TypeAlias = RevokeApiTokenResponse  # noqa: Y015
 
 @_typing.final
-class SetGitCredentialRequest(_message.Message):
-    """See UserService.SetGitCredential."""
+class UpdateUserTaskStateRequest(_message.Message):
+    """See UserService.UpdateUserTaskState."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    HOST_FIELD_NUMBER: _builtins.int
-    USERNAME_FIELD_NUMBER: _builtins.int
-    SECRET_FIELD_NUMBER: _builtins.int
-    host: _builtins.str
-    """Host it is for, such as "github.com" or "localhost:8080"."""
-    username: _builtins.str
-    """User name to sign in with."""
-    secret: _builtins.str
-    """Password or token; empty removes the credential."""
-    def __init__(
-        self,
-        *,
-        host: _builtins.str = ...,
-        username: _builtins.str = ...,
-        secret: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "secret", b"secret", "username", b"username"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___SetGitCredentialRequest: _TypeAlias = SetGitCredentialRequest  # noqa: Y015
-
-@_typing.final
-class SetGitCredentialResponse(_message.Message):
-    """See UserService.SetGitCredential."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    def __init__(
-        self,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___SetGitCredentialResponse: _TypeAlias = SetGitCredentialResponse  # noqa: Y015
-
-@_typing.final
-class SetTaskStateRequest(_message.Message):
-    """See UserService.SetTaskState."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TASK_ID_FIELD_NUMBER: _builtins.int
-    SESSION_ID_FIELD_NUMBER: _builtins.int
-    OPEN_SESSION_ID_FIELD_NUMBER: _builtins.int
-    UNREAD_FIELD_NUMBER: _builtins.int
-    DRAFT_FIELD_NUMBER: _builtins.int
-    task_id: _builtins.str
-    """The task."""
-    session_id: _builtins.str
-    """The session; empty for the task as a whole."""
-    open_session_id: _builtins.str
-    """Session whose tab is open; unset keeps it."""
-    unread: _builtins.bool
-    """Whether something is unseen; unset keeps it."""
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    USER_TASK_STATE_FIELD_NUMBER: _builtins.int
+    UPDATE_MASK_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Chosen by the client, a UUID: repeating it within seven days gives the first answer. Empty: each call is a new one."""
     @_builtins.property
-    def draft(self) -> Global___Draft:
-        """The draft; unset keeps it."""
+    def user_task_state(self) -> Global___UserTaskState:
+        """Its task_id and session_id, and the new values."""
+
+    @_builtins.property
+    def update_mask(self) -> _field_mask_pb2.FieldMask:
+        """Fields to change: open_session_id, unread. Absent: every field that is set."""
 
     def __init__(
         self,
         *,
-        task_id: _builtins.str = ...,
-        session_id: _builtins.str = ...,
-        open_session_id: _builtins.str | None = ...,
-        unread: _builtins.bool | None = ...,
-        draft: Global___Draft | None = ...,
+        request_id: _builtins.str = ...,
+        user_task_state: Global___UserTaskState | None = ...,
+        update_mask: _field_mask_pb2.FieldMask | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_open_session_id", b"_open_session_id", "_unread", b"_unread", "draft", b"draft", "open_session_id", b"open_session_id", "unread", b"unread"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["update_mask", b"update_mask", "user_task_state", b"user_task_state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_open_session_id", b"_open_session_id", "_unread", b"_unread", "draft", b"draft", "open_session_id", b"open_session_id", "session_id", b"session_id", "task_id", b"task_id", "unread", b"unread"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "update_mask", b"update_mask", "user_task_state", b"user_task_state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__open_session_id: _TypeAlias = _typing.Literal["open_session_id"]  # noqa: Y015
-    _WhichOneofArgType__open_session_id: _TypeAlias = _typing.Literal["_open_session_id", b"_open_session_id"]  # noqa: Y015
-    _WhichOneofReturnType__unread: _TypeAlias = _typing.Literal["unread"]  # noqa: Y015
-    _WhichOneofArgType__unread: _TypeAlias = _typing.Literal["_unread", b"_unread"]  # noqa: Y015
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__open_session_id) -> _WhichOneofReturnType__open_session_id | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__unread) -> _WhichOneofReturnType__unread | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___SetTaskStateRequest: _TypeAlias = SetTaskStateRequest  # noqa: Y015
+Global___UpdateUserTaskStateRequest: _TypeAlias = UpdateUserTaskStateRequest  # noqa: Y015
 
 @_typing.final
-class SetTaskStateResponse(_message.Message):
-    """See UserService.SetTaskState."""
+class UpdateUserTaskStateResponse(_message.Message):
+    """See UserService.UpdateUserTaskState."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    STATE_FIELD_NUMBER: _builtins.int
+    USER_TASK_STATE_FIELD_NUMBER: _builtins.int
     CONSISTENCY_TOKEN_FIELD_NUMBER: _builtins.int
     consistency_token: _builtins.str
     """Give it to reads and watches that must see this change."""
     @_builtins.property
-    def state(self) -> Global___UserTaskState:
+    def user_task_state(self) -> Global___UserTaskState:
         """The state after the change."""
 
     def __init__(
         self,
         *,
-        state: Global___UserTaskState | None = ...,
+        user_task_state: Global___UserTaskState | None = ...,
         consistency_token: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["state", b"state"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["user_task_state", b"user_task_state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token", "user_task_state", b"user_task_state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___SetTaskStateResponse: _TypeAlias = SetTaskStateResponse  # noqa: Y015
+Global___UpdateUserTaskStateResponse: _TypeAlias = UpdateUserTaskStateResponse  # noqa: Y015
 
 @_typing.final
-class UserPreferences(_message.Message):
-    """What a person prefers, in every organization."""
+class GetDraftRequest(_message.Message):
+    """See UserService.GetDraft."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    DEFAULT_AGENT_FIELD_NUMBER: _builtins.int
-    DEFAULT_MODEL_FIELD_NUMBER: _builtins.int
-    default_agent: _builtins.str
-    """Agent of new sessions that name none; empty follows the organization."""
-    default_model: _builtins.str
-    """Model of new sessions that name none; empty follows the organization."""
-    def __init__(
-        self,
-        *,
-        default_agent: _builtins.str = ...,
-        default_model: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_agent", b"default_agent", "default_model", b"default_model"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___UserPreferences: _TypeAlias = UserPreferences  # noqa: Y015
-
-@_typing.final
-class User(_message.Message):
-    """A person."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ID_FIELD_NUMBER: _builtins.int
-    DISPLAY_NAME_FIELD_NUMBER: _builtins.int
-    EMAIL_FIELD_NUMBER: _builtins.int
-    PREFERENCES_FIELD_NUMBER: _builtins.int
-    CREATE_TIME_FIELD_NUMBER: _builtins.int
-    REVISION_FIELD_NUMBER: _builtins.int
-    id: _builtins.str
-    """Id with the prefix "usr_"."""
-    display_name: _builtins.str
-    """Name shown to people; also the git author of the person's tasks."""
-    email: _builtins.str
-    """E-mail address, normalised to lower case; may be empty."""
-    revision: _builtins.int
-    """Number of its state; grows with every change."""
-    @_builtins.property
-    def preferences(self) -> Global___UserPreferences:
-        """What the person prefers."""
-
-    @_builtins.property
-    def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When the user was created."""
-
-    def __init__(
-        self,
-        *,
-        id: _builtins.str = ...,
-        display_name: _builtins.str = ...,
-        email: _builtins.str = ...,
-        preferences: Global___UserPreferences | None = ...,
-        create_time: _timestamp_pb2.Timestamp | None = ...,
-        revision: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "preferences", b"preferences"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "display_name", b"display_name", "email", b"email", "id", b"id", "preferences", b"preferences", "revision", b"revision"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___User: _TypeAlias = User  # noqa: Y015
-
-@_typing.final
-class ApiToken(_message.Message):
-    """What is known of an API token. The token itself is shown once and never kept."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ID_FIELD_NUMBER: _builtins.int
-    USER_ID_FIELD_NUMBER: _builtins.int
-    NAME_FIELD_NUMBER: _builtins.int
-    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
-    CREATE_TIME_FIELD_NUMBER: _builtins.int
-    REVISION_FIELD_NUMBER: _builtins.int
-    ROLE_LIMIT_FIELD_NUMBER: _builtins.int
-    id: _builtins.str
-    """Id with the prefix "tok_"."""
-    user_id: _builtins.str
-    """The user it speaks for."""
-    name: _builtins.str
-    """Name given by the user."""
-    revision: _builtins.int
-    """Number of its state; grows with every change."""
-    role_limit: _organizations_pb2.Role.ValueType
-    """Most that it may do, whatever its user may: the role it is held to in every organization.
-    Unspecified means no limit.
-    """
-    @_builtins.property
-    def expire_time(self) -> _timestamp_pb2.Timestamp:
-        """When it ends; unset means never."""
-
-    @_builtins.property
-    def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was created."""
-
-    def __init__(
-        self,
-        *,
-        id: _builtins.str = ...,
-        user_id: _builtins.str = ...,
-        name: _builtins.str = ...,
-        expire_time: _timestamp_pb2.Timestamp | None = ...,
-        create_time: _timestamp_pb2.Timestamp | None = ...,
-        revision: _builtins.int = ...,
-        role_limit: _organizations_pb2.Role.ValueType = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "id", b"id", "name", b"name", "revision", b"revision", "role_limit", b"role_limit", "user_id", b"user_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ApiToken: _TypeAlias = ApiToken  # noqa: Y015
-
-@_typing.final
-class Draft(_message.Message):
-    """A message that a user has begun and not sent."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TEXT_FIELD_NUMBER: _builtins.int
-    ATTACHMENTS_FIELD_NUMBER: _builtins.int
-    text: _builtins.str
-    """Its text."""
-    @_builtins.property
-    def attachments(self) -> _containers.RepeatedCompositeFieldContainer[_sessions_pb2.Attachment]:
-        """Files attached to it."""
-
-    def __init__(
-        self,
-        *,
-        text: _builtins.str = ...,
-        attachments: _abc.Iterable[_sessions_pb2.Attachment] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "text", b"text"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Draft: _TypeAlias = Draft  # noqa: Y015
-
-@_typing.final
-class UserTaskState(_message.Message):
-    """What one user has open, unread and half written on one task or session. Nobody else sees it."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    USER_ID_FIELD_NUMBER: _builtins.int
-    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
     TASK_ID_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
-    OPEN_SESSION_ID_FIELD_NUMBER: _builtins.int
-    UNREAD_FIELD_NUMBER: _builtins.int
-    DRAFT_FIELD_NUMBER: _builtins.int
-    REVISION_FIELD_NUMBER: _builtins.int
-    user_id: _builtins.str
-    """The user."""
-    organization_id: _builtins.str
-    """The organization."""
+    CONSISTENCY_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     """The task."""
     session_id: _builtins.str
-    """The session; empty for what holds of the task as a whole."""
-    open_session_id: _builtins.str
-    """Session whose tab is open; only where session_id is empty."""
-    unread: _builtins.bool
-    """Whether something happened that the user has not seen."""
-    revision: _builtins.int
-    """Number of its state; grows with every change."""
+    """The session; empty for the task as a whole."""
     @_builtins.property
-    def draft(self) -> Global___Draft:
-        """The user's draft."""
+    def consistency(self) -> _common_pb2.Consistency:
+        """How fresh the answer must be."""
 
     def __init__(
         self,
         *,
-        user_id: _builtins.str = ...,
-        organization_id: _builtins.str = ...,
         task_id: _builtins.str = ...,
         session_id: _builtins.str = ...,
-        open_session_id: _builtins.str = ...,
-        unread: _builtins.bool = ...,
-        draft: Global___Draft | None = ...,
-        revision: _builtins.int = ...,
+        consistency: _common_pb2.Consistency | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft", "open_session_id", b"open_session_id", "organization_id", b"organization_id", "revision", b"revision", "session_id", b"session_id", "task_id", b"task_id", "unread", b"unread", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "session_id", b"session_id", "task_id", b"task_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___UserTaskState: _TypeAlias = UserTaskState  # noqa: Y015
+Global___GetDraftRequest: _TypeAlias = GetDraftRequest  # noqa: Y015
+
+@_typing.final
+class GetDraftResponse(_message.Message):
+    """See UserService.GetDraft."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DRAFT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def draft(self) -> Global___Draft:
+        """The draft."""
+
+    def __init__(
+        self,
+        *,
+        draft: Global___Draft | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetDraftResponse: _TypeAlias = GetDraftResponse  # noqa: Y015
+
+@_typing.final
+class UpdateDraftRequest(_message.Message):
+    """See UserService.UpdateDraft."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    DRAFT_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Chosen by the client, a UUID: repeating it within seven days gives the first answer. Empty: each call is a new one."""
+    @_builtins.property
+    def draft(self) -> Global___Draft:
+        """Its task_id and session_id, and the prompt."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        draft: Global___Draft | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateDraftRequest: _TypeAlias = UpdateDraftRequest  # noqa: Y015
+
+@_typing.final
+class UpdateDraftResponse(_message.Message):
+    """See UserService.UpdateDraft."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DRAFT_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_TOKEN_FIELD_NUMBER: _builtins.int
+    consistency_token: _builtins.str
+    """Give it to reads and watches that must see this change."""
+    @_builtins.property
+    def draft(self) -> Global___Draft:
+        """The draft after the change."""
+
+    def __init__(
+        self,
+        *,
+        draft: Global___Draft | None = ...,
+        consistency_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token", "draft", b"draft"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateDraftResponse: _TypeAlias = UpdateDraftResponse  # noqa: Y015

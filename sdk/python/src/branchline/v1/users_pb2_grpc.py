@@ -35,15 +35,15 @@ class UserServiceStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.WhoAmI = channel.unary_unary(
-                '/branchline.v1.UserService/WhoAmI',
-                request_serializer=branchline_dot_v1_dot_users__pb2.WhoAmIRequest.SerializeToString,
-                response_deserializer=branchline_dot_v1_dot_users__pb2.WhoAmIResponse.FromString,
+        self.GetCurrentUser = channel.unary_unary(
+                '/branchline.v1.UserService/GetCurrentUser',
+                request_serializer=branchline_dot_v1_dot_users__pb2.GetCurrentUserRequest.SerializeToString,
+                response_deserializer=branchline_dot_v1_dot_users__pb2.GetCurrentUserResponse.FromString,
                 _registered_method=True)
-        self.UpdatePreferences = channel.unary_unary(
-                '/branchline.v1.UserService/UpdatePreferences',
-                request_serializer=branchline_dot_v1_dot_users__pb2.UpdatePreferencesRequest.SerializeToString,
-                response_deserializer=branchline_dot_v1_dot_users__pb2.UpdatePreferencesResponse.FromString,
+        self.UpdateUser = channel.unary_unary(
+                '/branchline.v1.UserService/UpdateUser',
+                request_serializer=branchline_dot_v1_dot_users__pb2.UpdateUserRequest.SerializeToString,
+                response_deserializer=branchline_dot_v1_dot_users__pb2.UpdateUserResponse.FromString,
                 _registered_method=True)
         self.CreateApiToken = channel.unary_unary(
                 '/branchline.v1.UserService/CreateApiToken',
@@ -60,15 +60,20 @@ class UserServiceStub:
                 request_serializer=branchline_dot_v1_dot_users__pb2.RevokeApiTokenRequest.SerializeToString,
                 response_deserializer=branchline_dot_v1_dot_users__pb2.RevokeApiTokenResponse.FromString,
                 _registered_method=True)
-        self.SetGitCredential = channel.unary_unary(
-                '/branchline.v1.UserService/SetGitCredential',
-                request_serializer=branchline_dot_v1_dot_users__pb2.SetGitCredentialRequest.SerializeToString,
-                response_deserializer=branchline_dot_v1_dot_users__pb2.SetGitCredentialResponse.FromString,
+        self.UpdateUserTaskState = channel.unary_unary(
+                '/branchline.v1.UserService/UpdateUserTaskState',
+                request_serializer=branchline_dot_v1_dot_users__pb2.UpdateUserTaskStateRequest.SerializeToString,
+                response_deserializer=branchline_dot_v1_dot_users__pb2.UpdateUserTaskStateResponse.FromString,
                 _registered_method=True)
-        self.SetTaskState = channel.unary_unary(
-                '/branchline.v1.UserService/SetTaskState',
-                request_serializer=branchline_dot_v1_dot_users__pb2.SetTaskStateRequest.SerializeToString,
-                response_deserializer=branchline_dot_v1_dot_users__pb2.SetTaskStateResponse.FromString,
+        self.GetDraft = channel.unary_unary(
+                '/branchline.v1.UserService/GetDraft',
+                request_serializer=branchline_dot_v1_dot_users__pb2.GetDraftRequest.SerializeToString,
+                response_deserializer=branchline_dot_v1_dot_users__pb2.GetDraftResponse.FromString,
+                _registered_method=True)
+        self.UpdateDraft = channel.unary_unary(
+                '/branchline.v1.UserService/UpdateDraft',
+                request_serializer=branchline_dot_v1_dot_users__pb2.UpdateDraftRequest.SerializeToString,
+                response_deserializer=branchline_dot_v1_dot_users__pb2.UpdateDraftResponse.FromString,
                 _registered_method=True)
 
 
@@ -76,15 +81,15 @@ class UserServiceServicer:
     """The caller's own account, tokens, preferences and per-task state.
     """
 
-    def WhoAmI(self, request, context):
+    def GetCurrentUser(self, request, context):
         """Says who the caller is and what the caller is a member of.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def UpdatePreferences(self, request, context):
-        """Changes the caller's preferences.
+    def UpdateUser(self, request, context):
+        """Changes the caller: display_name, preferences or one of its fields.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -111,15 +116,22 @@ class UserServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def SetGitCredential(self, request, context):
-        """Stores a git credential of the caller for one host, encrypted. Sandboxes of the caller's tasks use it.
+    def UpdateUserTaskState(self, request, context):
+        """Sets what the caller has open and unread on one task or session.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def SetTaskState(self, request, context):
-        """Sets what the caller has open, unread and half written on one task or session.
+    def GetDraft(self, request, context):
+        """Reads what the caller has begun to write on one task or session. An empty prompt where there is nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateDraft(self, request, context):
+        """Keeps what the caller has begun to write, at most 64 KiB per task; an empty prompt forgets it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -128,15 +140,15 @@ class UserServiceServicer:
 
 def add_UserServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'WhoAmI': grpc.unary_unary_rpc_method_handler(
-                    servicer.WhoAmI,
-                    request_deserializer=branchline_dot_v1_dot_users__pb2.WhoAmIRequest.FromString,
-                    response_serializer=branchline_dot_v1_dot_users__pb2.WhoAmIResponse.SerializeToString,
+            'GetCurrentUser': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetCurrentUser,
+                    request_deserializer=branchline_dot_v1_dot_users__pb2.GetCurrentUserRequest.FromString,
+                    response_serializer=branchline_dot_v1_dot_users__pb2.GetCurrentUserResponse.SerializeToString,
             ),
-            'UpdatePreferences': grpc.unary_unary_rpc_method_handler(
-                    servicer.UpdatePreferences,
-                    request_deserializer=branchline_dot_v1_dot_users__pb2.UpdatePreferencesRequest.FromString,
-                    response_serializer=branchline_dot_v1_dot_users__pb2.UpdatePreferencesResponse.SerializeToString,
+            'UpdateUser': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateUser,
+                    request_deserializer=branchline_dot_v1_dot_users__pb2.UpdateUserRequest.FromString,
+                    response_serializer=branchline_dot_v1_dot_users__pb2.UpdateUserResponse.SerializeToString,
             ),
             'CreateApiToken': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateApiToken,
@@ -153,15 +165,20 @@ def add_UserServiceServicer_to_server(servicer, server):
                     request_deserializer=branchline_dot_v1_dot_users__pb2.RevokeApiTokenRequest.FromString,
                     response_serializer=branchline_dot_v1_dot_users__pb2.RevokeApiTokenResponse.SerializeToString,
             ),
-            'SetGitCredential': grpc.unary_unary_rpc_method_handler(
-                    servicer.SetGitCredential,
-                    request_deserializer=branchline_dot_v1_dot_users__pb2.SetGitCredentialRequest.FromString,
-                    response_serializer=branchline_dot_v1_dot_users__pb2.SetGitCredentialResponse.SerializeToString,
+            'UpdateUserTaskState': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateUserTaskState,
+                    request_deserializer=branchline_dot_v1_dot_users__pb2.UpdateUserTaskStateRequest.FromString,
+                    response_serializer=branchline_dot_v1_dot_users__pb2.UpdateUserTaskStateResponse.SerializeToString,
             ),
-            'SetTaskState': grpc.unary_unary_rpc_method_handler(
-                    servicer.SetTaskState,
-                    request_deserializer=branchline_dot_v1_dot_users__pb2.SetTaskStateRequest.FromString,
-                    response_serializer=branchline_dot_v1_dot_users__pb2.SetTaskStateResponse.SerializeToString,
+            'GetDraft': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetDraft,
+                    request_deserializer=branchline_dot_v1_dot_users__pb2.GetDraftRequest.FromString,
+                    response_serializer=branchline_dot_v1_dot_users__pb2.GetDraftResponse.SerializeToString,
+            ),
+            'UpdateDraft': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateDraft,
+                    request_deserializer=branchline_dot_v1_dot_users__pb2.UpdateDraftRequest.FromString,
+                    response_serializer=branchline_dot_v1_dot_users__pb2.UpdateDraftResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -176,7 +193,7 @@ class UserService:
     """
 
     @staticmethod
-    def WhoAmI(request,
+    def GetCurrentUser(request,
             target,
             options=(),
             channel_credentials=None,
@@ -189,9 +206,9 @@ class UserService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/branchline.v1.UserService/WhoAmI',
-            branchline_dot_v1_dot_users__pb2.WhoAmIRequest.SerializeToString,
-            branchline_dot_v1_dot_users__pb2.WhoAmIResponse.FromString,
+            '/branchline.v1.UserService/GetCurrentUser',
+            branchline_dot_v1_dot_users__pb2.GetCurrentUserRequest.SerializeToString,
+            branchline_dot_v1_dot_users__pb2.GetCurrentUserResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -203,7 +220,7 @@ class UserService:
             _registered_method=True)
 
     @staticmethod
-    def UpdatePreferences(request,
+    def UpdateUser(request,
             target,
             options=(),
             channel_credentials=None,
@@ -216,9 +233,9 @@ class UserService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/branchline.v1.UserService/UpdatePreferences',
-            branchline_dot_v1_dot_users__pb2.UpdatePreferencesRequest.SerializeToString,
-            branchline_dot_v1_dot_users__pb2.UpdatePreferencesResponse.FromString,
+            '/branchline.v1.UserService/UpdateUser',
+            branchline_dot_v1_dot_users__pb2.UpdateUserRequest.SerializeToString,
+            branchline_dot_v1_dot_users__pb2.UpdateUserResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -311,7 +328,7 @@ class UserService:
             _registered_method=True)
 
     @staticmethod
-    def SetGitCredential(request,
+    def UpdateUserTaskState(request,
             target,
             options=(),
             channel_credentials=None,
@@ -324,9 +341,9 @@ class UserService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/branchline.v1.UserService/SetGitCredential',
-            branchline_dot_v1_dot_users__pb2.SetGitCredentialRequest.SerializeToString,
-            branchline_dot_v1_dot_users__pb2.SetGitCredentialResponse.FromString,
+            '/branchline.v1.UserService/UpdateUserTaskState',
+            branchline_dot_v1_dot_users__pb2.UpdateUserTaskStateRequest.SerializeToString,
+            branchline_dot_v1_dot_users__pb2.UpdateUserTaskStateResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -338,7 +355,7 @@ class UserService:
             _registered_method=True)
 
     @staticmethod
-    def SetTaskState(request,
+    def GetDraft(request,
             target,
             options=(),
             channel_credentials=None,
@@ -351,9 +368,36 @@ class UserService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/branchline.v1.UserService/SetTaskState',
-            branchline_dot_v1_dot_users__pb2.SetTaskStateRequest.SerializeToString,
-            branchline_dot_v1_dot_users__pb2.SetTaskStateResponse.FromString,
+            '/branchline.v1.UserService/GetDraft',
+            branchline_dot_v1_dot_users__pb2.GetDraftRequest.SerializeToString,
+            branchline_dot_v1_dot_users__pb2.GetDraftResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateDraft(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.v1.UserService/UpdateDraft',
+            branchline_dot_v1_dot_users__pb2.UpdateDraftRequest.SerializeToString,
+            branchline_dot_v1_dot_users__pb2.UpdateDraftResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -15,37 +15,39 @@ class UserServiceStub:
     """The caller's own account, tokens, preferences and per-task state."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
-    WhoAmI: _aio.UnaryUnaryMultiCallable[_users_pb2.WhoAmIRequest, _users_pb2.WhoAmIResponse]
+    GetCurrentUser: _aio.UnaryUnaryMultiCallable[_users_pb2.GetCurrentUserRequest, _users_pb2.GetCurrentUserResponse]
     """Says who the caller is and what the caller is a member of."""
-    UpdatePreferences: _aio.UnaryUnaryMultiCallable[_users_pb2.UpdatePreferencesRequest, _users_pb2.UpdatePreferencesResponse]
-    """Changes the caller's preferences."""
+    UpdateUser: _aio.UnaryUnaryMultiCallable[_users_pb2.UpdateUserRequest, _users_pb2.UpdateUserResponse]
+    """Changes the caller: display_name, preferences or one of its fields."""
     CreateApiToken: _aio.UnaryUnaryMultiCallable[_users_pb2.CreateApiTokenRequest, _users_pb2.CreateApiTokenResponse]
     """Creates an API token for the caller. The token is in this answer and nowhere else."""
     ListApiTokens: _aio.UnaryUnaryMultiCallable[_users_pb2.ListApiTokensRequest, _users_pb2.ListApiTokensResponse]
     """Lists the caller's API tokens, newest first, without the tokens themselves."""
     RevokeApiToken: _aio.UnaryUnaryMultiCallable[_users_pb2.RevokeApiTokenRequest, _users_pb2.RevokeApiTokenResponse]
     """Ends an API token. NOT_FOUND unless it is the caller's."""
-    SetGitCredential: _aio.UnaryUnaryMultiCallable[_users_pb2.SetGitCredentialRequest, _users_pb2.SetGitCredentialResponse]
-    """Stores a git credential of the caller for one host, encrypted. Sandboxes of the caller's tasks use it."""
-    SetTaskState: _aio.UnaryUnaryMultiCallable[_users_pb2.SetTaskStateRequest, _users_pb2.SetTaskStateResponse]
-    """Sets what the caller has open, unread and half written on one task or session."""
+    UpdateUserTaskState: _aio.UnaryUnaryMultiCallable[_users_pb2.UpdateUserTaskStateRequest, _users_pb2.UpdateUserTaskStateResponse]
+    """Sets what the caller has open and unread on one task or session."""
+    GetDraft: _aio.UnaryUnaryMultiCallable[_users_pb2.GetDraftRequest, _users_pb2.GetDraftResponse]
+    """Reads what the caller has begun to write on one task or session. An empty prompt where there is nothing."""
+    UpdateDraft: _aio.UnaryUnaryMultiCallable[_users_pb2.UpdateDraftRequest, _users_pb2.UpdateDraftResponse]
+    """Keeps what the caller has begun to write, at most 64 KiB per task; an empty prompt forgets it."""
 
 class UserServiceServicer:
     """The caller's own account, tokens, preferences and per-task state."""
 
-    def WhoAmI(
+    def GetCurrentUser(
         self,
-        request: _users_pb2.WhoAmIRequest,
-        context: _aio.ServicerContext[_users_pb2.WhoAmIRequest, _abc.Awaitable[_users_pb2.WhoAmIResponse]],
-    ) -> _abc.Awaitable[_users_pb2.WhoAmIResponse]:
+        request: _users_pb2.GetCurrentUserRequest,
+        context: _aio.ServicerContext[_users_pb2.GetCurrentUserRequest, _abc.Awaitable[_users_pb2.GetCurrentUserResponse]],
+    ) -> _abc.Awaitable[_users_pb2.GetCurrentUserResponse]:
         """Says who the caller is and what the caller is a member of."""
 
-    def UpdatePreferences(
+    def UpdateUser(
         self,
-        request: _users_pb2.UpdatePreferencesRequest,
-        context: _aio.ServicerContext[_users_pb2.UpdatePreferencesRequest, _abc.Awaitable[_users_pb2.UpdatePreferencesResponse]],
-    ) -> _abc.Awaitable[_users_pb2.UpdatePreferencesResponse]:
-        """Changes the caller's preferences."""
+        request: _users_pb2.UpdateUserRequest,
+        context: _aio.ServicerContext[_users_pb2.UpdateUserRequest, _abc.Awaitable[_users_pb2.UpdateUserResponse]],
+    ) -> _abc.Awaitable[_users_pb2.UpdateUserResponse]:
+        """Changes the caller: display_name, preferences or one of its fields."""
 
     def CreateApiToken(
         self,
@@ -68,18 +70,25 @@ class UserServiceServicer:
     ) -> _abc.Awaitable[_users_pb2.RevokeApiTokenResponse]:
         """Ends an API token. NOT_FOUND unless it is the caller's."""
 
-    def SetGitCredential(
+    def UpdateUserTaskState(
         self,
-        request: _users_pb2.SetGitCredentialRequest,
-        context: _aio.ServicerContext[_users_pb2.SetGitCredentialRequest, _abc.Awaitable[_users_pb2.SetGitCredentialResponse]],
-    ) -> _abc.Awaitable[_users_pb2.SetGitCredentialResponse]:
-        """Stores a git credential of the caller for one host, encrypted. Sandboxes of the caller's tasks use it."""
+        request: _users_pb2.UpdateUserTaskStateRequest,
+        context: _aio.ServicerContext[_users_pb2.UpdateUserTaskStateRequest, _abc.Awaitable[_users_pb2.UpdateUserTaskStateResponse]],
+    ) -> _abc.Awaitable[_users_pb2.UpdateUserTaskStateResponse]:
+        """Sets what the caller has open and unread on one task or session."""
 
-    def SetTaskState(
+    def GetDraft(
         self,
-        request: _users_pb2.SetTaskStateRequest,
-        context: _aio.ServicerContext[_users_pb2.SetTaskStateRequest, _abc.Awaitable[_users_pb2.SetTaskStateResponse]],
-    ) -> _abc.Awaitable[_users_pb2.SetTaskStateResponse]:
-        """Sets what the caller has open, unread and half written on one task or session."""
+        request: _users_pb2.GetDraftRequest,
+        context: _aio.ServicerContext[_users_pb2.GetDraftRequest, _abc.Awaitable[_users_pb2.GetDraftResponse]],
+    ) -> _abc.Awaitable[_users_pb2.GetDraftResponse]:
+        """Reads what the caller has begun to write on one task or session. An empty prompt where there is nothing."""
+
+    def UpdateDraft(
+        self,
+        request: _users_pb2.UpdateDraftRequest,
+        context: _aio.ServicerContext[_users_pb2.UpdateDraftRequest, _abc.Awaitable[_users_pb2.UpdateDraftResponse]],
+    ) -> _abc.Awaitable[_users_pb2.UpdateDraftResponse]:
+        """Keeps what the caller has begun to write, at most 64 KiB per task; an empty prompt forgets it."""
 
 def add_UserServiceServicer_to_server(servicer: UserServiceServicer, server: _aio.Server) -> None: ...

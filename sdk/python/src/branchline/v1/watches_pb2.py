@@ -22,11 +22,11 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
-from branchline.v1 import vocabulary_pb2 as branchline_dot_v1_dot_vocabulary__pb2
-from google.protobuf import any_pb2 as google_dot_protobuf_dot_any__pb2
+from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x62ranchline/v1/watches.proto\x12\rbranchline.v1\x1a\x1e\x62ranchline/v1/vocabulary.proto\x1a\x19google/protobuf/any.proto\"\x89\x02\n\x0bWatchChange\x12-\n\x04kind\x18\x01 \x01(\x0e\x32\x19.branchline.v1.EntityKindR\x04kind\x12\x0e\n\x02id\x18\x02 \x01(\tR\x02id\x12\x1a\n\x08revision\x18\x03 \x01(\x03R\x08revision\x12\x1d\n\nchange_seq\x18\x04 \x01(\x03R\tchangeSeq\x12\x18\n\x07\x64\x65leted\x18\x05 \x01(\x08R\x07\x64\x65leted\x12\x30\n\x08resource\x18\x06 \x01(\x0b\x32\x14.google.protobuf.AnyR\x08resource\x12\x1b\n\tviewer_id\x18\x07 \x01(\tR\x08viewerId\x12\x17\n\x07task_id\x18\x08 \x01(\tR\x06taskId\"\xb7\x01\n\nWatchFrame\x12\x31\n\x04kind\x18\x01 \x01(\x0e\x32\x1d.branchline.v1.WatchFrameKindR\x04kind\x12\x34\n\x07\x63hanges\x18\x02 \x03(\x0b\x32\x1a.branchline.v1.WatchChangeR\x07\x63hanges\x12\x1d\n\nchange_seq\x18\x03 \x01(\x03R\tchangeSeq\x12!\n\x0cresume_token\x18\x04 \x01(\tR\x0bresumeToken*\xc8\x01\n\x0eWatchFrameKind\x12 \n\x1cWATCH_FRAME_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16WATCH_FRAME_KIND_RESET\x10\x01\x12\x1d\n\x19WATCH_FRAME_KIND_SNAPSHOT\x10\x02\x12\x1b\n\x17WATCH_FRAME_KIND_SYNCED\x10\x03\x12\x1c\n\x18WATCH_FRAME_KIND_CHANGES\x10\x04\x12\x1e\n\x1aWATCH_FRAME_KIND_HEARTBEAT\x10\x05\x42\x44ZBgithub.com/branchline/branchline/sdk/go/branchline/v1;branchlinev1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x62ranchline/v1/watches.proto\x12\rbranchline.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\"\xf1\x01\n\x0b\x46rameHeader\x12,\n\x04kind\x18\x01 \x01(\x0e\x32\x18.branchline.v1.FrameKindR\x04kind\x12+\n\x0cresume_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03(\x80 R\x0bresumeToken\x12=\n\x0creset_reason\x18\x03 \x01(\x0e\x32\x1a.branchline.v1.ResetReasonR\x0bresetReason\x12H\n\x12heartbeat_interval\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationR\x11heartbeatInterval*\x9f\x01\n\tFrameKind\x12\x1a\n\x16\x46RAME_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10\x46RAME_KIND_RESET\x10\x01\x12\x17\n\x13\x46RAME_KIND_SNAPSHOT\x10\x02\x12\x15\n\x11\x46RAME_KIND_SYNCED\x10\x03\x12\x16\n\x12\x46RAME_KIND_CHANGES\x10\x04\x12\x18\n\x14\x46RAME_KIND_HEARTBEAT\x10\x05*\xa8\x01\n\x0bResetReason\x12\x1c\n\x18RESET_REASON_UNSPECIFIED\x10\x00\x12\x19\n\x15RESET_REASON_NO_TOKEN\x10\x01\x12\x1e\n\x1aRESET_REASON_TOKEN_EXPIRED\x10\x02\x12\x1e\n\x1aRESET_REASON_INDEX_REBUILT\x10\x03\x12 \n\x1cRESET_REASON_REQUEST_CHANGED\x10\x04*u\n\nChangeType\x12\x1b\n\x17\x43HANGE_TYPE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43HANGE_TYPE_UPSERTED\x10\x01\x12\x17\n\x13\x43HANGE_TYPE_REMOVED\x10\x02\x12\x17\n\x13\x43HANGE_TYPE_DELETED\x10\x03\x42\x44ZBgithub.com/branchline/branchline/sdk/go/branchline/v1;branchlinev1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,10 +34,14 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'branchline.v1.watches_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'ZBgithub.com/branchline/branchline/sdk/go/branchline/v1;branchlinev1'
-  _globals['_WATCHFRAMEKIND']._serialized_start=560
-  _globals['_WATCHFRAMEKIND']._serialized_end=760
-  _globals['_WATCHCHANGE']._serialized_start=106
-  _globals['_WATCHCHANGE']._serialized_end=371
-  _globals['_WATCHFRAME']._serialized_start=374
-  _globals['_WATCHFRAME']._serialized_end=557
+  _globals['_FRAMEHEADER'].fields_by_name['resume_token']._loaded_options = None
+  _globals['_FRAMEHEADER'].fields_by_name['resume_token']._serialized_options = b'\272H\005r\003(\200 '
+  _globals['_FRAMEKIND']._serialized_start=352
+  _globals['_FRAMEKIND']._serialized_end=511
+  _globals['_RESETREASON']._serialized_start=514
+  _globals['_RESETREASON']._serialized_end=682
+  _globals['_CHANGETYPE']._serialized_start=684
+  _globals['_CHANGETYPE']._serialized_end=801
+  _globals['_FRAMEHEADER']._serialized_start=108
+  _globals['_FRAMEHEADER']._serialized_end=349
 # @@protoc_insertion_point(module_scope)

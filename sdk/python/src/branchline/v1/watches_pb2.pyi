@@ -3,12 +3,9 @@
 isort:skip_file
 """
 
-from branchline.v1 import vocabulary_pb2 as _vocabulary_pb2
-from collections import abc as _abc
-from google.protobuf import any_pb2 as _any_pb2
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
-from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
@@ -21,126 +18,134 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class _WatchFrameKind:
+class _FrameKind:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
 
-class _WatchFrameKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WatchFrameKind.ValueType], _builtins.type):
+class _FrameKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FrameKind.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
-    WATCH_FRAME_KIND_UNSPECIFIED: _WatchFrameKind.ValueType  # 0
-    """Not set."""
-    WATCH_FRAME_KIND_RESET: _WatchFrameKind.ValueType  # 1
+    FRAME_KIND_UNSPECIFIED: _FrameKind.ValueType  # 0
+    """Not set; no frame has it."""
+    FRAME_KIND_RESET: _FrameKind.ValueType  # 1
     """Forget what you hold: a snapshot follows. First frame of a watch without a usable resume token."""
-    WATCH_FRAME_KIND_SNAPSHOT: _WatchFrameKind.ValueType  # 2
+    FRAME_KIND_SNAPSHOT: _FrameKind.ValueType  # 2
     """Part of the snapshot."""
-    WATCH_FRAME_KIND_SYNCED: _WatchFrameKind.ValueType  # 3
-    """The view is complete up to this frame's position."""
-    WATCH_FRAME_KIND_CHANGES: _WatchFrameKind.ValueType  # 4
+    FRAME_KIND_SYNCED: _FrameKind.ValueType  # 3
+    """The view is complete up to this frame."""
+    FRAME_KIND_CHANGES: _FrameKind.ValueType  # 4
     """Changes since the last frame."""
-    WATCH_FRAME_KIND_HEARTBEAT: _WatchFrameKind.ValueType  # 5
-    """Nothing new; the stream is alive and complete up to this frame's position."""
+    FRAME_KIND_HEARTBEAT: _FrameKind.ValueType  # 5
+    """Nothing new; the stream is alive and complete up to this frame."""
 
-class WatchFrameKind(_WatchFrameKind, metaclass=_WatchFrameKindEnumTypeWrapper):
-    """What a watch frame is."""
+class FrameKind(_FrameKind, metaclass=_FrameKindEnumTypeWrapper):
+    """What a frame of a watch is."""
 
-WATCH_FRAME_KIND_UNSPECIFIED: WatchFrameKind.ValueType  # 0
-"""Not set."""
-WATCH_FRAME_KIND_RESET: WatchFrameKind.ValueType  # 1
+FRAME_KIND_UNSPECIFIED: FrameKind.ValueType  # 0
+"""Not set; no frame has it."""
+FRAME_KIND_RESET: FrameKind.ValueType  # 1
 """Forget what you hold: a snapshot follows. First frame of a watch without a usable resume token."""
-WATCH_FRAME_KIND_SNAPSHOT: WatchFrameKind.ValueType  # 2
+FRAME_KIND_SNAPSHOT: FrameKind.ValueType  # 2
 """Part of the snapshot."""
-WATCH_FRAME_KIND_SYNCED: WatchFrameKind.ValueType  # 3
-"""The view is complete up to this frame's position."""
-WATCH_FRAME_KIND_CHANGES: WatchFrameKind.ValueType  # 4
+FRAME_KIND_SYNCED: FrameKind.ValueType  # 3
+"""The view is complete up to this frame."""
+FRAME_KIND_CHANGES: FrameKind.ValueType  # 4
 """Changes since the last frame."""
-WATCH_FRAME_KIND_HEARTBEAT: WatchFrameKind.ValueType  # 5
-"""Nothing new; the stream is alive and complete up to this frame's position."""
-Global___WatchFrameKind: _TypeAlias = WatchFrameKind  # noqa: Y015
+FRAME_KIND_HEARTBEAT: FrameKind.ValueType  # 5
+"""Nothing new; the stream is alive and complete up to this frame."""
+Global___FrameKind: _TypeAlias = FrameKind  # noqa: Y015
+
+class _ResetReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ResetReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ResetReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RESET_REASON_UNSPECIFIED: _ResetReason.ValueType  # 0
+    """Not set; only frames that reset have a reason."""
+    RESET_REASON_NO_TOKEN: _ResetReason.ValueType  # 1
+    """No resume token was given."""
+    RESET_REASON_TOKEN_EXPIRED: _ResetReason.ValueType  # 2
+    """The resume token is too old: what was deleted since may be forgotten."""
+    RESET_REASON_INDEX_REBUILT: _ResetReason.ValueType  # 3
+    """The index was built anew; its changes are numbered differently."""
+    RESET_REASON_REQUEST_CHANGED: _ResetReason.ValueType  # 4
+    """The resume token was made for a request that selects something else."""
+
+class ResetReason(_ResetReason, metaclass=_ResetReasonEnumTypeWrapper):
+    """Why a watch begins with a reset."""
+
+RESET_REASON_UNSPECIFIED: ResetReason.ValueType  # 0
+"""Not set; only frames that reset have a reason."""
+RESET_REASON_NO_TOKEN: ResetReason.ValueType  # 1
+"""No resume token was given."""
+RESET_REASON_TOKEN_EXPIRED: ResetReason.ValueType  # 2
+"""The resume token is too old: what was deleted since may be forgotten."""
+RESET_REASON_INDEX_REBUILT: ResetReason.ValueType  # 3
+"""The index was built anew; its changes are numbered differently."""
+RESET_REASON_REQUEST_CHANGED: ResetReason.ValueType  # 4
+"""The resume token was made for a request that selects something else."""
+Global___ResetReason: _TypeAlias = ResetReason  # noqa: Y015
+
+class _ChangeType:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ChangeTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ChangeType.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CHANGE_TYPE_UNSPECIFIED: _ChangeType.ValueType  # 0
+    """Not set; no change has it."""
+    CHANGE_TYPE_UPSERTED: _ChangeType.ValueType  # 1
+    """This is its newest state."""
+    CHANGE_TYPE_REMOVED: _ChangeType.ValueType  # 2
+    """It left what this watch shows, and lives on. Only its identifying fields are set."""
+    CHANGE_TYPE_DELETED: _ChangeType.ValueType  # 3
+    """It is gone. Only its identifying fields are set."""
+
+class ChangeType(_ChangeType, metaclass=_ChangeTypeEnumTypeWrapper):
+    """What happened to an entity, seen from the watch."""
+
+CHANGE_TYPE_UNSPECIFIED: ChangeType.ValueType  # 0
+"""Not set; no change has it."""
+CHANGE_TYPE_UPSERTED: ChangeType.ValueType  # 1
+"""This is its newest state."""
+CHANGE_TYPE_REMOVED: ChangeType.ValueType  # 2
+"""It left what this watch shows, and lives on. Only its identifying fields are set."""
+CHANGE_TYPE_DELETED: ChangeType.ValueType  # 3
+"""It is gone. Only its identifying fields are set."""
+Global___ChangeType: _TypeAlias = ChangeType  # noqa: Y015
 
 @_typing.final
-class WatchChange(_message.Message):
-    """The newest state of one entity, or that it is gone."""
+class FrameHeader(_message.Message):
+    """What every frame of every watch carries."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     KIND_FIELD_NUMBER: _builtins.int
-    ID_FIELD_NUMBER: _builtins.int
-    REVISION_FIELD_NUMBER: _builtins.int
-    CHANGE_SEQ_FIELD_NUMBER: _builtins.int
-    DELETED_FIELD_NUMBER: _builtins.int
-    RESOURCE_FIELD_NUMBER: _builtins.int
-    VIEWER_ID_FIELD_NUMBER: _builtins.int
-    TASK_ID_FIELD_NUMBER: _builtins.int
-    kind: _vocabulary_pb2.EntityKind.ValueType
-    """What it is."""
-    id: _builtins.str
-    """Its id, unique within the kind."""
-    revision: _builtins.int
-    """Revision of the entity that this reflects."""
-    change_seq: _builtins.int
-    """Number of the change within the watched coordinator."""
-    deleted: _builtins.bool
-    """Whether the entity is gone; the resource is then unset."""
-    viewer_id: _builtins.str
-    """The user who alone may see it; empty for everybody of the organization."""
-    task_id: _builtins.str
-    """The task that it belongs to; may be empty."""
-    @_builtins.property
-    def resource(self) -> _any_pb2.Any:
-        """The entity itself: a message of"""
-
-    def __init__(
-        self,
-        *,
-        kind: _vocabulary_pb2.EntityKind.ValueType = ...,
-        id: _builtins.str = ...,
-        revision: _builtins.int = ...,
-        change_seq: _builtins.int = ...,
-        deleted: _builtins.bool = ...,
-        resource: _any_pb2.Any | None = ...,
-        viewer_id: _builtins.str = ...,
-        task_id: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["resource", b"resource"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["change_seq", b"change_seq", "deleted", b"deleted", "id", b"id", "kind", b"kind", "resource", b"resource", "revision", b"revision", "task_id", b"task_id", "viewer_id", b"viewer_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___WatchChange: _TypeAlias = WatchChange  # noqa: Y015
-
-@_typing.final
-class WatchFrame(_message.Message):
-    """One message of a watch: reset, snapshot, synced, then changes and heartbeats for ever."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    KIND_FIELD_NUMBER: _builtins.int
-    CHANGES_FIELD_NUMBER: _builtins.int
-    CHANGE_SEQ_FIELD_NUMBER: _builtins.int
     RESUME_TOKEN_FIELD_NUMBER: _builtins.int
-    kind: Global___WatchFrameKind.ValueType
+    RESET_REASON_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_INTERVAL_FIELD_NUMBER: _builtins.int
+    kind: Global___FrameKind.ValueType
     """What this frame is."""
-    change_seq: _builtins.int
-    """Position of the view once this frame is applied."""
     resume_token: _builtins.str
-    """Give it to the next watch to get exactly what was missed. Empty before the view is complete."""
+    """Give it to the next watch that selects the same to get exactly what was missed. Empty before the view is complete."""
+    reset_reason: Global___ResetReason.ValueType
+    """Why everything begins anew; set where `kind` is RESET."""
     @_builtins.property
-    def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___WatchChange]:
-        """The changes, in the order of their change_seq."""
+    def heartbeat_interval(self) -> _duration_pb2.Duration:
+        """Silence longer than twice this means that the stream is broken."""
 
     def __init__(
         self,
         *,
-        kind: Global___WatchFrameKind.ValueType = ...,
-        changes: _abc.Iterable[Global___WatchChange] | None = ...,
-        change_seq: _builtins.int = ...,
+        kind: Global___FrameKind.ValueType = ...,
         resume_token: _builtins.str = ...,
+        reset_reason: Global___ResetReason.ValueType = ...,
+        heartbeat_interval: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval", b"heartbeat_interval"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["change_seq", b"change_seq", "changes", b"changes", "kind", b"kind", "resume_token", b"resume_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval", b"heartbeat_interval", "kind", b"kind", "reset_reason", b"reset_reason", "resume_token", b"resume_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___WatchFrame: _TypeAlias = WatchFrame  # noqa: Y015
+Global___FrameHeader: _TypeAlias = FrameHeader  # noqa: Y015
