@@ -2,7 +2,7 @@
 
 import re
 
-from branchline.v1.vocabulary_pb2 import ERROR_REASON_BRANCH_NAME_INVALID
+from branchline.v1.errors_pb2 import ERROR_REASON_BRANCH_NAME_INVALID
 
 from services.runtime.errors import InvalidArgument
 
@@ -17,6 +17,7 @@ def check_branch(name: str, field: str = "branch") -> None:
     """Raise InvalidArgument for a name that git would refuse (git-check-ref-format), or that is too long for a file."""
     if len(name.encode()) > MOST_BYTES:
         words = f"a branch name has at most {MOST_BYTES} bytes"
-        raise InvalidArgument(field, words, ERROR_REASON_BRANCH_NAME_INVALID)
+        raise InvalidArgument(field, words, ERROR_REASON_BRANCH_NAME_INVALID, branch=name)
     if _REFUSED.search(name):
-        raise InvalidArgument(field, f'git refuses the branch name "{name}"', ERROR_REASON_BRANCH_NAME_INVALID)
+        words = f'git refuses the branch name "{name}"'
+        raise InvalidArgument(field, words, ERROR_REASON_BRANCH_NAME_INVALID, branch=name)

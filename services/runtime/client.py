@@ -40,10 +40,9 @@ class SigningChannel:
         """Make a unary call."""
         call = cast("Any", self.raw.unary_unary(method, *coders, **options))
 
-        def make(
-            request: Any, *, timeout: float | None = UNARY_TIMEOUT_SECONDS, metadata: Any = None, **rest: Any
-        ) -> Any:
-            return call(request, timeout=timeout, metadata=metadata or self._metadata(), **rest)
+        def make(request: Any, *, timeout: float | None = None, metadata: Any = None, **rest: Any) -> Any:
+            seconds = UNARY_TIMEOUT_SECONDS if timeout is None else timeout  # a caller without a deadline leaves None
+            return call(request, timeout=seconds, metadata=metadata or self._metadata(), **rest)
 
         return make
 

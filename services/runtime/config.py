@@ -76,5 +76,7 @@ def database_url(data_dir: Path, name: str) -> str:
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder for data, if it is not there, that only its user may enter."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Make a folder for data that only its user may enter, and such folders above it, where they are not there."""
+    if not folder.is_dir():
+        make_private(folder.parent)
+        folder.mkdir(mode=0o700, exist_ok=True)

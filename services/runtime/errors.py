@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 import grpc
-from branchline.v1 import vocabulary_pb2 as words
-from branchline.v1.vocabulary_pb2 import EntityKind, ErrorReason
+from branchline.v1 import errors_pb2
+from branchline.v1.common_pb2 import EntityKind
+from branchline.v1.errors_pb2 import ErrorReason
 from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
@@ -17,7 +18,7 @@ from grpc_status import rpc_status
 
 D = TypeVar("D", bound=Message)
 
-DOMAIN = "branchline"
+DOMAIN = "branchline.dev"
 
 _MESSAGE_BYTES = 1024
 _WORDS_BYTES = 256
@@ -31,6 +32,8 @@ _PERMANENT = frozenset(
         grpc.StatusCode.FAILED_PRECONDITION,
         grpc.StatusCode.UNIMPLEMENTED,
         grpc.StatusCode.OUT_OF_RANGE,
+        grpc.StatusCode.ABORTED,
+        grpc.StatusCode.DATA_LOSS,
     }
 )
 
@@ -74,10 +77,10 @@ class InvalidArgument(DomainError):
         self,
         field: str,
         message: str,
-        reason: ErrorReason.ValueType = words.ERROR_REASON_INVALID_FIELD,
+        reason: ErrorReason.ValueType = errors_pb2.ERROR_REASON_FIELD_INVALID,
         **metadata: str,
     ) -> None:
-        super().__init__(reason, f"{field}: {message}", **metadata)
+        super().__init__(reason, f"{field}: {message}", field=field, **metadata)
         self.violations = [(field, message)]
 
     def details(self) -> list[Message]:
@@ -103,6 +106,7 @@ class _ResourceError(DomainError):
         super().__init__(reason, message, **metadata)
         self.kind = kind_name(kind)
         self.name = name
+        self.metadata = {"resource_type": self.kind, "id": name, **metadata}
 
     def details(self) -> list[Message]:
         """Name the resource."""
@@ -114,9 +118,15 @@ class NotFound(_ResourceError):
 
     code = grpc.StatusCode.NOT_FOUND
 
-    def __init__(self, kind: EntityKind.ValueType, name: str) -> None:
+    def __init__(
+        self,
+        kind: EntityKind.ValueType,
+        name: str,
+        reason: ErrorReason.ValueType = errors_pb2.ERROR_REASON_RESOURCE_NOT_FOUND,
+        **metadata: str,
+    ) -> None:
         sentence = f'there is no {kind_name(kind).replace("_", " ")} "{name}"'
-        super().__init__(kind, name, sentence, words.ERROR_REASON_NOT_FOUND)
+        super().__init__(kind, name, sentence, reason, **metadata)
 
 
 class AlreadyExists(_ResourceError):
@@ -136,6 +146,24 @@ class FailedPrecondition(DomainError):
         return [error_details_pb2.PreconditionFailure(violations=[violation])]
 
 
+class Aborted(DomainError):
+    """What is there is not what the caller knows."""
+
+    code = grpc.StatusCode.ABORTED
+
+
+class OutOfRange(DomainError):
+    """An offset lies behind what is there."""
+
+    code = grpc.StatusCode.OUT_OF_RANGE
+
+
+class DataLoss(DomainError):
+    """What was received is not what was meant to be sent."""
+
+    code = grpc.StatusCode.DATA_LOSS
+
+
 class Unauthenticated(DomainError):
     """Nobody is known by the token."""
 
@@ -149,9 +177,17 @@ class PermissionDenied(DomainError):
 
 
 class ResourceExhausted(DomainError):
-    """The caller has used up what is allowed."""
+    """The caller has used up what is allowed. `limit` names it, where it is a total; else waiting helps."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    def details(self) -> list[Message]:
+        """Name the total, or say when to try again."""
+        limit = self.metadata.get("limit")
+        if limit is None:
+            return [error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=1))]
+        violation = error_details_pb2.QuotaFailure.Violation(subject=_cut(limit), description=_cut(self.message))
+        return [error_details_pb2.QuotaFailure(violations=[violation])]
 
 
 class DeadlineExceeded(DomainError):
@@ -177,10 +213,10 @@ def without_reason(error: grpc.aio.AioRpcError) -> DomainError:
     """
     if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
         sentence = "it was not answered in time and may be done all the same; a command can be asked for again"
-        return DeadlineExceeded(words.ERROR_REASON_NOT_ANSWERED, sentence)
+        return DeadlineExceeded(errors_pb2.ERROR_REASON_NOT_ANSWERED, sentence)
     if error.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}:
-        return Unavailable(words.ERROR_REASON_SERVICE_UNREACHABLE, "a service inside cannot be reached; try again")
-    unknown = DomainError(words.ERROR_REASON_INTERNAL, "something went wrong inside; the server's log has it")
+        return Unavailable(errors_pb2.ERROR_REASON_SERVICE_UNREACHABLE, "a service inside cannot be reached; try again")
+    unknown = DomainError(errors_pb2.ERROR_REASON_INTERNAL, "something went wrong inside; the server's log has it")
     unknown.code = error.code()
     return unknown
 
@@ -227,7 +263,7 @@ def error_reason(error: BaseException) -> ErrorReason.ValueType:
         info = detail_of(error, error_details_pb2.ErrorInfo)
         name = info.reason if info.domain == DOMAIN else ""
     known = dict(ErrorReason.items())
-    return known.get(f"ERROR_REASON_{name}", words.ERROR_REASON_UNSPECIFIED)
+    return known.get(f"ERROR_REASON_{name}", errors_pb2.ERROR_REASON_UNSPECIFIED)
 
 
 def reason_of(error: BaseException) -> str:

@@ -6,11 +6,12 @@ the installation shares, in the metadata of each internal call.
 
 import hashlib
 import time
+from collections.abc import Collection
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 
-from branchline.v1 import organizations_pb2
-from branchline.v1.vocabulary_pb2 import (
+from branchline.v1 import roles_pb2
+from branchline.v1.errors_pb2 import (
     ERROR_REASON_OPERATOR_REQUIRED,
     ERROR_REASON_PRINCIPAL_INVALID,
     ERROR_REASON_PRINCIPAL_MISSING,
@@ -48,18 +49,29 @@ class Principal:
     default_model: str = ""
     default_sandbox_provider: str = ""
     service: str = ""
+    most_role: int = 0
+    """Highest role that the caller's token has anywhere; 0 where it is not held to one."""
+
+    organization_ids: tuple[str, ...] = ()
+    """The organizations that the caller's token is good for; empty means all of the user's."""
+
+    def role_in(self, organization_id: str, role: int) -> int:
+        """Return what a role of the user's is worth with the caller's token; 0 is nothing."""
+        return worth(role, organization_id, self.most_role, self.organization_ids)
 
     @property
     def caller(self) -> str:
         """Name whose request ids are told apart."""
         return self.user_id or f"service/{self.service}"
 
-    def require(self, role: organizations_pb2.Role.ValueType) -> None:
+    def require(self, role: roles_pb2.Role.ValueType) -> None:
         """Raise PermissionDenied unless the caller has this role; services may do everything."""
         if self.service or self.role >= role:
             return
-        wanted = organizations_pb2.Role.Name(role).removeprefix("ROLE_").lower()
-        raise PermissionDenied(ERROR_REASON_ROLE_REQUIRED, f"this needs the role {wanted}", required_role=wanted)
+        roles = (roles_pb2.Role.ValueType(self.role), role)
+        has, wanted = (roles_pb2.Role.Name(one).removeprefix("ROLE_").lower() for one in roles)
+        words = f"this needs the role {wanted}"
+        raise PermissionDenied(ERROR_REASON_ROLE_REQUIRED, words, role=has, required_role=wanted)
 
     def require_operator(self) -> None:
         """Raise PermissionDenied unless an operator of the installation asks."""
@@ -69,6 +81,13 @@ class Principal:
     def sees(self, organization_id: str) -> bool:
         """Say whether the organization's resources exist for the caller."""
         return bool(self.service) or self.organization_id == organization_id
+
+
+def worth(role: int, organization_id: str, most_role: int, organization_ids: Collection[str]) -> int:
+    """Return what a role in an organization is worth with a token held to a role, and to organizations if any."""
+    if not most_role:
+        return role
+    return min(role, most_role) if not organization_ids or organization_id in organization_ids else 0
 
 
 class Signer:
@@ -101,6 +120,7 @@ class Signer:
         try:
             claims, signed = self._serializer.loads(token, return_timestamp=True)
             principal, made = Principal(**claims), signed.timestamp()
+            principal = replace(principal, organization_ids=tuple(principal.organization_ids))
         except (BadData, TypeError) as error:
             raise Unauthenticated(ERROR_REASON_PRINCIPAL_INVALID, "the call carries no valid principal") from error
         if not made - _LEEWAY_SECONDS <= now <= made + _LIFETIME_SECONDS + _LEEWAY_SECONDS:

@@ -24,7 +24,7 @@ from services.runtime.migrations import bring_up_to_date
 from services.runtime.principal import METADATA_KEY, Signer, bind_principal
 from services.runtime.serving import Admit, Call, Handler, Serving, implemented
 from services.runtime.spine.commands import Commands
-from services.runtime.spine.courier import BatchCourier, Courier, Deliver, DeliverAll
+from services.runtime.spine.courier import DEADLINE_SECONDS, BatchCourier, Courier, Deliver, DeliverAll
 from services.runtime.spine.index import Index
 from services.runtime.spine.ingest import Ingest, PushServicer
 from services.runtime.spine.outbox import Outbox
@@ -157,10 +157,9 @@ class Service:
         checks = HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(checks, server)
         if self.reflects:
-            from grpc_reflection.v1alpha import reflection  # noqa: PLC0415 - in no other service's memory
+            from services.runtime.reflection import add_reflection  # noqa: PLC0415 - in no other service's memory
 
-            names = [*self._handlers, health.SERVICE_NAME, reflection.SERVICE_NAME]
-            reflection.enable_server_reflection(names, server)
+            add_reflection(server, [*self._handlers, health.SERVICE_NAME])
         if self.listen.startswith("unix:"):
             Path(self.listen.removeprefix("unix:")).unlink(missing_ok=True)
         port = server.add_insecure_port(self.listen)
@@ -181,7 +180,7 @@ class Chassis:
         url = database_url(config.data_dir, name)
         self.database: Database = open_database(url)
         self.outbox = Outbox(self.database, self.clock)
-        self.commands = Commands(self.database, self.clock)
+        self.commands = Commands(self.database, self.clock, config.signing_key.value)
         self.service = Service(name, config.addresses[name], self._admit, config.drain_seconds)
         self._channels: dict[str, SigningChannel] = {}
 
@@ -228,10 +227,10 @@ class Chassis:
         """Remember the answers of commands, for as long as they are promised."""
         self.service.every(_HOUR_SECONDS, "forget old requests", self.commands.forget_old)
 
-    def courier(self, destination: str, deliver: Deliver) -> None:
+    def courier(self, destination: str, deliver: Deliver, deadline_seconds: float = DEADLINE_SECONDS) -> None:
         """Carry what is marked for a destination there, in lanes."""
         self.outbox.line(destination)
-        self.service.loops.append(Courier(self.outbox, destination, deliver).run)
+        self.service.loops.append(Courier(self.outbox, destination, deliver, deadline_seconds).run)
 
     def batch_courier(self, destination: str, deliver: DeliverAll) -> None:
         """Carry what is marked for a destination there, many at a time and in order."""

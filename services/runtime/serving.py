@@ -11,11 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import grpc
-from branchline.v1.vocabulary_pb2 import (
-    ERROR_REASON_DRAINING,
-    ERROR_REASON_INTERNAL,
-    ERROR_REASON_MALFORMED_REQUEST,
-)
+from branchline.v1.errors_pb2 import ERROR_REASON_DRAINING, ERROR_REASON_INTERNAL, ERROR_REASON_REQUEST_MALFORMED
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
@@ -163,10 +159,13 @@ class Serving:
                 message = request.FromString(data)
             except (DecodeError, ValueError) as error:
                 words = f"is no {method.input_type.name}: its bytes cannot be decoded"
-                raise InvalidArgument("request", words, ERROR_REASON_MALFORMED_REQUEST) from error
+                raise InvalidArgument("request", words, ERROR_REASON_REQUEST_MALFORMED) from error
             if validated:
                 validate(message)
-            return Given(message, data) if forwards else message
+            if not forwards:
+                return message
+            message.DiscardUnknownFields()  # what nobody knows has no bounds: it would be stored, and shown to others
+            return Given(message, message.SerializeToString())
 
         return decode
 

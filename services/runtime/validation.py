@@ -1,10 +1,11 @@
 """What every request must satisfy: the protovalidate rules of the contract, and what no store could take.
 
 protobuf decodes any number as a time and any text; here times and durations are held to the range of their types
-(google/protobuf/timestamp.proto and duration.proto), and text to what PostgreSQL stores.
+(google/protobuf/timestamp.proto and duration.proto), text to what PostgreSQL stores, and what has no rule to its size.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -12,9 +13,11 @@ import protovalidate
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
+from google.protobuf.struct_pb2 import ListValue, Struct, Value
 from google.protobuf.timestamp_pb2 import Timestamp
 from protovalidate import Violation
 
+from services.runtime import limits
 from services.runtime.clock import EARLIEST_SECONDS, LATEST_SECONDS
 from services.runtime.errors import InvalidArgument
 
@@ -44,6 +47,9 @@ def _unfit(message: Message, within: str) -> Iterator[tuple[str, str]]:
     """Yield (field, words) for every value that is out of the range of its type, however deep."""
     for field in _looked_at(message.DESCRIPTOR):
         name = f"{within}{field.name}"
+        most = limits.SUMS.get(field.full_name)
+        if most is not None and _size(message, field) > most:
+            yield name, f"must have at most {most} bytes"
         for value in _values(message, field):
             if isinstance(value, str):
                 if "\0" in value:
@@ -55,7 +61,53 @@ def _unfit(message: Message, within: str) -> Iterator[tuple[str, str]]:
                 if not _is_duration(value):
                     yield name, "must be a duration of at most 10000 years"
             else:
-                yield from _unfit(value, f"{name}.")
+                yield from _too_large(value, name)
+                yield from _malformed(value, name) if isinstance(value, Struct) else _unfit(value, f"{name}.")
+
+
+def _too_large(value: Message, name: str) -> Iterator[tuple[str, str]]:
+    most = limits.TYPES.get(value.DESCRIPTOR.full_name)
+    if most is not None and value.ByteSize() > most:
+        yield name, f"must have at most {most} bytes"
+
+
+def _malformed(struct: Struct, name: str) -> Iterator[tuple[str, str]]:
+    """Yield what keeps a struct from being JSON that every decoder takes."""
+    left: list[tuple[Message, int]] = [(struct, 1)]
+    while left:
+        holder, depth = left.pop()
+        if depth > limits.STRUCT_DEPTH:
+            yield name, f"must not be nested deeper than {limits.STRUCT_DEPTH} levels"
+            return
+        held: Iterable[Value]
+        if isinstance(holder, Struct):
+            held = holder.fields.values()
+            if any("\0" in key for key in holder.fields):
+                yield name, "must not hold the character U+0000"
+        else:
+            assert isinstance(holder, ListValue)
+            held = holder.values
+        for value in held:
+            match value.WhichOneof("kind"):
+                case None:
+                    yield name, "must not hold a value of no kind"
+                case "number_value" if not math.isfinite(value.number_value):
+                    yield name, "must hold finite numbers"
+                case "string_value" if "\0" in value.string_value:
+                    yield name, "must not hold the character U+0000"
+                case "struct_value":
+                    left.append((value.struct_value, depth + 1))
+                case "list_value":
+                    left.append((value.list_value, depth + 1))
+                case _:
+                    pass
+
+
+def _size(message: Message, field: FieldDescriptor) -> int:
+    """Return how many bytes a repeated field has with all its elements."""
+    alone = type(message)()
+    getattr(alone, field.name).MergeFrom(getattr(message, field.name))
+    return alone.ByteSize()
 
 
 def _values(message: Message, field: FieldDescriptor) -> Iterator[Any]:

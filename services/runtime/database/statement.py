@@ -20,6 +20,7 @@ from sqlalchemy import (
     TypeDecorator,
     Update,
     bindparam,
+    select,
 )
 from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.engine import Dialect
@@ -203,6 +204,25 @@ def _is_in_postgres(element: is_in, compiler: SQLCompiler, **options: Any) -> st
     return f"{column} {'<> ALL' if element.negate else '= ANY'} (CAST({bind} AS {kind}[]))"
 
 
+class _Turn(ColumnElement[None]):
+    """Waits until no other transaction has the turn that a parameter names, and keeps it until this one ends."""
+
+    inherit_cache = False
+
+    def __init__(self) -> None:
+        self.bind = bindparam("turn", type_=String)
+
+
+@compiles(_Turn, "sqlite")
+def _turn_sqlite(element: _Turn, compiler: SQLCompiler, **options: Any) -> str:
+    return compiler.process(element.bind, **options)  # its writers take turns by themselves
+
+
+@compiles(_Turn, "postgresql")
+def _turn_postgres(element: _Turn, compiler: SQLCompiler, **options: Any) -> str:
+    return f"pg_advisory_xact_lock(hashtextextended({compiler.process(element.bind, **options)}, 0))"
+
+
 def _row_type(names: Sequence[str]) -> Callable[[Sequence[Any]], Any]:
     made = namedtuple("Row", names, rename=True)  # pyright: ignore[reportUntypedNamedTuple] - known at run time only
     return made._make
@@ -235,3 +255,6 @@ def _converting(
         return make(values)
 
     return convert
+
+
+TAKE_TURN = Statement(select(_Turn().label("taken")))

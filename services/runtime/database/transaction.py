@@ -4,9 +4,9 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
-from branchline.v1.vocabulary_pb2 import ERROR_REASON_DATABASE_BUSY, ERROR_REASON_DATABASE_UNAVAILABLE
+from branchline.v1.errors_pb2 import ERROR_REASON_DATABASE_BUSY, ERROR_REASON_DATABASE_UNAVAILABLE
 
-from services.runtime.database.statement import Compiled, Parameters, Statement, Values
+from services.runtime.database.statement import TAKE_TURN, Compiled, Parameters, Statement, Values
 from services.runtime.errors import Unavailable
 
 T = TypeVar("T")
@@ -135,6 +135,14 @@ class Tx(Reader):
         """
         if self.change_many(statement, parameters) < len(parameters):
             raise Raced
+
+    def take_turn(self, what: str, owner_id: str) -> None:
+        """Wait for others that count the same of one owner before they add to it; keep them waiting until the commit.
+
+        Whoever keeps a limit calls this before it counts. No lock on rows holds those that are not there yet, so two
+        would both find room for the last one.
+        """
+        self.value(TAKE_TURN, {"turn": f"{what}/{owner_id}"})
 
     @contextmanager
     def savepoint(self) -> Generator[None, None, None]:

@@ -1,14 +1,18 @@
 """Commands: each is done once, however often its request is repeated, at the same moment or later.
 
 `run` recalls the first answer, or runs the command's function and remembers its answer, in one transaction. Effects
-outside are outbox marks made by the function. Only the few commands that must call out first use `once`.
+outside are outbox marks made by the function. Only the few commands that must call out first use `once`. A secret that
+an answer tells is never remembered: it follows from the request (`secret`), and is added to the answer each time.
 """
 
+import base64
 import hashlib
+import hmac
+import secrets
 from collections.abc import Awaitable, Callable
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
-from branchline.v1.vocabulary_pb2 import ERROR_REASON_REQUEST_ID_REUSED
+from branchline.v1.errors_pb2 import ERROR_REASON_REQUEST_ID_REUSED
 from google.protobuf.message import Message
 from sqlalchemy import bindparam, delete, select
 
@@ -21,6 +25,8 @@ from services.runtime.spine.tables import requests
 
 KEEP_SECONDS = 7 * 24 * 3600.0
 """How long the answer to a request is remembered."""
+
+_SECRET_BYTES = 32
 
 P = ParamSpec("P")
 R = TypeVar("R", bound=Message)
@@ -42,14 +48,16 @@ class Command(Protocol):
 
     @property
     def request_id(self) -> str:
-        """The client's id of the request."""
+        """The client's id of the request; empty for one that will not be repeated."""
         ...
 
 
 class Commands:
     """The commands of one service."""
 
-    def __init__(self, database: Database, clock: Clock) -> None:
+    def __init__(self, database: Database, clock: Clock, key: str = "") -> None:
+        """`key` is what secrets are made with; without one they are the same for as long as this object lives."""
+        self._key = (key or secrets.token_hex()).encode()
         self._database = database
         self._clock = clock
         self._lanes = Lanes()
@@ -68,6 +76,8 @@ class Commands:
         """
 
         def whole(tx: Tx) -> R:
+            if not request.request_id:
+                return fn(tx, *args, **kwargs)
             known = _recall(tx, request, answer)
             if known is None:
                 known = fn(tx, *args, **kwargs)
@@ -88,12 +98,24 @@ class Commands:
 
         The same request at the same moment waits for the first.
         """
+        if not request.request_id:
+            return await self.run(request, answer, inside, await outside())
         async with self._lanes.hold("/".join(_key(request))):
             known = await self._database.read(_recall, request, answer)
             if known is not None:
                 return known
             outcome = await outside()
             return await self.run(request, answer, inside, outcome)
+
+    def secret(self, request: Command) -> str:
+        """Return the secret, 256 bits, that the answer to a request tells: the same however often it is repeated.
+
+        Nobody can make it without the key. Of a request that will not be repeated it is random.
+        """
+        if not request.request_id:
+            return secrets.token_urlsafe(_SECRET_BYTES)
+        digest = hmac.digest(self._key, "/".join((*_key(request), _fingerprint(request))).encode(), "sha256")
+        return base64.urlsafe_b64encode(digest).decode().rstrip("=")
 
     async def forget_old(self) -> None:
         """Forget requests that are older than `KEEP_SECONDS`."""

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 import grpc
-from branchline.v1 import vocabulary_pb2 as words
+from branchline.v1 import errors_pb2
 
 from services.runtime.errors import error_reason, is_permanent, reason_of, status_code
 from services.runtime.logging import get_logger
@@ -44,13 +44,13 @@ _PAUSES_UNAVAILABLE = (0.5, 300.0)
 
 _OF_THE_RECEIVER = frozenset(
     {
-        words.ERROR_REASON_UNSPECIFIED,
-        words.ERROR_REASON_NOT_READY,
-        words.ERROR_REASON_DRAINING,
-        words.ERROR_REASON_OVERLOADED,
-        words.ERROR_REASON_INDEX_UNREACHABLE,
-        words.ERROR_REASON_DATABASE_BUSY,
-        words.ERROR_REASON_DATABASE_UNAVAILABLE,
+        errors_pb2.ERROR_REASON_UNSPECIFIED,
+        errors_pb2.ERROR_REASON_NOT_READY,
+        errors_pb2.ERROR_REASON_DRAINING,
+        errors_pb2.ERROR_REASON_OVERLOADED,
+        errors_pb2.ERROR_REASON_INDEX_UNREACHABLE,
+        errors_pb2.ERROR_REASON_DATABASE_BUSY,
+        errors_pb2.ERROR_REASON_DATABASE_UNAVAILABLE,
     }
 )
 """Reasons to be unavailable that say nothing of what was delivered; no reason at all is a broken connection."""

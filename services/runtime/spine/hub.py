@@ -10,8 +10,8 @@ from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from weakref import WeakValueDictionary
 
-from branchline.v1.vocabulary_pb2 import EntityKind
-from branchline.v1.watches_pb2 import WatchChange
+from branchline.v1.common_pb2 import EntityKind
+from branchline_internal.spine.v1.push_pb2 import WatchChange
 
 PENDING_CHANGES = 512
 PENDING_BYTES = 4 * 1024 * 1024
@@ -38,7 +38,7 @@ class Watcher:
             return
         key = (change.kind, change.id)
         older = self._pending.pop(key, None)
-        self._bytes += len(change.resource.value) - (len(older.resource.value) if older is not None else 0)
+        self._bytes += len(change.entity) - (len(older.entity) if older is not None else 0)
         self._pending[key] = change
         if len(self._pending) > PENDING_CHANGES or self._bytes > PENDING_BYTES:
             self.lag()

@@ -11,13 +11,12 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import compress
-from operator import itemgetter
 from types import MappingProxyType
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
-from branchline.v1 import vocabulary_pb2 as words
-from branchline.v1.watches_pb2 import WatchChange
-from branchline_internal.spine.v1.push_pb2 import ConsistencyPoint
+from branchline.v1 import errors_pb2
+from branchline.v1.watches_pb2 import CHANGE_TYPE_DELETED, CHANGE_TYPE_UPSERTED, ResetReason
+from branchline_internal.spine.v1.push_pb2 import ConsistencyPoint, EntityRevision, WatchChange
 from google.protobuf.message import Message
 from sqlalchemy import (
     BindParameter,
@@ -29,6 +28,7 @@ from sqlalchemy import (
     bindparam,
     delete,
     func,
+    literal,
     or_,
     select,
     update,
@@ -36,23 +36,19 @@ from sqlalchemy import (
 
 from services.runtime.clock import Clock
 from services.runtime.database import Database, Reader, Statement, Tx, insert_new, is_in, upsert
-from services.runtime.errors import DeadlineExceeded, Unavailable
+from services.runtime.errors import Unavailable, kind_name
 from services.runtime.lanes import Turns
 from services.runtime.logging import get_logger
 from services.runtime.spine.chunks import PART_BYTES
 from services.runtime.spine.hub import Hub, Kind
-from services.runtime.spine.outbox import type_url_of
 from services.runtime.spine.tables import change_sequences, incarnations
-from services.runtime.spine.tokens import Position
+from services.runtime.spine.tokens import AWAIT_SECONDS, Position
 from services.runtime.spine.watch import EVERYBODY, Page
 
 log = get_logger(__name__)
 
 TOMBSTONE_SECONDS = 24 * 3600.0
 """How long a deleted entity is remembered; a resume token older than that gives a reset."""
-
-AWAIT_SECONDS = 10.0
-"""Longest wait for a consistency token."""
 
 PAGE_CHANGES = 200
 """Most changes in a frame."""
@@ -92,11 +88,15 @@ _RAISE_HORIZON = Statement(
 )
 _EPOCH = Statement(select(incarnations.c.epoch).where(incarnations.c.number == 1))
 _INCARNATE = Statement(insert_new(incarnations, ["number"]))
-_COLUMNS = ("id", "revision", "change_seq", "deleted", "viewer_id", "task_id", "payload")
+_COLUMNS = ("id", "revision", "change_seq", "deleted", "viewer_id", "task_id", "session_id", "payload")
+"""What of a row becomes a change, with whether it is hidden; a table without sessions has no column for them."""
+
 _KEYS = ("scope", "id")
 _ALWAYS_MOVING = (*_KEYS, "revision", "change_seq", "change_time", "payload")
-_CHANGED = itemgetter(*_COLUMNS)
-"""What of a row becomes a change."""
+
+
+def _holds(column: Column[Any], value: bool | int) -> ColumnElement[bool]:
+    return column.is_(value) if isinstance(value, bool) else column == value
 
 
 def _whole_scope(table: Table, organization_id: BindParameter[str]) -> ColumnElement[bool]:
@@ -106,9 +106,11 @@ def _whole_scope(table: Table, organization_id: BindParameter[str]) -> ColumnEle
 class IndexTable:
     """One watched index table, with its statements.
 
-    `snapshot_limit` bounds logs: a snapshot holds only the newest entries. `shown` leaves rows out of snapshots.
+    `snapshot_limit` bounds logs: a snapshot holds only the newest entries. `shown` is a column and the
+    value that it must have for a row to be in snapshots: what has another is hidden.
     `within` says which rows are an organization's; by default those whose scope it is. `moving` are the columns that a
-    new state of an entity often changes: where no other one changes, no other index of the table is written.
+    new state of an entity often changes: where no other one changes, no other index of the table is written. `identity`
+    are the fields that tell a resource from others: all that is kept and shown of one that is deleted.
     """
 
     def __init__(
@@ -118,16 +120,21 @@ class IndexTable:
         resource: type[Message],
         *,
         snapshot_limit: int | None = None,
-        shown: ColumnElement[bool] | None = None,
+        shown: tuple[Column[Any], bool | int] | None = None,
         within: Within = _whole_scope,
         moving: Collection[str] = (),
+        identity: Sequence[str] = ("id",),
     ) -> None:
         self.kind = kind
         self.table = table
         self.snapshot_limit = snapshot_limit
-        self.type_url = type_url_of(resource)
+        self.identity = tuple(identity)
+        self.resource = resource
+        self._shown_by = shown
         c = table.c
-        changed = [c[name] for name in _COLUMNS]
+        changed: list[ColumnElement[Any]] = [c[name] if name in c else literal("").label(name) for name in _COLUMNS]
+        in_snapshots = literal(True) if shown is None else _holds(*shown)
+        changed.append((~in_snapshots).label("hidden"))
         viewer: BindParameter[str] = bindparam("viewer", type_=String)
         in_range = (
             c.scope == bindparam("of"),
@@ -137,11 +144,13 @@ class IndexTable:
         )
         ordered = select(*changed).where(*in_range).order_by(c.change_seq).limit(bindparam("most"))
         steady = [column.name for column in c if column.name not in {*_ALWAYS_MOVING, *moving}]
+        self._alive = ordered.where(c.deleted.is_(False))
+        self._shown = self._alive if shown is None else self._alive.where(in_snapshots)
         self.put = Statement(upsert(table, _KEYS, newer="revision"))
         self.put_same = Statement(upsert(table, _KEYS, newer="revision", same=steady))
         self.held = Statement(select(c.id, c.scope, c.change_seq).where(is_in(c.id, "ids")))
         self.changes = Statement(ordered)
-        self.snapshot = Statement(ordered.where(c.deleted.is_(False), *([shown] if shown is not None else [])))
+        self.snapshot = Statement(self._shown)
         self.newest = Statement(
             select(c.change_seq)
             .where(c.scope == bindparam("of"), c.deleted.is_(False))
@@ -159,6 +168,38 @@ class IndexTable:
                 c.scope == bindparam("of"), c.id == bindparam("entity"), c.change_seq == bindparam("number")
             )
         )
+
+    def narrowed(self, *conditions: ColumnElement[bool], hidden: bool = False) -> Statement:
+        """Return a snapshot's statement that shows only the rows for which the conditions hold, too.
+
+        With `hidden` also those that snapshots leave out otherwise.
+        """
+        return Statement((self._alive if hidden else self._shown).where(*conditions))
+
+    def hides(self, row: Mapping[str, Any]) -> bool:
+        """Say whether snapshots leave a row out."""
+        if self._shown_by is None:
+            return False
+        column, value = self._shown_by
+        return row.get(column.name, value) != value
+
+    def tombstone(self, state: Message) -> bytes:
+        """Return what is kept of a resource that is deleted."""
+        kept = self.resource()
+        for name in self.identity:
+            setattr(kept, name, getattr(state, name))
+        return kept.SerializeToString()
+
+
+class Narrowed(NamedTuple):
+    """A snapshot of one kind that does not show everything: `IndexTable.narrowed`, and the values of its parameters."""
+
+    statement: Statement
+    given: Mapping[str, Any]
+
+
+Narrow = Mapping[Kind, Narrowed]
+_EVERYTHING: Narrow = MappingProxyType({})
 
 
 class UnwatchedIndex:
@@ -227,7 +268,7 @@ class Index:
     def _put(self, tx: Tx, spec: IndexTable, numbered: Sequence[tuple[Entry, int]]) -> list[Entry]:
         fresh = [entry for entry, _ in numbered]
         now = self._clock.seconds()
-        rows = [_row(entry, number, now) for entry, number in numbered]
+        rows = [_row(spec, entry, number, now) for entry, number in numbered]
         put = tx.change_many(spec.put_same, rows)
         if put < len(rows) and put + tx.change_many(spec.put, rows) < len(rows):
             held = _held(tx, spec, fresh)
@@ -242,42 +283,56 @@ class Index:
         for row in rows:
             scope = row["scope"]
             if self.hub.heard(scope):
-                changes.setdefault(scope, []).append(_change(spec, *_CHANGED(row)))
+                values = (row.get(name, "") for name in _COLUMNS)
+                changes.setdefault(scope, []).append(_change(spec, *values, hidden=spec.hides(row)))
         for scope, told in changes.items():
             self.hub.publish(scope, told)
 
     async def catch_up(
-        self, scope: str, kinds: Sequence[Kind], position: Position | None, viewer_id: str, *, tail: bool = False
+        self,
+        scope: str,
+        kinds: Sequence[Kind],
+        position: Position | None,
+        viewer_id: str,
+        *,
+        tail: bool = False,
+        narrow: Narrow = _EVERYTHING,
     ) -> AsyncIterator[Page]:
         """Yield what brings a watcher from a position to the present, page by page.
 
         Exactly the changes behind the position; or, if it cannot be resumed from, a reset and a snapshot (with
-        `tail`, the reset alone). Only so many read at a time, a page each and by turns of the scopes: neither who takes
-        no pages nor a scope that very many open holds others up. Raise Unavailable if the turn does not come.
+        `tail`, the reset alone), which `narrow` makes smaller. Only so many read at a time, a page each and by turns of
+        the scopes: neither who takes no pages nor a scope that very many open holds others up. Raise Unavailable if the
+        turn does not come.
         """
+        reason = ResetReason.RESET_REASON_NO_TOKEN
         while True:
             if position is not None:
                 page = await self._read(scope, self._read_changes, kinds, position, viewer_id)
-                if page is not None:
+                if page.reset:
+                    reason = page.reset
+                else:
                     yield page
                     if not page.more:
                         return
                     assert page.position is not None
                     position = page.position
                     continue
-            now = await self._read(scope, self._present)
+            now = await self._read(scope, self.present)
             if tail:
-                yield Page(now, reset=True)
+                yield Page(now, reset=reason)
                 return
-            yield Page(None, reset=True, more=True)
-            async for page in self._snapshot(scope, kinds, now, viewer_id):
+            yield Page(None, reset=reason, more=True)
+            async for page in self._snapshot(scope, kinds, now, viewer_id, narrow):
                 yield page
             position = now  # what was forgotten meanwhile shows in the next look
 
-    async def _snapshot(self, scope: str, kinds: Sequence[Kind], now: Position, viewer_id: str) -> AsyncIterator[Page]:
-        after = await self._read(scope, self._beginnings, kinds)
+    async def _snapshot(
+        self, scope: str, kinds: Sequence[Kind], now: Position, viewer_id: str, narrow: Narrow
+    ) -> AsyncIterator[Page]:
+        after = await self._read(scope, self._beginnings, kinds, narrow)
         while True:
-            page, after = await self._read(scope, self._read_snapshot, after, now, viewer_id)
+            page, after = await self._read(scope, self._read_snapshot, after, now, viewer_id, narrow)
             if page.changes:
                 yield page
             if not page.more:
@@ -292,49 +347,56 @@ class Index:
                 return await self._database.read(fn, scope, *args, **kwargs)
         except TimeoutError as error:
             sentence = "too many watches begin at the same moment; try again"
-            raise Unavailable(words.ERROR_REASON_OVERLOADED, sentence) from error
+            raise Unavailable(errors_pb2.ERROR_REASON_OVERLOADED, sentence) from error
 
-    def _present(self, tx: Reader, scope: str) -> Position:
+    def present(self, tx: Reader, scope: str) -> Position:
+        """Return where a scope stands. What is read of it behind this is at least as new."""
         row: Any = tx.row(_SEQUENCE, {"of": scope})
         return Position(self.epoch, row.value if row is not None else 0)
 
-    def _read_changes(
-        self, tx: Reader, scope: str, kinds: Sequence[Kind], position: Position, viewer_id: str
-    ) -> Page | None:
-        """Return the changes behind a position, or None if it cannot be resumed from."""
+    def _read_changes(self, tx: Reader, scope: str, kinds: Sequence[Kind], position: Position, viewer_id: str) -> Page:
+        """Return the changes behind a position, or why it cannot be resumed from."""
         row: Any = tx.row(_SEQUENCE, {"of": scope})
         value, horizon = (row.value, row.horizon) if row is not None else (0, 0)
-        if position.epoch != self.epoch or not horizon <= position.change_seq <= value:
-            return None
+        if position.epoch != self.epoch or position.change_seq > value:
+            return Page(None, reset=ResetReason.RESET_REASON_INDEX_REBUILT)
+        if position.change_seq < horizon:
+            return Page(None, reset=ResetReason.RESET_REASON_TOKEN_EXPIRED)
         after = dict.fromkeys(kinds, position.change_seq)
-        changes, more = self._merged(tx, scope, after, value, viewer_id, snapshot=False)
+        changes, more = self._merged(tx, scope, after, value, viewer_id, None)
         return Page(Position(self.epoch, changes[-1].change_seq if more else value), changes, more=more)
 
-    def _beginnings(self, tx: Reader, scope: str, kinds: Sequence[Kind]) -> dict[Kind, int]:
+    def _beginnings(self, tx: Reader, scope: str, kinds: Sequence[Kind], narrow: Narrow) -> dict[Kind, int]:
         """Return behind which change the snapshot of each kind begins."""
         after = dict.fromkeys(kinds, 0)
         for kind in kinds:
             limit = self._tables[kind].snapshot_limit
-            if limit is not None:
+            if limit is not None and kind not in narrow:
                 after[kind] = tx.value(self._tables[kind].newest, {"of": scope, "skip": limit}) or 0
         return after
 
     def _read_snapshot(
-        self, tx: Reader, scope: str, after: Mapping[Kind, int], now: Position, viewer_id: str
+        self, tx: Reader, scope: str, after: Mapping[Kind, int], now: Position, viewer_id: str, narrow: Narrow
     ) -> tuple[Page, Mapping[Kind, int]]:
-        changes, more = self._merged(tx, scope, after, now.change_seq, viewer_id, snapshot=True)
+        changes, more = self._merged(tx, scope, after, now.change_seq, viewer_id, narrow)
         last = changes[-1].change_seq if changes else now.change_seq
         return Page(None, changes, snapshot=True, more=more), {kind: max(seq, last) for kind, seq in after.items()}
 
     def _merged(
-        self, tx: Reader, scope: str, after: Mapping[Kind, int], upto: int, viewer_id: str, *, snapshot: bool
+        self, tx: Reader, scope: str, after: Mapping[Kind, int], upto: int, viewer_id: str, narrow: Narrow | None
     ) -> tuple[list[WatchChange], bool]:
-        """Return the first changes of several kinds, in their order, and whether there are more."""
+        """Return the first changes of several kinds, in their order, and whether there are more.
+
+        What is deleted is among them, unless they are a snapshot's: then `narrow` is given.
+        """
 
         def rows(kind: Kind) -> Iterator[tuple[int, IndexTable, Any]]:
             spec = self._tables[kind]
             given = {"of": scope, "after": after[kind], "upto": upto, "viewer": viewer_id, "most": PAGE_CHANGES + 1}
-            for row in tx.each(spec.snapshot if snapshot else spec.changes, given):
+            statement = spec.changes if narrow is None else spec.snapshot
+            if narrow and kind in narrow:
+                statement, given = narrow[kind].statement, given | dict(narrow[kind].given)
+            for row in tx.each(statement, given):
                 yield row.change_seq, spec, row
 
         changes: list[WatchChange] = []
@@ -347,16 +409,22 @@ class Index:
         return changes, False
 
     async def await_point(
-        self, point: ConsistencyPoint, organization_id: str, user_id: str, remaining_seconds: float | None = None
+        self,
+        point: ConsistencyPoint,
+        organization_id: str,
+        user_id: str,
+        remaining_seconds: float | None = None,
+        wait_seconds: float = AWAIT_SECONDS,
     ) -> None:
         """Wait until every entity of the point that this coordinator indexes is at least as new.
 
-        Only what is the organization's, or the user's own, is looked at. Raise DeadlineExceeded with reason
-        INDEX_BEHIND if that takes longer than the time that the caller has left.
+        Only what is the organization's, or the user's own, is looked at. Raise Unavailable with reason INDEX_BEHIND if
+        that takes longer than `wait_seconds`, or than the time that the caller has left.
         """
-        wait = AWAIT_SECONDS
+        wait = wait_seconds
         if remaining_seconds is not None:
             wait = min(wait, max(0.0, remaining_seconds - max(_MARGIN_SECONDS, remaining_seconds * 0.05)))
+        wanted = EntityRevision()
         try:
             async with asyncio.timeout(wait):
                 for wanted in point.entities:
@@ -373,7 +441,9 @@ class Index:
                         await changed.wait()
         except TimeoutError as error:
             sentence = "the index has not caught up with the consistency token"
-            raise DeadlineExceeded(words.ERROR_REASON_INDEX_BEHIND, sentence) from error
+            raise Unavailable(
+                errors_pb2.ERROR_REASON_INDEX_BEHIND, sentence, resource_type=kind_name(wanted.kind), id=wanted.id
+            ) from error
 
     async def compact(self) -> None:
         """Forget old tombstones and raise the horizon of their scopes."""
@@ -452,7 +522,7 @@ def _take_of_many(tx: Tx, counts: Mapping[str, int]) -> Mapping[str, int]:
     return {row.scope: row.value for row in tx.rows(_VALUES, {"scopes": scopes})}
 
 
-def _row(entry: Entry, seq: int, now: float) -> dict[str, Any]:
+def _row(spec: IndexTable, entry: Entry, seq: int, now: float) -> dict[str, Any]:
     return {
         "scope": entry.scope,
         "id": entry.id,
@@ -460,7 +530,7 @@ def _row(entry: Entry, seq: int, now: float) -> dict[str, Any]:
         "change_seq": seq,
         "change_time": now,
         "deleted": entry.deleted,
-        "payload": entry.payload or entry.state.SerializeToString(),
+        "payload": spec.tombstone(entry.state) if entry.deleted else entry.payload or entry.state.SerializeToString(),
         "viewer_id": entry.viewer_id,
         "task_id": entry.task_id,
         **entry.columns,
@@ -475,18 +545,19 @@ def _change(
     deleted: bool,
     viewer_id: str,
     task_id: str,
+    session_id: str,
     payload: bytes,
+    hidden: bool,
 ) -> WatchChange:
-    change = WatchChange(
+    return WatchChange(
         kind=spec.kind,
         id=entity_id,
         revision=revision,
         change_seq=change_seq,
-        deleted=deleted,
+        type=CHANGE_TYPE_DELETED if deleted else CHANGE_TYPE_UPSERTED,
+        entity=payload,
         viewer_id=viewer_id,
         task_id=task_id,
+        session_id=session_id,
+        hidden=hidden,
     )
-    if not deleted:
-        change.resource.type_url = spec.type_url
-        change.resource.value = payload
-    return change

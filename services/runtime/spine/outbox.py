@@ -16,7 +16,7 @@ from functools import cache, partial
 from typing import Any as AnyValue
 from typing import NamedTuple
 
-from branchline.v1.vocabulary_pb2 import ERROR_REASON_QUOTA_EXCEEDED
+from branchline.v1.errors_pb2 import ERROR_REASON_QUOTA_EXCEEDED
 from google.protobuf.any_pb2 import Any
 from google.protobuf.message import Message
 from sqlalchemy import bindparam, delete, func, select, update
@@ -308,7 +308,7 @@ class Outbox:
         for row in rows:
             if len(row.payload) > STATE_BYTES:
                 sentence = f"{row.entity_id} would take {len(row.payload)} bytes; at most {STATE_BYTES} can travel"
-                raise ResourceExhausted(ERROR_REASON_QUOTA_EXCEEDED, sentence)
+                raise ResourceExhausted(ERROR_REASON_QUOTA_EXCEEDED, sentence, limit="entity_bytes")
         tx.at_end(self._put, rows)
         tx.after_commit(partial(self._hand_over, rows))
 

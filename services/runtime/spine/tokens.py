@@ -11,15 +11,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from branchline.v1 import vocabulary_pb2 as words
-from branchline.v1.vocabulary_pb2 import EntityKind, ErrorReason
+from branchline.v1 import errors_pb2
+from branchline.v1.common_pb2 import Consistency, EntityKind
+from branchline.v1.errors_pb2 import ErrorReason
 from branchline_internal.spine.v1.push_pb2 import ConsistencyPoint, CursorValue, EntityRevision, PageCursor, ResumePoint
 from google.protobuf.message import DecodeError, Message
 
 from services.runtime.errors import InvalidArgument
 from services.runtime.validation import validate
 
-_NOT_BOUND = frozenset({"page_size", "page_token", "consistency_token"})
+AWAIT_SECONDS = 10.0
+"""How long a read waits to be fresh enough where its caller does not say."""
+
+_LONGEST_AWAIT_SECONDS = 30.0
+_NOT_BOUND = frozenset({"page_size", "page_token", "consistency"})
+_NOT_SELECTED = frozenset({"resume_token", "consistency", "heartbeat_interval"})
 _BINDING_BYTES = 12
 _MOST_ENTITIES = 40
 """Reads take tokens of 4,096 characters (`consistency_token` of the contract): 40 ids of 64."""
@@ -35,6 +41,23 @@ class Position:
     change_seq: int
 
 
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """From where a watch shall go on."""
+
+    position: Position | None = None
+    changed: bool = False
+    """Whether the token was made for a request that selects something else: it is of no use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Freshness:
+    """What a read must have seen, and how long it may wait for it."""
+
+    point: ConsistencyPoint
+    wait_seconds: float
+
+
 def consistency_token(entities: Iterable[tuple[EntityKind.ValueType, str, int]]) -> str:
     """Name entities as (kind, id, revision) that a later read must have seen, the most important first.
 
@@ -45,30 +68,55 @@ def consistency_token(entities: Iterable[tuple[EntityKind.ValueType, str, int]])
     return _encode(ConsistencyPoint(entities=revisions))
 
 
-def parse_consistency_token(token: str) -> ConsistencyPoint:
-    """Read a consistency token; an empty one names nothing. Raise InvalidArgument if it is not ours."""
+def parse_consistency(consistency: Consistency) -> Freshness:
+    """Read how fresh an answer must be; no tokens name nothing. Raise InvalidArgument if one is not ours."""
     point = ConsistencyPoint()
-    _decode(token, point, "consistency_token", words.ERROR_REASON_CONSISTENCY_TOKEN_INVALID)
-    return point
+    for token in consistency.at_least_as_fresh:
+        one = ConsistencyPoint()
+        field = "consistency.at_least_as_fresh"
+        _decode(token, one, field, errors_pb2.ERROR_REASON_CONSISTENCY_TOKEN_INVALID)
+        point.entities.extend(one.entities)
+    given = consistency.HasField("max_wait")
+    wait = consistency.max_wait.ToNanoseconds() / 1e9 if given else AWAIT_SECONDS
+    return Freshness(point, min(wait, _LONGEST_AWAIT_SECONDS))
 
 
-def resume_token(topic: str, position: Position) -> str:
-    """Name a place in a watch."""
-    return _encode(ResumePoint(topic=topic, epoch=position.epoch, change_seq=position.change_seq))
+def resume_token(topic: str, position: Position, selection: bytes = b"") -> str:
+    """Name a place in a watch, and what the watch selects of its topic."""
+    point = ResumePoint(topic=topic, epoch=position.epoch, change_seq=position.change_seq, selection=selection)
+    return _encode(point)
 
 
-def parse_resume_token(token: str, topic: str) -> Position | None:
-    """Read a resume token; an empty one gives None.
+def parse_resume_token(token: str, topic: str, selection: bytes = b"") -> Begin:
+    """Read a resume token; an empty one begins anew.
 
     Raise InvalidArgument if it is not ours or belongs to another topic.
     """
     if not token:
-        return None
+        return Begin()
     point = ResumePoint()
-    _decode(token, point, "resume_token", words.ERROR_REASON_RESUME_TOKEN_INVALID)
+    _decode(token, point, "resume_token", errors_pb2.ERROR_REASON_RESUME_TOKEN_INVALID)
     if point.topic != topic:
-        raise InvalidArgument("resume_token", "belongs to another watch", words.ERROR_REASON_RESUME_TOKEN_INVALID)
-    return Position(point.epoch, point.change_seq)
+        sentence = "belongs to another watch"
+        raise InvalidArgument("resume_token", sentence, errors_pb2.ERROR_REASON_RESUME_TOKEN_INVALID)
+    if point.selection != selection:
+        return Begin(changed=True)
+    return Begin(Position(point.epoch, point.change_seq))
+
+
+def organization_topic(organization_id: str) -> str:
+    """Return what watches of an organization are about; behind a "/" follows whose watch it is."""
+    return f"organization/{organization_id}"
+
+
+def history_topic(organization_id: str) -> str:
+    """Return what watches of an organization's feed are about; everybody sees the same of it."""
+    return f"history/{organization_id}"
+
+
+def selection_of(request: Message) -> bytes:
+    """Return what a watch's request selects, in a few bytes: everything in it but place, freshness and heartbeat."""
+    return _hash(request, _NOT_SELECTED)
 
 
 def page_token(request: Message, values: Sequence[Value]) -> str:
@@ -84,19 +132,23 @@ def parse_page_token(request: Message, token: str, *kinds: type[Value]) -> list[
     if not token:
         return None
     cursor = PageCursor()
-    _decode(token, cursor, "page_token", words.ERROR_REASON_PAGE_TOKEN_INVALID)
+    _decode(token, cursor, "page_token", errors_pb2.ERROR_REASON_PAGE_TOKEN_INVALID)
     values: list[Value] = [_value(value) for value in cursor.values]
     if cursor.binding != _binding(request):
-        raise InvalidArgument("page_token", "belongs to another request", words.ERROR_REASON_PAGE_TOKEN_INVALID)
+        raise InvalidArgument("page_token", "belongs to another request", errors_pb2.ERROR_REASON_PAGE_TOKEN_INVALID)
     if [type(value) for value in values] != list(kinds):
-        raise InvalidArgument("page_token", "is not one of ours", words.ERROR_REASON_PAGE_TOKEN_INVALID)
+        raise InvalidArgument("page_token", "is not one of ours", errors_pb2.ERROR_REASON_PAGE_TOKEN_INVALID)
     return values
 
 
 def _binding(request: Message) -> bytes:
+    return _hash(request, _NOT_BOUND)
+
+
+def _hash(request: Message, left_out: frozenset[str]) -> bytes:
     bound = type(request)()
     bound.CopyFrom(request)
-    for field in _NOT_BOUND & set(request.DESCRIPTOR.fields_by_name):
+    for field in left_out & set(request.DESCRIPTOR.fields_by_name):
         bound.ClearField(field)
     named = request.DESCRIPTOR.full_name.encode() + b"\0" + bound.SerializeToString(deterministic=True)
     return hashlib.sha256(named).digest()[:_BINDING_BYTES]
