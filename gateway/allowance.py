@@ -6,7 +6,7 @@ from contextlib import ExitStack, asynccontextmanager
 from time import monotonic
 from weakref import WeakValueDictionary
 
-from branchline.v1.vocabulary_pb2 import ERROR_REASON_RATE_LIMITED
+from branchline.v1.errors_pb2 import ERROR_REASON_RATE_LIMITED
 from cachetools import TTLCache
 
 from services.runtime.errors import ResourceExhausted

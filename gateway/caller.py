@@ -2,20 +2,22 @@
 
 import asyncio
 import random
+from collections.abc import Collection
 from contextlib import suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic
 
 import grpc
-from branchline.v1.users_pb2 import User
-from branchline.v1.vocabulary_pb2 import ERROR_REASON_TOKEN_MISSING
+from branchline.v1.errors_pb2 import ERROR_REASON_TOKEN_MISSING
+from branchline.v1.users_pb2 import TokenScope, User
 from branchline_internal.organization.v1.organization_pb2 import AuthenticateRequest
 from branchline_internal.organization.v1.organization_pb2_grpc import OrganizationServiceStub
 from cachetools import TTLCache
 
 from gateway.allowance import Allowance
 from services.runtime.errors import ResourceExhausted, Unauthenticated
+from services.runtime.principal import worth
 from services.runtime.secrets import token_hash
 from services.runtime.serving import Call
 
@@ -41,13 +43,24 @@ class Caller:
     user: User
     roles: dict[str, int]
     token_hash: str
-    role_limit: int = 0
+    scope: TokenScope = field(default_factory=TokenScope)
+    """What the token is held to; without a role whatever its user may do."""
+
     asked: float = 0.0
     """When the organization was asked, on the monotonic clock."""
 
-    def held_to(self, role: int) -> int:
-        """Return what a role is worth with the caller's token."""
-        return min(role, self.role_limit) if self.role_limit else role
+    @property
+    def limited(self) -> bool:
+        """Whether the token may do less than its user."""
+        return bool(self.scope.role)
+
+    def role_in(self, organization_id: str, role: int) -> int:
+        """Return what a role in an organization is worth with the caller's token; 0 is nothing."""
+        return worth(role, organization_id, self.scope.role, self.scope.organization_ids)
+
+
+NOBODY = Caller(User(), {}, "")
+"""Who calls without a credential."""
 
 
 def current_caller() -> Caller:
@@ -91,8 +104,11 @@ class Authenticator:
             answer = await self._organization.Authenticate(request, timeout=_TIMEOUT_SECONDS)
         finally:
             del self._asking[hashed]  # not in a callback: who found it ended would wait for it without ever waiting
-        caller = Caller(answer.user, {}, hashed, answer.role_limit, asked)
-        caller.roles.update({member.organization_id: caller.held_to(member.role) for member in answer.memberships})
+        caller = Caller(answer.user, {}, hashed, answer.scope, asked)
+        for member in answer.memberships:
+            role = caller.role_in(member.organization_id, member.role)
+            if role:
+                caller.roles[member.organization_id] = role
         self._known[hashed] = caller
 
 
@@ -103,15 +119,21 @@ def _heard(asking: "asyncio.Task[None]") -> None:
 
 
 class Door:
-    """Lets in only callers with a valid bearer token, and those only so often."""
+    """Lets in only callers with a valid bearer token, but for a few methods, and those only so often."""
 
-    def __init__(self, authenticator: Authenticator, calls_per_minute: int) -> None:
+    def __init__(self, authenticator: Authenticator, calls_per_minute: int, anonymous: Collection[str] = ()) -> None:
+        """`anonymous` are the full names of the methods that are taken without a token."""
         self._authenticator = authenticator
+        self._anonymous = frozenset(anonymous)
         self._allowance = Allowance(calls_per_minute)
         self._strangers = Allowance(STRANGERS_PER_MINUTE)
 
     async def admit(self, call: Call) -> None:
         """Bind the caller for the length of the call."""
+        if not call.metadata("authorization") and call.method in self._anonymous:
+            self._allowance.take(call.address())
+            _current.set(NOBODY)
+            return
         try:
             caller = await self._identify(call)
         except (Unauthenticated, grpc.aio.AioRpcError) as error:

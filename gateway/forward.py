@@ -6,13 +6,14 @@ to be validated and placed; its bytes are what travels on. Answers are not decod
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
 from typing import Any, cast
 
 import grpc
-from branchline.v1.vocabulary_pb2 import ERROR_REASON_NOT_READY, ERROR_REASON_TOKEN_LIMITED
+from branchline.v1.common_pb2 import Consistency
+from branchline.v1.errors_pb2 import ERROR_REASON_INDEX_BEHIND, ERROR_REASON_NOT_READY, ERROR_REASON_TOKEN_LIMITED
 from branchline_internal.organization.v1.organization_pb2 import AwaitConsistencyRequest
 from branchline_internal.organization.v1.organization_pb2_grpc import OrganizationServiceStub
-from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2
@@ -21,8 +22,9 @@ from gateway.allowance import CallersLanes
 from gateway.caller import CACHE_SECONDS, Authenticator, current_caller
 from gateway.placement import FOR_EVER, Placement
 from gateway.routes import ORGANIZATION, USER, Route
+from gateway.standing import standing_check, while_allowed
 from services.runtime.client import SigningChannel
-from services.runtime.errors import PermissionDenied, Unavailable, detail_of, reason_of
+from services.runtime.errors import PermissionDenied, Unavailable, detail_of, error_reason, reason_of
 from services.runtime.logging import get_logger
 from services.runtime.principal import Principal, Signer
 from services.runtime.retry import Backoff
@@ -35,6 +37,8 @@ _PATIENCE_SECONDS = 10.0
 
 _MARGIN_SECONDS = 0.5
 """What is left of a call's deadline, or a tenth of it, for the answer to arrive: who hears nothing learns no reason."""
+
+_ANY = Consistency()
 
 
 class Forwarder:
@@ -55,8 +59,9 @@ class Forwarder:
         self._signer = signer
         self._lanes = CallersLanes()
 
-    def handler(self, serving: Serving, method: MethodDescriptor, route: Route) -> Handler:
+    def handler(self, serving: Serving, route: Route) -> Handler:
         """Return the handler of one method."""
+        method = route.method
         channel = self._channels[route.owner].raw
         path = f"/{method.containing_service.full_name}/{method.name}"
         response_type = GetMessageClass(method.output_type)
@@ -64,38 +69,38 @@ class Forwarder:
         call_stream: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(path)
 
         async def forward(given: Given, context: Context) -> bytes:
-            deadline = asyncio.get_running_loop().time() + _seconds(context, route)
+            deadline = asyncio.get_running_loop().time() + seconds_left(context, route.seconds)
             async with self._lanes.hold(current_caller().user.id):
                 answer, principal = await self._call(call, given, route, deadline)
             if route.settle:
                 await self._settle(response_type.FromString(answer), principal, deadline)
             if route.people:
                 self._authenticator.forget(principal.user_id)
-                self._authenticator.forget(str(getattr(given.message, "user_id", "")))
+                self._authenticator.forget(_named_user(given.message))
             return answer
 
         async def forward_stream(given: Given, context: Context) -> AsyncIterator[bytes]:
-            seconds = _seconds(context, route)
+            seconds = seconds_left(context, route.seconds)
             principal = await self._admit(given.message, route, seconds)
+            check = standing_check(
+                self._authenticator, self._placement, route.target, route.wanted(given.message), route.role
+            )
             answers = call_stream(given.data, metadata=self._signer.metadata(principal), timeout=seconds)
-            try:
-                async for answer in answers:
+            async with aclosing(while_allowed(answers, check)) as allowed:
+                async for answer in allowed:
                     yield answer
-            finally:
-                answers.cancel()
 
         return serving.handler(method, forward_stream if route.stream else forward, forwards=True)
 
     async def _admit(self, request: Message, route: Route, seconds: float) -> Principal:
         """Return the caller's principal, or raise if the caller may not do this."""
         caller = current_caller()
-        if caller.role_limit and not route.target and not route.read:
-            sentence = "this token is limited to a role; it cannot change its user"
-            raise PermissionDenied(ERROR_REASON_TOKEN_LIMITED, sentence)
-        token = str(getattr(request, "consistency_token", ""))
-        wanted = _wanted(request, route)
-        if token:
-            principal = await self._placement.place_new(caller, route.target, wanted, token, seconds)
+        if caller.limited and not route.target and not route.read:
+            raise PermissionDenied(ERROR_REASON_TOKEN_LIMITED, "this token has a scope; it cannot change its user")
+        wanted = route.wanted(request)
+        consistency: Consistency = getattr(request, "consistency", _ANY)
+        if consistency.at_least_as_fresh:
+            principal = await self._placement.place_new(caller, route.target, wanted, consistency, seconds)
         else:
             known = FOR_EVER if route.owner != USER else CACHE_SECONDS  # the user service knows no tasks
             principal = await self._placement.place(
@@ -110,14 +115,15 @@ class Forwarder:
         time = asyncio.get_running_loop().time
         patient_until = min(deadline, time() + _PATIENCE_SECONDS)
         backoff = Backoff(first_seconds=0.1, most_seconds=1.0)
+        repeatable = route.repeatable(given.message)
         while True:
             principal = await self._admit(given.message, route, deadline - time())
             metadata = self._signer.metadata(principal)
             try:
                 return await call(given.data, metadata=metadata, timeout=deadline - time()), principal
             except grpc.aio.AioRpcError as error:
-                unborn = _is_missing(error, _wanted(given.message, route)) and route.owner != ORGANIZATION
-                if not unborn and not (route.safe and error.code() == grpc.StatusCode.UNAVAILABLE):
+                unborn = _is_missing(error, route.wanted(given.message)) and route.owner != ORGANIZATION
+                if not unborn and not (repeatable and _is_passing(error)):
                     raise
                 pause = backoff.next_seconds()
                 if time() + pause > patient_until:
@@ -126,17 +132,18 @@ class Forwarder:
                         raise Unavailable(ERROR_REASON_NOT_READY, sentence) from error
                     raise
             if unborn:
-                self._placement.forget(route.target, _wanted(given.message, route))
+                self._placement.forget(route.target, route.wanted(given.message))
             await asyncio.sleep(pause)
 
     async def _settle(self, answer: Message, principal: Principal, deadline: float) -> None:
         """Wait until the next call finds what this one made. It is made in any case, so a timeout is no error."""
-        request = AwaitConsistencyRequest(
-            consistency_token=str(getattr(answer, "consistency_token", "")), organization_id=principal.organization_id
-        )
+        token = str(getattr(answer, "consistency_token", ""))
         left = deadline - asyncio.get_running_loop().time()
-        if left <= 0 or not request.consistency_token:
+        if left <= 0 or not token:
             return
+        request = AwaitConsistencyRequest(
+            consistency=Consistency(at_least_as_fresh=[token]), organization_id=principal.organization_id
+        )
         metadata = self._signer.metadata(principal)
         try:
             await self._organization.AwaitConsistency(request, metadata=metadata, timeout=min(left, _PATIENCE_SECONDS))
@@ -144,8 +151,9 @@ class Forwarder:
             log.info("index behind after a command", reason=reason_of(error))
 
 
-def _wanted(request: Message, route: Route) -> str:
-    return str(getattr(request, route.target)) if route.target else ""
+def _is_passing(error: grpc.aio.AioRpcError) -> bool:
+    """Say whether the owner may answer in a moment. An index that is behind was waited for as long as was asked."""
+    return error.code() == grpc.StatusCode.UNAVAILABLE and error_reason(error) != ERROR_REASON_INDEX_BEHIND
 
 
 def _is_missing(error: grpc.aio.AioRpcError, wanted: str) -> bool:
@@ -155,9 +163,15 @@ def _is_missing(error: grpc.aio.AioRpcError, wanted: str) -> bool:
     return detail_of(error, error_details_pb2.ResourceInfo).resource_name == wanted
 
 
-def _seconds(context: Context, route: Route) -> float:
-    """Return how long a call may take inside."""
+def seconds_left(context: Context, most_seconds: float) -> float:
+    """Return how long a call may take inside, so that what became of it is told before its caller gives up."""
     left = cast("float | None", context.time_remaining())  # None without a deadline
     if left is None:
-        return route.timeout_seconds
-    return min(left - min(_MARGIN_SECONDS, left / 10), route.timeout_seconds)
+        return most_seconds
+    return min(left - min(_MARGIN_SECONDS, left / 10), most_seconds)
+
+
+def _named_user(request: Message) -> str:
+    """Return the user whom a request is about, if it names one."""
+    member = getattr(request, "member", None)
+    return str(getattr(member if member is not None else request, "user_id", ""))

@@ -4,19 +4,25 @@ import asyncio
 from time import monotonic
 
 import grpc
+from branchline.v1.common_pb2 import ENTITY_KIND_ORGANIZATION, ENTITY_KIND_REPOSITORY, ENTITY_KIND_TASK, Consistency
 from branchline.v1.organizations_pb2 import OrganizationSettings
 from branchline_internal.organization.v1 import organization_pb2
 from branchline_internal.organization.v1.organization_pb2_grpc import OrganizationServiceStub
 from cachetools import LRUCache
 
 from gateway.caller import Caller
+from services.runtime.errors import NotFound
 from services.runtime.principal import Principal
 from services.runtime.retry import Backoff
-from services.runtime.spine.tokens import parse_consistency_token
+from services.runtime.spine.tokens import parse_consistency
 
 _CACHED_ROUTES = 100_000
 _TIMEOUT_SECONDS = 5.0
-_PATIENCE_SECONDS = 10.0
+_KINDS = {
+    "organization_id": ENTITY_KIND_ORGANIZATION,
+    "repository_id": ENTITY_KIND_REPOSITORY,
+    "task_id": ENTITY_KIND_TASK,
+}
 FOR_EVER = float("inf")
 
 _NO_SETTINGS = OrganizationSettings()
@@ -54,14 +60,18 @@ class Placement:
         asked = monotonic()
         route = await self._organization.ResolveRoute(request, timeout=_TIMEOUT_SECONDS)
         self._routes[(target, wanted)] = (route.organization_id, asked)
-        return _principal(caller, route.organization_id, caller.held_to(route.role), route.settings)
+        role = caller.role_in(route.organization_id, route.role)
+        if not role:
+            raise NotFound(_KINDS[target], wanted)
+        return _principal(caller, route.organization_id, role, route.settings)
 
     async def place_new(
-        self, caller: Caller, target: str, wanted: str, consistency_token: str, seconds: float
+        self, caller: Caller, target: str, wanted: str, consistency: Consistency, seconds: float
     ) -> Principal:
-        """Like `place`, but wait a while for what the consistency token says was just made."""
-        named = {entity.id for entity in parse_consistency_token(consistency_token).entities}
-        deadline = monotonic() + min(seconds, _PATIENCE_SECONDS)
+        """Like `place`, but wait a while for what a consistency token says was just made."""
+        fresh = parse_consistency(consistency)
+        named = {entity.id for entity in fresh.point.entities}
+        deadline = monotonic() + min(seconds, fresh.wait_seconds)
         backoff = Backoff(first_seconds=0.02, most_seconds=0.5)
         while True:
             try:
@@ -89,4 +99,6 @@ def _principal(caller: Caller, organization_id: str, role: int, settings: Organi
         default_agent=user.preferences.default_agent or settings.default_agent,
         default_model=user.preferences.default_model or settings.default_model,
         default_sandbox_provider=settings.default_sandbox_provider,
+        most_role=caller.scope.role,
+        organization_ids=tuple(caller.scope.organization_ids),
     )

@@ -14,15 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import grpc
-from branchline.v1.vocabulary_pb2 import ERROR_REASON_INDEX_UNREACHABLE
-from branchline.v1.watches_pb2 import (
-    WATCH_FRAME_KIND_RESET,
-    WATCH_FRAME_KIND_SNAPSHOT,
-    WATCH_FRAME_KIND_SYNCED,
-    WatchChange,
-    WatchFrame,
-)
-from branchline_internal.spine.v1.push_pb2 import WatchSelection
+from branchline.v1.common_pb2 import Consistency
+from branchline.v1.errors_pb2 import ERROR_REASON_INDEX_UNREACHABLE
+from branchline.v1.watches_pb2 import FRAME_KIND_RESET, FRAME_KIND_SNAPSHOT, FRAME_KIND_SYNCED
+from branchline_internal.spine.v1.push_pb2 import WatchChange, WatchFrame, WatchSelection
 from grpc_status import rpc_status
 
 from gateway.ring import Ring
@@ -128,10 +123,10 @@ class Replica:
         beginning = self.ring is None
         async with aclosing(_frames(self.upstream, selection, FOLLOW_SILENCE_SECONDS)) as frames:
             async for frame in frames:
-                if frame.kind == WATCH_FRAME_KIND_RESET:
+                if frame.kind == FRAME_KIND_RESET:
                     beginning = True
                     self._unsettle()
-                position = parse_resume_token(frame.resume_token, self.topic)
+                position = parse_resume_token(frame.resume_token, self.topic).position
                 if position is None:
                     continue
                 if beginning:
@@ -139,7 +134,7 @@ class Replica:
                     beginning = False
                 else:
                     self._apply(frame, position)
-                if frame.kind == WATCH_FRAME_KIND_SYNCED:
+                if frame.kind == FRAME_KIND_SYNCED:
                     backoff.reset()
                     self._settle()
 
@@ -182,7 +177,7 @@ class View:
     """Asks the coordinator in the watcher's name."""
 
     viewer_id: str
-    consistency_token: str = ""
+    consistency: Consistency = field(default_factory=Consistency)
     """To be seen by the coordinator first; what the replica holds does not prove it."""
 
     @property
@@ -207,7 +202,7 @@ class View:
         while True:
             ring = await self.replica.until_live()
             joined = ring.position  # what the watcher's queue may lack lies before this
-            page = ring.page(position) if position is not None and not self.consistency_token else None
+            page = ring.page(position) if position is not None and not self.consistency.at_least_as_fresh else None
             if page is not None:
                 yield page
                 if not page.more:
@@ -219,7 +214,7 @@ class View:
                 async for page in pages:
                     position = page.position or position
                     yield page
-            self.consistency_token = ""
+            self.consistency = Consistency()
             assert position is not None
             if self._joins(position, joined):
                 return
@@ -244,21 +239,23 @@ class View:
         selection = WatchSelection(
             resume_token=resume_token(topic, position) if position is not None else "",
             until_synced=True,
-            consistency_token=self.consistency_token,
+            consistency=self.consistency,
             viewer_id=self.viewer_id,
         )
-        turns = nullcontext() if self.consistency_token else self.replica.turns  # who waits for a point holds none up
+        turns = (
+            nullcontext() if self.consistency.at_least_as_fresh else self.replica.turns
+        )  # who waits for a point holds none up
         try:
             async with aclosing(_frames(self.upstream, selection, CATCH_UP_SILENCE_SECONDS, turns)) as frames:
                 async for frame in frames:
                     yield Page(
-                        parse_resume_token(frame.resume_token, topic),
+                        parse_resume_token(frame.resume_token, topic).position,
                         frame.changes,
-                        reset=frame.kind == WATCH_FRAME_KIND_RESET,
-                        snapshot=frame.kind == WATCH_FRAME_KIND_SNAPSHOT,
-                        more=frame.kind != WATCH_FRAME_KIND_SYNCED,
+                        reset=frame.reset_reason,
+                        snapshot=frame.kind == FRAME_KIND_SNAPSHOT,
+                        more=frame.kind != FRAME_KIND_SYNCED,
                     )
-                    if frame.kind == WATCH_FRAME_KIND_SYNCED:
+                    if frame.kind == FRAME_KIND_SYNCED:
                         return
         except grpc.aio.AioRpcError as error:
             explained = rpc_status.from_call(error)

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from branchline.v1.watches_pb2 import WatchChange
+from branchline_internal.spine.v1.push_pb2 import WatchChange
 
 from services.runtime.spine.chunks import parts
 from services.runtime.spine.tokens import Position

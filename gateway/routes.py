@@ -1,96 +1,198 @@
-"""Which service owns each public method, what it is about, and what role it needs.
+"""Which service answers each public method, what it is about, and what role it needs: read from the contract itself.
 
-Reads name organization or repository and nothing else: that is the rule of the tree, and a test holds it. What is not
-named here is not reachable from outside.
+Every method carries a `MethodRule`; what is not contract (where an answer must be awaited in an index, whose memory it
+changes) stands in the small tables here. What has no rule is not reachable from outside: a test holds it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from branchline.v1.organizations_pb2 import ROLE_ADMIN, ROLE_MEMBER, ROLE_OWNER, ROLE_VIEWER, Role
+from branchline.v1 import (
+    agents_pb2,
+    blobs_pb2,
+    files_pb2,
+    history_pb2,
+    organizations_pb2,
+    processes_pb2,
+    repositories_pb2,
+    secrets_pb2,
+    server_pb2,
+    sessions_pb2,
+    tasks_pb2,
+    users_pb2,
+)
+from branchline.v1.options_pb2 import (
+    ACCESS_READ,
+    LEVEL_GATEWAY,
+    LEVEL_ORGANIZATION,
+    LEVEL_REPOSITORY,
+    LEVEL_SANDBOX,
+    LEVEL_TASK,
+    LEVEL_USER,
+    MethodRule,
+    rule,
+)
+from branchline.v1.roles_pb2 import ROLE_VIEWER, Role
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.descriptor_pb2 import MethodOptions
+from google.protobuf.message import Message
+
+from services.runtime.errors import InvalidArgument
 
 PACKAGE = "branchline.v1"
 
 ORGANIZATION, REPOSITORY, TASK, SANDBOX, USER = "organization", "repository", "task", "sandbox", "user"
 
-SLOW_SECONDS = 3700.0
-"""Longest command in a sandbox, and a little more."""
+OWNERS = {
+    LEVEL_GATEWAY: "gateway",
+    LEVEL_ORGANIZATION: ORGANIZATION,
+    LEVEL_REPOSITORY: REPOSITORY,
+    LEVEL_TASK: TASK,
+    LEVEL_SANDBOX: SANDBOX,
+    LEVEL_USER: USER,
+}
+
+_FILES = (
+    agents_pb2,
+    blobs_pb2,
+    files_pb2,
+    history_pb2,
+    organizations_pb2,
+    processes_pb2,
+    repositories_pb2,
+    secrets_pb2,
+    server_pb2,
+    sessions_pb2,
+    tasks_pb2,
+    users_pb2,
+)
+
+PUBLIC = {
+    f"{service.name}/{method.name}": method
+    for file in _FILES
+    for service in file.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+}
+"""Every method of the public contract, by its name within the package."""
+
+_SETTLED = frozenset(
+    {
+        "TaskService/CreateTask",
+        "UserService/UpdateUser",
+        "UserService/CreateApiToken",
+        "UserService/RevokeApiToken",
+        "SecretService/CreateSecret",
+        "SecretService/UpdateSecret",
+        "SecretService/DeleteSecret",
+    }
+)
+"""Answered only once the organization has indexed what they made, so that the next call finds it."""
+
+_PEOPLE = frozenset(
+    {
+        "OrganizationService/CreateOrganization",
+        "OrganizationService/DeleteOrganization",
+        "OrganizationService/UpdateMember",
+        "OrganizationService/RemoveMember",
+        "OrganizationService/AcceptInvitation",
+        "UserService/UpdateUser",
+        "UserService/RevokeApiToken",
+    }
+)
+"""Change what is remembered of the caller, or of the user whom the request names."""
+
+_DEFAULTS = frozenset({"TaskService/CreateTask"})
+"""Need the organization's settings with the caller."""
+
+_SECONDS = 30.0
+STREAM_SECONDS = 7 * 24 * 3600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """How one method is forwarded.
+    """How one method is forwarded."""
 
-    `target` is the request field whose organization the caller must be a member of; empty for what concerns the
-    caller alone. `safe` methods may be repeated when the owner cannot be reached. `settle` waits until the
-    organization has indexed what the command made, so that the next call finds it. `defaults` adds the
-    organization's settings to the principal. `people` methods change what is remembered of the caller or of the
-    request's user. `stream` methods answer with a stream.
-    """
-
+    name: str
+    method: MethodDescriptor
     owner: str
-    target: str = ""
+    """Service that answers; the gateway itself where it is none of them."""
+
+    scope: tuple[str, ...] = ()
+    """Path of the request's field whose organization the caller must be a member of; empty for the caller alone."""
+
     role: Role.ValueType = ROLE_VIEWER
     read: bool = False
-    safe: bool = True
-    settle: bool = False
-    defaults: bool = False
-    people: bool = False
-    stream: bool = False
-    timeout_seconds: float = 30.0
+    anonymous: bool = False
+    """Whether it is taken without a credential."""
+
+    _idempotent: bool = field(default=False)
+
+    @property
+    def target(self) -> str:
+        """What the scope names: "organization_id", "repository_id" or "task_id"; empty without one."""
+        if not self.scope:
+            return ""
+        return f"{self.scope[-2]}_id" if self.scope[-1] == "id" else self.scope[-1]
+
+    @property
+    def settle(self) -> bool:
+        """Whether it is answered only once the organization has indexed what it made."""
+        return self.name in _SETTLED
+
+    @property
+    def people(self) -> bool:
+        """Whether it changes what is remembered of people."""
+        return self.name in _PEOPLE
+
+    @property
+    def defaults(self) -> bool:
+        """Whether it needs the organization's settings."""
+        return self.name in _DEFAULTS
+
+    @property
+    def stream(self) -> bool:
+        """Whether it answers with a stream."""
+        return self.method.server_streaming
+
+    @property
+    def seconds(self) -> float:
+        """How long it may take."""
+        return STREAM_SECONDS if self.stream else _SECONDS
+
+    def repeatable(self, request: Message) -> bool:
+        """Say whether a call may be repeated of which it is not known what became of it."""
+        return self._idempotent and bool(getattr(request, "request_id", "given"))
+
+    def wanted(self, request: Message) -> str:
+        """Return the id that the scope names; raise InvalidArgument if there is none."""
+        value: object = request
+        for step in self.scope:
+            value = getattr(value, step)
+        if self.scope and not value:
+            raise InvalidArgument(".".join(self.scope), "must be given")
+        return str(value) if self.scope else ""
 
 
-def _read(owner: str, target: str = "") -> Route:
-    return Route(owner, target, read=True)
+def rule_of(method: MethodDescriptor) -> MethodRule:
+    """Return what the contract says of a method."""
+    return method.GetOptions().Extensions[rule]
 
 
-ROUTES = {
-    "OrganizationService/CreateOrganization": Route(ORGANIZATION, people=True),
-    "OrganizationService/GetOrganization": _read(ORGANIZATION, "organization_id"),
-    "OrganizationService/ListOrganizations": _read(ORGANIZATION),
-    "OrganizationService/UpdateOrganization": Route(ORGANIZATION, "organization_id", ROLE_ADMIN),
-    "OrganizationService/DeleteOrganization": Route(ORGANIZATION, "organization_id", ROLE_OWNER, people=True),
-    "OrganizationService/AddMember": Route(ORGANIZATION, "organization_id", ROLE_ADMIN),
-    "OrganizationService/UpdateMember": Route(ORGANIZATION, "organization_id", ROLE_ADMIN, people=True),
-    # everybody may leave: the organization asks for the role of who removes another
-    "OrganizationService/RemoveMember": Route(ORGANIZATION, "organization_id", people=True),
-    "OrganizationService/ListMembers": _read(ORGANIZATION, "organization_id"),
-    "RepositoryService/AddRepository": Route(ORGANIZATION, "organization_id", ROLE_ADMIN),
-    "RepositoryService/DeleteRepository": Route(ORGANIZATION, "repository_id", ROLE_ADMIN),
-    "RepositoryService/ListRepositories": _read(ORGANIZATION, "organization_id"),
-    "RepositoryService/GetRepositoryOverview": _read(REPOSITORY, "repository_id"),
-    "RepositoryService/SyncGithub": Route(ORGANIZATION, "organization_id", ROLE_ADMIN),
-    "TaskService/CreateTask": Route(REPOSITORY, "repository_id", ROLE_MEMBER, settle=True, defaults=True),
-    "TaskService/GetTask": _read(REPOSITORY, "task_id"),
-    "TaskService/ListTasks": _read(ORGANIZATION, "organization_id"),
-    "TaskService/RetryTask": Route(TASK, "task_id", ROLE_MEMBER),
-    "TaskService/ArchiveTask": Route(TASK, "task_id", ROLE_MEMBER),
-    "TaskService/KillTask": Route(TASK, "task_id", ROLE_MEMBER),
-    "SessionService/CreateSession": Route(TASK, "task_id", ROLE_MEMBER, timeout_seconds=300.0),
-    "SessionService/RenameSession": Route(TASK, "task_id", ROLE_MEMBER),
-    "SessionService/CloseSession": Route(TASK, "task_id", ROLE_MEMBER),
-    "SessionService/ReopenSession": Route(TASK, "task_id", ROLE_MEMBER),
-    "SessionService/SendMessage": Route(TASK, "task_id", ROLE_MEMBER),
-    "SessionService/CancelTurn": Route(TASK, "task_id", ROLE_MEMBER),
-    "SessionService/AnswerPermission": Route(TASK, "task_id", ROLE_MEMBER),
-    "SessionService/ListTranscript": _read(REPOSITORY, "task_id"),
-    "SandboxService/RunCommand": Route(SANDBOX, "task_id", ROLE_MEMBER, safe=False, timeout_seconds=SLOW_SECONDS),
-    "SandboxService/StreamCommand": Route(
-        SANDBOX, "task_id", ROLE_MEMBER, safe=False, stream=True, timeout_seconds=SLOW_SECONDS
-    ),
-    "SandboxService/ListAgents": Route(SANDBOX, "task_id", ROLE_MEMBER),
-    "SandboxService/ListFiles": Route(SANDBOX, "task_id", ROLE_MEMBER),
-    "SandboxService/StatFile": Route(SANDBOX, "task_id", ROLE_MEMBER),
-    "SandboxService/MoveFile": Route(SANDBOX, "task_id", ROLE_MEMBER, safe=False),
-    "SandboxService/ReadFile": Route(SANDBOX, "task_id", ROLE_MEMBER),
-    "SandboxService/WriteFile": Route(SANDBOX, "task_id", ROLE_MEMBER),
-    "SandboxService/DeleteFile": Route(SANDBOX, "task_id", ROLE_MEMBER, safe=False),
-    "UserService/WhoAmI": _read(ORGANIZATION),
-    "UserService/UpdatePreferences": Route(USER, settle=True, people=True),
-    "UserService/CreateApiToken": Route(USER, safe=False, settle=True),
-    "UserService/ListApiTokens": _read(ORGANIZATION),
-    "UserService/RevokeApiToken": Route(USER, settle=True, people=True),
-    "UserService/SetGitCredential": Route(USER),
-    "UserService/SetTaskState": Route(USER, "task_id"),
-    "HistoryService/ListHistory": _read(ORGANIZATION, "organization_id"),
-}
-"""Methods by their name within the package. Watches are the gateway's own: see `watches`."""
+def _route(name: str, method: MethodDescriptor) -> Route:
+    said = rule_of(method)
+    return Route(
+        name=name,
+        method=method,
+        owner=OWNERS[said.level],
+        scope=tuple(said.scope.split(".")) if said.scope else (),
+        role=said.required_role or ROLE_VIEWER,
+        read=said.access == ACCESS_READ,
+        anonymous=said.anonymous,
+        _idempotent=method.GetOptions().idempotency_level != MethodOptions.IDEMPOTENCY_UNKNOWN,
+    )
+
+
+ROUTES = {name: _route(name, method) for name, method in PUBLIC.items()}
+"""How each method is reached."""
+
+ANONYMOUS = frozenset(f"/{PACKAGE}.{name}" for name, route in ROUTES.items() if route.anonymous)
+"""Full names of the methods that are taken without a credential."""

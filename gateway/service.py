@@ -3,15 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
-from branchline.v1 import (
-    history_pb2,
-    organizations_pb2,
-    repositories_pb2,
-    sandboxes_pb2,
-    sessions_pb2,
-    tasks_pb2,
-    users_pb2,
-)
 from branchline_internal.organization.v1 import organization_pb2_grpc
 from branchline_internal.repository.v1 import repository_pb2_grpc
 from msgspec import Meta
@@ -19,22 +10,14 @@ from msgspec import Meta
 from gateway.caller import Authenticator, Door
 from gateway.fanout import FanOut
 from gateway.forward import Forwarder
+from gateway.info import server_info
 from gateway.placement import Placement
-from gateway.routes import ORGANIZATION, REPOSITORY, ROUTES, SANDBOX, TASK, USER
+from gateway.routes import ANONYMOUS, ORGANIZATION, REPOSITORY, ROUTES, SANDBOX, TASK, USER
 from gateway.watches import Watches
 from services.runtime.client import open_channel
 from services.runtime.config import Config, Secret
 from services.runtime.principal import Signer
 from services.runtime.service import Service
-
-PUBLIC = {
-    f"{service.name}/{method.name}": method
-    for file in (history_pb2, organizations_pb2, repositories_pb2, sandboxes_pb2, sessions_pb2, tasks_pb2, users_pb2)
-    for service in file.DESCRIPTOR.services_by_name.values()
-    for method in service.methods
-}
-"""Every method of the public contract, by its name within the package."""
-
 
 CALLS_PER_CONNECTION = 250
 """Calls and watches that one connection carries at once; its others wait at the client, and not here before others'.
@@ -70,24 +53,25 @@ def build(config: GatewayConfig) -> Service:
     forwarder = Forwarder(channels, organization, authenticator, placement, signer)
     watches = Watches(fan_out, authenticator, placement, organization, repository, signer)
     own: dict[str, Callable[..., Any]] = {
+        "ServerService/GetServerInfo": server_info,
         "OrganizationService/WatchOrganization": watches.of_organization,
         "HistoryService/WatchHistory": watches.of_history,
         "TaskService/WatchTask": watches.of_task,
     }
-    door = Door(authenticator, config.calls_per_minute)
+    door = Door(authenticator, config.calls_per_minute, ANONYMOUS)
     service = Service("gateway", config.addresses["gateway"], door.admit, config.drain_seconds)
     service.server_options += (
         ("grpc.max_concurrent_streams", CALLS_PER_CONNECTION),
         ("grpc.http.overload_protection", 0),  # it refuses streams that the client believes to be within the bound
     )
     service.reflects = True
-    for name, method in PUBLIC.items():
+    for name, route in ROUTES.items():
         handler = (
-            service.serving.handler(method, own[name])
+            service.serving.handler(route.method, own[name])
             if name in own
-            else forwarder.handler(service.serving, method, ROUTES[name])
+            else forwarder.handler(service.serving, route)
         )
-        service.add_handler(method.containing_service.full_name, method.name, handler)
+        service.add_handler(route.method.containing_service.full_name, route.method.name, handler)
     service.loops.append(fan_out.run)
     service.after_stop += [channel.close for channel in channels.values()]
     return service

@@ -1,38 +1,35 @@
 """The public watches: replicas of the coordinators' indexes, seen and filtered for the caller."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import grpc
 from branchline.v1 import history_pb2, organizations_pb2, tasks_pb2
-from branchline.v1.sessions_pb2 import TranscriptEntry
-from branchline.v1.vocabulary_pb2 import ENTITY_KIND_SESSION, ENTITY_KIND_TRANSCRIPT_ENTRY
-from branchline.v1.watches_pb2 import WatchChange, WatchFrame
 from branchline_internal.organization.v1 import organization_pb2
 from branchline_internal.organization.v1.organization_pb2_grpc import OrganizationServiceStub
 from branchline_internal.repository.v1 import repository_pb2
 from branchline_internal.repository.v1.repository_pb2_grpc import RepositoryServiceStub
 from branchline_internal.spine.v1.push_pb2 import WatchSelection
 
-from gateway.caller import Authenticator, Caller, current_caller
+from gateway.caller import Authenticator, current_caller
 from gateway.fanout import FanOut
+from gateway.forward import seconds_left
+from gateway.frames import FrameWriter
 from gateway.placement import Placement
 from gateway.replica import Upstream, View
-from services.runtime.principal import Principal, Signer
+from gateway.routes import STREAM_SECONDS
+from gateway.selection import HistoryView, OrganizationView, TaskView, event_matcher, task_matcher
+from gateway.standing import CHECK_SECONDS, standing_check
+from services.runtime.principal import Signer
 from services.runtime.serving import Context
-from services.runtime.spine.tokens import parse_consistency_token, parse_resume_token
-from services.runtime.spine.watch import Watch, watch
+from services.runtime.spine.tokens import history_topic, organization_topic, parse_resume_token, selection_of
+from services.runtime.spine.watch import Sight, Watch, heartbeat_seconds, watch
 
-Visible = Callable[[WatchChange], bool]
 Metadata = tuple[tuple[str, str], ...]
-Ask = Callable[[WatchSelection, Metadata | None], Any]
-"""Opens a coordinator's watch, in the gateway's own name or in that of the caller."""
-
-CHECK_SECONDS = 5.0
-"""How often it is asked whether a caller may still watch."""
+Ask = Callable[[WatchSelection, Metadata | None, float | None], Any]
+"""Opens a coordinator's watch, in the gateway's own name or in that of the caller, who waits no longer than so long."""
 
 STALLED_SECONDS = 60.0
 """How long a frame may wait to be taken before its watcher is cut off; it comes back with its resume token."""
@@ -44,23 +41,31 @@ them together leave time for calls.
 
 FEW_WATCHERS = 20
 
-_CHECK_AGE_SECONDS = 1.0
-_TRUST_SECONDS = 60.0
-_PLACE_SECONDS = 10.0
-_NOT_ANSWERED = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED})
+_PLACE_SECONDS = 30.0
+_ORGANIZATION = FrameWriter(organizations_pb2.WatchOrganizationResponse.DESCRIPTOR)
+_HISTORY = FrameWriter(history_pb2.WatchHistoryResponse.DESCRIPTOR)
+_TASK = FrameWriter(tasks_pb2.WatchTaskResponse.DESCRIPTOR)
+
+
+_Request = organizations_pb2.WatchOrganizationRequest | history_pb2.WatchHistoryRequest | tasks_pb2.WatchTaskRequest
 
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """What a caller wants to watch. `topic` is the replica's, `part` what the caller sees of it."""
+    """What a caller wants to watch."""
 
     target: str
     id: str
     topic: str
+    """The replica's topic."""
+
     part: str
-    visible: Visible
-    resume_token: str
-    consistency_token: str = ""
+    """What of it only this caller may see; resume tokens are bound to it."""
+
+    request: _Request
+    writer: FrameWriter
+    sight: Callable[[bool], Sight]
+    """Makes what the caller sees, told whether an earlier watch may have shown something."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,123 +79,90 @@ class Watches:
     repository: RepositoryServiceStub
     signer: Signer
 
-    async def of_organization(
+    def of_organization(
         self, request: organizations_pb2.WatchOrganizationRequest, context: Context
-    ) -> AsyncIterator[organizations_pb2.WatchOrganizationResponse]:
+    ) -> AsyncGenerator[bytes, None]:
         """Watch an organization: everything but history, and of the users' own states only the caller's."""
         user_id, organization_id = current_caller().user.id, request.organization_id
-        wanted = _Wanted(
-            "organization_id",
-            organization_id,
-            f"organization/{organization_id}",
-            user_id,
-            _of_viewer(user_id),
-            request.resume_token,
-            request.consistency_token,
-        )
+        matches = task_matcher(request.tasks)
 
-        def ask(selection: WatchSelection, metadata: Metadata | None) -> Any:
+        def sight(resumed: bool) -> Sight:
+            return OrganizationView(user_id, frozenset(request.kinds), matches, resumed)
+
+        def ask(selection: WatchSelection, metadata: Metadata | None, seconds: float | None) -> Any:
             upstream = organization_pb2.WatchIndexRequest(organization_id=organization_id, selection=selection)
-            return self.organization.WatchIndex(upstream, metadata=metadata)
+            if metadata is not None:  # the caller's own snapshot is no larger than what is seen of it
+                upstream.kinds.extend(request.kinds)
+                upstream.tasks.CopyFrom(request.tasks)
+            return self.organization.WatchIndex(upstream, metadata=metadata, timeout=seconds)
 
-        async with aclosing(self._frames(wanted, ask)) as frames:
-            async for frame in frames:
-                yield organizations_pb2.WatchOrganizationResponse(frame=frame)
+        topic = organization_topic(organization_id)
+        wanted = _Wanted("organization_id", organization_id, topic, user_id, request, _ORGANIZATION, sight)
+        return self._frames(wanted, ask, context)
 
-    async def of_history(
-        self, request: history_pb2.WatchHistoryRequest, context: Context
-    ) -> AsyncIterator[history_pb2.WatchHistoryResponse]:
-        """Watch an organization's feed, or what it says of one task."""
+    def of_history(self, request: history_pb2.WatchHistoryRequest, context: Context) -> AsyncGenerator[bytes, None]:
+        """Watch an organization's feed, or some of its events."""
         organization_id = request.organization_id
-        wanted = _Wanted(
-            "organization_id",
-            organization_id,
-            f"history/{organization_id}",
-            request.task_id,
-            _of_task(request.task_id),
-            request.resume_token,
-        )
 
-        def ask(selection: WatchSelection, metadata: Metadata | None) -> Any:
+        def ask(selection: WatchSelection, metadata: Metadata | None, seconds: float | None) -> Any:
             upstream = organization_pb2.WatchIndexRequest(
                 organization_id=organization_id, selection=selection, history=True
             )
-            return self.organization.WatchIndex(upstream, metadata=metadata)
+            return self.organization.WatchIndex(upstream, metadata=metadata, timeout=seconds)
 
-        async with aclosing(self._frames(wanted, ask)) as frames:
-            async for frame in frames:
-                yield history_pb2.WatchHistoryResponse(frame=frame)
+        sight = HistoryView(event_matcher(request.filter))
+        topic = history_topic(organization_id)
+        wanted = _Wanted("organization_id", organization_id, topic, "", request, _HISTORY, lambda _: sight)
+        return self._frames(wanted, ask, context)
 
-    async def of_task(
-        self, request: tasks_pb2.WatchTaskRequest, context: Context
-    ) -> AsyncIterator[tasks_pb2.WatchTaskResponse]:
-        """Watch a task's workbench and transcripts, or one session of it."""
-        wanted = _Wanted(
-            "task_id",
-            request.task_id,
-            f"task/{request.task_id}",
-            request.session_id,
-            _of_session(request.session_id),
-            request.resume_token,
-            request.consistency_token,
-        )
+    def of_task(self, request: tasks_pb2.WatchTaskRequest, context: Context) -> AsyncGenerator[bytes, None]:
+        """Watch a task's workbench and transcripts."""
 
-        def ask(selection: WatchSelection, metadata: Metadata | None) -> Any:
+        def ask(selection: WatchSelection, metadata: Metadata | None, seconds: float | None) -> Any:
             upstream = repository_pb2.WatchIndexRequest(task_id=request.task_id, selection=selection)
-            return self.repository.WatchIndex(upstream, metadata=metadata)
+            if metadata is not None:
+                upstream.transcripts.CopyFrom(request.transcripts)
+            return self.repository.WatchIndex(upstream, metadata=metadata, timeout=seconds)
 
-        async with aclosing(self._frames(wanted, ask)) as frames:
-            async for frame in frames:
-                yield tasks_pb2.WatchTaskResponse(frame=frame)
+        sight = TaskView(frozenset(request.transcripts.session_ids))
+        topic = f"task/{request.task_id}"
+        wanted = _Wanted("task_id", request.task_id, topic, "", request, _TASK, lambda _: sight)
+        return self._frames(wanted, ask, context)
 
-    async def _frames(self, wanted: _Wanted, ask: Ask) -> AsyncGenerator[WatchFrame, None]:
-        """Yield the frames of one watcher. Its resume tokens are good for the same part of the same topic alone."""
-        caller = current_caller()
-        topic = f"{wanted.topic}/{wanted.part}"
-        position = parse_resume_token(wanted.resume_token, topic)
-        parse_consistency_token(wanted.consistency_token)
+    async def _frames(self, wanted: _Wanted, ask: Ask, context: Context) -> AsyncGenerator[bytes, None]:
+        """Yield the frames of one watcher. Its resume tokens are good for what its request selects alone."""
+        caller, request = current_caller(), wanted.request
+        topic, selected = f"{wanted.topic}/{wanted.part}", selection_of(request)
+        begin = parse_resume_token(request.resume_token, topic, selected)
         principal = await self.placement.place_new(
-            caller, wanted.target, wanted.id, wanted.consistency_token, _PLACE_SECONDS
+            caller, wanted.target, wanted.id, request.consistency, seconds_left(context, _PLACE_SECONDS)
         )
 
         def of_caller(selection: WatchSelection) -> Any:
-            return ask(selection, self.signer.metadata(principal))
+            return ask(selection, self.signer.metadata(principal), seconds_left(context, STREAM_SECONDS))
 
-        check = self._check(caller, wanted, principal)
+        heartbeat = heartbeat_seconds(request.heartbeat_interval)
         with self.fan_out.replica(wanted.topic, _own(ask)) as replica:
 
             def pause_seconds() -> float:
                 return max(0, replica.watchers - FEW_WATCHERS) * PAUSE_SECONDS
 
             asked = Watch(
-                topic, position, wanted.visible, check=check, check_seconds=CHECK_SECONDS, pause_seconds=pause_seconds
+                topic,
+                selected,
+                begin.position,
+                begin.changed,
+                sight=wanted.sight(begin.position is not None),
+                heartbeat_seconds=heartbeat,
+                check=standing_check(self.authenticator, self.placement, wanted.target, wanted.id),
+                check_seconds=CHECK_SECONDS,
+                pause_seconds=pause_seconds,
             )
-            view = View(replica, of_caller, caller.user.id, wanted.consistency_token)
+            view = View(replica, of_caller, caller.user.id, request.consistency)
             async with aclosing(watch(view, asked)) as frames:
                 async for frame in frames:
                     with _taken_in_time():
-                        yield frame
-
-    def _check(self, caller: Caller, wanted: _Wanted, principal: Principal) -> Callable[[], Awaitable[None]]:
-        """Return what raises once the caller may no longer watch, or what is watched is gone.
-
-        While the organization does not answer, its last word counts for a while.
-        """
-        clock = asyncio.get_running_loop().time
-        confirmed = clock()
-
-        async def check() -> None:
-            nonlocal confirmed
-            try:
-                now = await self.authenticator.authenticate(caller.token_hash, _CHECK_AGE_SECONDS)
-                await self.placement.place(now, wanted.target, wanted.id, at_most_seconds=CHECK_SECONDS)
-            except grpc.aio.AioRpcError as error:
-                if error.code() not in _NOT_ANSWERED or clock() - confirmed > _TRUST_SECONDS:
-                    raise
-            else:
-                confirmed = clock()
-
-        return check
+                        yield wanted.writer.write(frame, heartbeat)
 
 
 @contextmanager
@@ -207,25 +179,4 @@ def _taken_in_time() -> Generator[None, None, None]:
 
 def _own(ask: Ask) -> Upstream:
     """Return the upstream of a replica, which sees what everybody may see."""
-    return lambda selection: ask(selection, None)
-
-
-def _of_viewer(user_id: str) -> Visible:
-    return lambda change: change.viewer_id in ("", user_id)
-
-
-def _of_task(task_id: str) -> Visible:
-    return lambda change: not task_id or change.task_id == task_id
-
-
-def _of_session(session_id: str) -> Visible:
-    def visible(change: WatchChange) -> bool:
-        if not session_id:
-            return True
-        if change.kind == ENTITY_KIND_SESSION:
-            return change.id == session_id
-        if change.kind == ENTITY_KIND_TRANSCRIPT_ENTRY and not change.deleted:
-            return TranscriptEntry.FromString(change.resource.value).session_id == session_id
-        return True
-
-    return visible
+    return lambda selection: ask(selection, None, None)
