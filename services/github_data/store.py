@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from branchline.v1.common_pb2 import ENTITY_KIND_REPOSITORY
 from branchline.v1.organizations_pb2 import GithubStatus
-from branchline.v1.vocabulary_pb2 import ENTITY_KIND_REPOSITORY
 from branchline_internal.github_data.v1.github_data_pb2 import GithubRepository
 from sqlalchemy import bindparam, delete, select, update
 

@@ -2,12 +2,9 @@
 
 from dataclasses import dataclass
 
-from branchline.v1.users_pb2 import User, UserTaskState
-from branchline.v1.vocabulary_pb2 import (
-    ENTITY_KIND_API_TOKEN,
-    ENTITY_KIND_USER,
-    ERROR_REASON_OPERATOR_REQUIRED,
-)
+from branchline.v1.common_pb2 import ENTITY_KIND_API_TOKEN, ENTITY_KIND_USER
+from branchline.v1.errors_pb2 import ERROR_REASON_OPERATOR_REQUIRED
+from branchline.v1.users_pb2 import ApiToken, User, UserTaskState
 from branchline_internal.user.v1 import user_pb2, user_pb2_grpc
 
 from services.runtime.database import Database, Tx
@@ -17,6 +14,8 @@ from services.runtime.secrets import new_token, token_hash
 from services.runtime.serving import Context
 from services.runtime.spine.tokens import consistency_token
 from services.user.accounts import Accounts, NewToken
+from services.user.drafts import Drafts
+from services.user.keeping import Secrets
 from services.user.task_states import TaskStates
 
 
@@ -27,6 +26,8 @@ class UserServicer(user_pb2_grpc.UserServiceServicer):
     database: Database
     accounts: Accounts
     task_states: TaskStates
+    drafts: Drafts
+    secrets: Secrets
 
     async def CreateUser(self, request: user_pb2.CreateUserRequest, context: Context) -> user_pb2.CreateUserResponse:
         """Create a person, or give the one who has the id or the e-mail address."""
@@ -36,24 +37,20 @@ class UserServicer(user_pb2_grpc.UserServiceServicer):
             email=request.email.strip().lower(),
             create_time=self.accounts.clock.timestamp(),
         )
-        secret = new_token() if request.token_name else ""
-        token = self.accounts.new_token(user.id, request.token_name, token_hash(secret)) if secret else None
-        created, is_new = await self.database.write(self._create, user, token)
+        token = self.accounts.new_token(user.id, request.token_name, request.token_hash) if request.token_hash else None
+        created, made = await self.database.write(self._create, user, token)
         named = [(ENTITY_KIND_USER, created.id, created.revision)]
-        if token is not None and is_new:
-            named.append((ENTITY_KIND_API_TOKEN, token.token.id, token.token.revision))
-        return user_pb2.CreateUserResponse(
-            user=created, api_token=secret if is_new else "", consistency_token=consistency_token(named)
-        )
+        if made is not None:
+            named.append((ENTITY_KIND_API_TOKEN, made.id, made.revision))
+        return user_pb2.CreateUserResponse(user=created, consistency_token=consistency_token(named))
 
-    def _create(self, tx: Tx, given: User, token: NewToken | None) -> tuple[User, bool]:
+    def _create(self, tx: Tx, given: User, token: NewToken | None) -> tuple[User, ApiToken | None]:
         user = User()
         user.CopyFrom(given)  # a function may run twice
         created = self.accounts.create(tx, user)
-        is_new = created is user
-        if is_new and token is not None:
-            self.accounts.add_token(tx, token)
-        return created, is_new
+        if token is None or created.id != given.id:
+            return created, None
+        return created, self.accounts.ensure_token(tx, token)
 
     async def IssueToken(self, request: user_pb2.IssueTokenRequest, context: Context) -> user_pb2.IssueTokenResponse:
         """Make a further token."""
@@ -70,18 +67,19 @@ class UserServicer(user_pb2_grpc.UserServiceServicer):
     ) -> user_pb2.ForgetTaskStatesResponse:
         """Forget what people have open, unread and half written, some at a time."""
         of = (request.organization_id, request.user_id, request.task_id)
-        while await self.database.write(self.task_states.forget_some, *of):
-            pass
+        for forget_some in (self.task_states.forget_some, self.drafts.forget_some):
+            while await self.database.write(forget_some, *of):
+                pass
         return user_pb2.ForgetTaskStatesResponse()
 
     async def GetGitCredential(
         self, request: user_pb2.GetGitCredentialRequest, context: Context
     ) -> user_pb2.GetGitCredentialResponse:
         """Give a credential, or nothing."""
-        credential = await self.database.read(self.accounts.credential, request.user_id, request.host)
-        if credential is None:
+        login = await self.database.read(self.secrets.login, request.user_id, request.host)
+        if login is None:
             return user_pb2.GetGitCredentialResponse()
-        return user_pb2.GetGitCredentialResponse(username=credential.username, secret=credential.secret)
+        return user_pb2.GetGitCredentialResponse(username=login.username, secret=login.password)
 
     async def MarkUnread(self, request: user_pb2.MarkUnreadRequest, context: Context) -> user_pb2.MarkUnreadResponse:
         """Mark a task unread for people, once per event."""

@@ -1,6 +1,21 @@
 """Tables of the user service."""
 
-from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, LargeBinary, MetaData, String, Table
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    ColumnElement,
+    Float,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    UniqueConstraint,
+    bindparam,
+    or_,
+)
 
 from services.runtime.database.indexes import partial_index
 from services.runtime.spine.tables import add_spine_tables
@@ -31,14 +46,17 @@ api_tokens = Table(
     comment="API tokens: hashes only",
 )
 
-git_credentials = Table(
-    "git_credentials",
+secrets = Table(
+    "secrets",
     metadata,
-    Column("user_id", String, primary_key=True),
-    Column("host", String, primary_key=True),
-    Column("username", String, nullable=False),
-    Column("secret_encrypted", LargeBinary, nullable=False),
-    comment="Git credentials, encrypted with the key file of the service",
+    Column("id", String, primary_key=True),
+    Column("user_id", String, nullable=False),
+    Column("target", String, nullable=False),
+    Column("revision", BigInteger, nullable=False),
+    Column("value_encrypted", LargeBinary, nullable=True),
+    Column("payload", LargeBinary, nullable=False),
+    UniqueConstraint("user_id", "target", name="secrets_target"),
+    comment="Secrets of people; their values encrypted with the key file of the service",
 )
 
 task_states = Table(
@@ -49,14 +67,30 @@ task_states = Table(
     Column("session_id", String, primary_key=True),
     Column("organization_id", String, nullable=False),
     Column("revision", BigInteger, nullable=False),
-    Column("draft_bytes", Integer, nullable=False),
     Column("deleted", Boolean, nullable=False),
     Column("change_time", Float, nullable=False),
     Column("payload", LargeBinary, nullable=False),
     Index("user_task_states_organization", "organization_id", "task_id", "user_id"),
-    comment="What each user has open, unread and half written. A forgotten one stays for a week, for its revision",
+    comment="What each user has open and unread. A forgotten one stays for a week, for its revision",
 )
 partial_index("user_task_states_forgotten", task_states.c.change_time, where=task_states.c.deleted.is_(True))
+
+drafts = Table(
+    "drafts",
+    metadata,
+    Column("user_id", String, primary_key=True),
+    Column("task_id", String, primary_key=True),
+    Column("session_id", String, primary_key=True),
+    Column("organization_id", String, nullable=False),
+    Column("revision", BigInteger, nullable=False),
+    Column("size_bytes", Integer, nullable=False),
+    Column("deleted", Boolean, nullable=False),
+    Column("change_time", Float, nullable=False),
+    Column("payload", LargeBinary, nullable=False),
+    Index("drafts_organization", "organization_id", "task_id", "user_id"),
+    comment="What each user has half written. A forgotten one stays for a week, for its revision",
+)
+partial_index("drafts_forgotten", drafts.c.change_time, where=drafts.c.deleted.is_(True))
 
 applied_events = Table(
     "applied_events",
@@ -66,3 +100,9 @@ applied_events = Table(
     Index("applied_events_apply_time", "apply_time"),
     comment="Events that have marked tasks unread, so that each does so once; for a week",
 )
+
+
+def any_or(column: Column[str], name: str) -> ColumnElement[bool]:
+    """Say whether a column has a parameter's value; every one has where that is empty."""
+    given = bindparam(name, type_=String)
+    return or_(given == "", column == given)

@@ -1,21 +1,17 @@
-"""What people have open, unread and half written on tasks. Each change is marked for the organization."""
+"""What people have open and unread on tasks. Each change is marked for the organization."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from branchline.v1.users_pb2 import Draft, UserTaskState
-from branchline.v1.vocabulary_pb2 import ERROR_REASON_QUOTA_EXCEEDED
-from sqlalchemy import ColumnElement, String, bindparam, delete, func, or_, select
+from branchline.v1.users_pb2 import UserTaskState
+from sqlalchemy import bindparam, delete, func, select
 
 from services.runtime.clock import Clock
-from services.runtime.database import Reader, Statement, Tx, insert_new, is_in, upsert
-from services.runtime.errors import InvalidArgument, ResourceExhausted
+from services.runtime.database import Statement, Tx, insert_new, is_in, upsert
+from services.runtime.errors import InvalidArgument
 from services.runtime.spine.outbox import Mark, Outbox
-from services.user.tables import applied_events, task_states
-
-DRAFT_BYTES = 64 * 1024
-"""Most that one person may have half written on one task, attachments included, over all its sessions."""
+from services.user.tables import any_or, applied_events, task_states
 
 SESSIONS_PER_TASK = 256
 """Most sessions of one task that one person may have a state of."""
@@ -39,24 +35,14 @@ _STATES = Statement(
     .order_by(_c.user_id)
     .with_for_update()
 )
-_OTHERS = Statement(
-    select(func.coalesce(func.sum(_c.draft_bytes), 0).label("drafts"), func.count().label("sessions")).where(
-        *_OF_TASK, _c.session_id != bindparam("session"), _c.deleted.is_(False)
-    )
-)
+_OTHERS = Statement(select(func.count()).where(*_OF_TASK, _c.session_id != bindparam("session"), _c.deleted.is_(False)))
 _PUT = Statement(upsert(task_states, _KEY, newer="revision"))
-
-
-def _any_or(column: ColumnElement[str], name: str) -> ColumnElement[bool]:
-    return or_(bindparam(name, type_=String) == "", column == bindparam(name, type_=String))
-
-
 _FORGOTTEN = Statement(
     select(_c.revision, _c.payload)
     .where(
         _c.organization_id == bindparam("organization"),
-        _any_or(_c.task_id, "task"),
-        _any_or(_c.user_id, "user"),
+        any_or(_c.task_id, "task"),
+        any_or(_c.user_id, "user"),
         _c.deleted.is_(False),
     )
     .limit(FORGOTTEN_AT_ONCE)
@@ -67,52 +53,24 @@ _OLD_STATES = Statement(delete(task_states).where(_c.deleted.is_(True), _c.chang
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
-    """What of a state is to change; what is None stays."""
-
-    open_session_id: str | None = None
-    unread: bool | None = None
-    draft: Draft | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class TaskStates:
     """The per-user workbench state, keyed by (user, task, session)."""
 
     outbox: Outbox
     clock: Clock
 
-    def change(self, tx: Tx, key: UserTaskState, change: Change) -> UserTaskState:
-        """Change the state of (user, task, session), which may be new; return it.
-
-        Raise ResourceExhausted if the person would have too much half written on the task.
-        """
-        state = self._state(tx, key)
-        if change.open_session_id is not None:
-            state.open_session_id = change.open_session_id
-        if change.unread is not None:
-            state.unread = change.unread
-        if change.draft is not None:
-            state.draft.CopyFrom(change.draft)
-        self._check_quota(tx, state)
-        self._save(tx, [state])
-        return state
-
-    def _state(self, tx: Reader, key: UserTaskState) -> UserTaskState:
+    def take(self, tx: Tx, key: UserTaskState) -> UserTaskState:
+        """Return the state of (user, task, session), which may be new, to be changed."""
         given = {"user": key.user_id, "task": key.task_id, "session": key.session_id}
         return _present(key, tx.row(_STATE, given))
 
-    def _check_quota(self, tx: Reader, state: UserTaskState) -> None:
+    def save(self, tx: Tx, state: UserTaskState) -> None:
+        """Store a new state; raise InvalidArgument if there are too many."""
+        tx.take_turn("task_states", f"{state.user_id}/{state.task_id}")
         given = {"user": state.user_id, "task": state.task_id, "session": state.session_id}
-        others: Any = tx.row(_OTHERS, given)
-        size = draft_bytes(state)
-        if size > DRAFT_BYTES:
-            raise InvalidArgument("draft", f"holds {size} bytes; at most {DRAFT_BYTES} are kept for one task")
-        if size and size + others.drafts > DRAFT_BYTES:
-            sentence = f"drafts on one task may hold {DRAFT_BYTES} bytes together"
-            raise ResourceExhausted(ERROR_REASON_QUOTA_EXCEEDED, sentence, limit_bytes=str(DRAFT_BYTES))
-        if others.sessions >= SESSIONS_PER_TASK:
+        if (tx.value(_OTHERS, given) or 0) >= SESSIONS_PER_TASK:
             raise InvalidArgument("session_id", f"at most {SESSIONS_PER_TASK} sessions of a task have a state")
+        self._save(tx, [state])
 
     def mark_unread(self, tx: Tx, event_id: str, user_ids: Sequence[str], of: UserTaskState) -> None:
         """Mark a task unread for people, once for each event."""
@@ -135,8 +93,6 @@ class TaskStates:
         """Forget some states of an organization, of one person or task alone if these are given; return how many."""
         given = {"organization": organization_id, "user": user_id, "task": task_id}
         states = [_with_revision(UserTaskState.FromString(row.payload), row) for row in tx.rows(_FORGOTTEN, given)]
-        for state in states:
-            state.ClearField("draft")
         self._save(tx, states, deleted=True)
         return len(states)
 
@@ -156,11 +112,6 @@ class TaskStates:
 def task_state_id(state: UserTaskState) -> str:
     """Return the id under which a per-user state is pushed and indexed."""
     return "/".join((state.user_id, state.task_id, state.session_id))
-
-
-def draft_bytes(state: UserTaskState) -> int:
-    """Return what a draft takes, attachments included."""
-    return state.draft.ByteSize()
 
 
 def _present(key: UserTaskState, row: Any) -> UserTaskState:
@@ -184,7 +135,6 @@ def _row(state: UserTaskState, now: float, *, deleted: bool) -> dict[str, Any]:
         "session_id": state.session_id,
         "organization_id": state.organization_id,
         "revision": state.revision,
-        "draft_bytes": draft_bytes(state),
         "deleted": deleted,
         "change_time": now,
         "payload": state.SerializeToString(),

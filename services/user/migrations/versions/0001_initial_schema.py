@@ -41,14 +41,29 @@ def upgrade() -> None:
         batch_op.create_index("applied_events_apply_time", ["apply_time"], unique=False)
 
     op.create_table(
-        "git_credentials",
+        "drafts",
         sa.Column("user_id", sa.String(), nullable=False),
-        sa.Column("host", sa.String(), nullable=False),
-        sa.Column("username", sa.String(), nullable=False),
-        sa.Column("secret_encrypted", sa.LargeBinary(), nullable=False),
-        sa.PrimaryKeyConstraint("user_id", "host"),
-        comment="Git credentials, encrypted with the key file of the service",
+        sa.Column("task_id", sa.String(), nullable=False),
+        sa.Column("session_id", sa.String(), nullable=False),
+        sa.Column("organization_id", sa.String(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
+        sa.Column("size_bytes", sa.Integer(), nullable=False),
+        sa.Column("deleted", sa.Boolean(), nullable=False),
+        sa.Column("change_time", sa.Float(), nullable=False),
+        sa.Column("payload", sa.LargeBinary(), nullable=False),
+        sa.PrimaryKeyConstraint("user_id", "task_id", "session_id"),
+        comment="What each user has half written. A forgotten one stays for a week, for its revision",
     )
+    with op.batch_alter_table("drafts", schema=None) as batch_op:
+        batch_op.create_index(
+            "drafts_forgotten",
+            ["change_time"],
+            unique=False,
+            sqlite_where=sa.text("deleted IS 1"),
+            postgresql_where=sa.text("deleted IS true"),
+        )
+        batch_op.create_index("drafts_organization", ["organization_id", "task_id", "user_id"], unique=False)
+
     op.create_table(
         "outbox",
         sa.Column("destination", sa.String(), nullable=False),
@@ -82,18 +97,29 @@ def upgrade() -> None:
         batch_op.create_index("requests_create_time", ["create_time"], unique=False)
 
     op.create_table(
+        "secrets",
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("user_id", sa.String(), nullable=False),
+        sa.Column("target", sa.String(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
+        sa.Column("value_encrypted", sa.LargeBinary(), nullable=True),
+        sa.Column("payload", sa.LargeBinary(), nullable=False),
+        sa.PrimaryKeyConstraint("id"),
+        sa.UniqueConstraint("user_id", "target", name="secrets_target"),
+        comment="Secrets of people; their values encrypted with the key file of the service",
+    )
+    op.create_table(
         "user_task_states",
         sa.Column("user_id", sa.String(), nullable=False),
         sa.Column("task_id", sa.String(), nullable=False),
         sa.Column("session_id", sa.String(), nullable=False),
         sa.Column("organization_id", sa.String(), nullable=False),
         sa.Column("revision", sa.BigInteger(), nullable=False),
-        sa.Column("draft_bytes", sa.Integer(), nullable=False),
         sa.Column("deleted", sa.Boolean(), nullable=False),
         sa.Column("change_time", sa.Float(), nullable=False),
         sa.Column("payload", sa.LargeBinary(), nullable=False),
         sa.PrimaryKeyConstraint("user_id", "task_id", "session_id"),
-        comment="What each user has open, unread and half written. A forgotten one stays for a week, for its revision",
+        comment="What each user has open and unread. A forgotten one stays for a week, for its revision",
     )
     with op.batch_alter_table("user_task_states", schema=None) as batch_op:
         batch_op.create_index(
@@ -142,6 +168,7 @@ def downgrade() -> None:
         )
 
     op.drop_table("user_task_states")
+    op.drop_table("secrets")
     with op.batch_alter_table("requests", schema=None) as batch_op:
         batch_op.drop_index("requests_create_time")
 
@@ -150,7 +177,13 @@ def downgrade() -> None:
         batch_op.drop_index("outbox_pending")
 
     op.drop_table("outbox")
-    op.drop_table("git_credentials")
+    with op.batch_alter_table("drafts", schema=None) as batch_op:
+        batch_op.drop_index("drafts_organization")
+        batch_op.drop_index(
+            "drafts_forgotten", sqlite_where=sa.text("deleted IS 1"), postgresql_where=sa.text("deleted IS true")
+        )
+
+    op.drop_table("drafts")
     with op.batch_alter_table("applied_events", schema=None) as batch_op:
         batch_op.drop_index("applied_events_apply_time")
 
