@@ -4,26 +4,25 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from branchline.v1.history_pb2 import ACTOR_KIND_SYSTEM, ACTOR_KIND_USER, HistoryEvent
+from branchline.v1.common_pb2 import Actor
+from branchline.v1.history_pb2 import EventKind, HistoryEvent, HistoryFilter
 from branchline.v1.organizations_pb2 import Organization
-from branchline.v1.vocabulary_pb2 import EventKind
 from sqlalchemy import Float, bindparam, select
 
 from services.organization.destinations import TO_HISTORY
 from services.organization.filters import all_of
 from services.organization.tables import HISTORY, history_feed, organizations
+from services.runtime.actors import current_actor
 from services.runtime.clock import Clock, column_seconds
 from services.runtime.database import Database, Reader, Statement, Tx, is_in
 from services.runtime.loops import for_each
-from services.runtime.principal import principal_or_none
 from services.runtime.spine.index import Entry, Index
 from services.runtime.spine.outbox import Mark, Outbox
 from services.runtime.spine.pages import Page, page_of
 
-RETENTION_DAYS = 90
+RETENTION_SECONDS = 90 * 24 * 3600.0
 """How long the feed shows an event where the organization does not say."""
 
-_DAY_SECONDS = 24 * 3600.0
 FORGOTTEN_AT_ONCE = 500
 
 _c = history_feed.c
@@ -44,21 +43,6 @@ _OLD = Statement(
 
 
 @dataclass(frozen=True, slots=True)
-class FeedFilter:
-    """Which events of an organization's feed are wanted; what is empty or None does not matter."""
-
-    organization_id: str
-    repository_id: str = ""
-    task_id: str = ""
-    branch: str = ""
-    actor_user_id: str = ""
-    kinds: tuple[EventKind.ValueType, ...] = ()
-    since: float | None = None
-    before: float | None = None
-    oldest_first: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class Feed:
     """The feed of every organization."""
 
@@ -67,17 +51,20 @@ class Feed:
     clock: Clock
 
     def record(
-        self, tx: Tx, organization_id: str, kind: EventKind.ValueType, summary: str, repository_id: str = ""
+        self,
+        tx: Tx,
+        organization_id: str,
+        kind: EventKind.ValueType,
+        summary: str,
+        repository_id: str = "",
+        actor: Actor | None = None,
     ) -> None:
-        """Hand an event of the organization itself to history. The caller did it, or the system."""
-        principal = principal_or_none()
-        user_id = principal.user_id if principal is not None else ""
+        """Hand an event of the organization itself to history. The caller did it, or the system, unless said."""
         event = HistoryEvent(
             id=self.clock.new_id("evt"),
             organization_id=organization_id,
             event_time=self.clock.timestamp(),
-            actor_kind=ACTOR_KIND_USER if user_id else ACTOR_KIND_SYSTEM,
-            actor_user_id=user_id,
+            actor=actor or current_actor(),
             kind=kind,
             repository_id=repository_id,
             summary=summary,
@@ -98,28 +85,38 @@ class Feed:
         self.outbox.mark(tx, [Mark(event.id, 1, event, TO_HISTORY) for event in new])
         return new
 
-    def page(self, tx: Reader, wanted: FeedFilter, after: int | None, most: int) -> Page[HistoryEvent]:
+    def page(
+        self,
+        tx: Reader,
+        organization_id: str,
+        wanted: HistoryFilter,
+        after: int | None,
+        most: int,
+        *,
+        oldest_first: bool = False,
+    ) -> Page[HistoryEvent]:
         """Return the events behind a place in the feed."""
+        since, before = wanted.HasField("start_time"), wanted.HasField("end_time")
         shape = Shape(
-            repository=bool(wanted.repository_id),
-            task=bool(wanted.task_id),
-            branch=bool(wanted.branch),
-            actor=bool(wanted.actor_user_id),
+            repositories=bool(wanted.repository_ids),
+            tasks=bool(wanted.task_ids),
+            branches=bool(wanted.branches),
+            users=bool(wanted.user_ids),
             kinds=bool(wanted.kinds),
-            since=wanted.since is not None,
-            before=wanted.before is not None,
+            since=since,
+            before=before,
             after=after is not None,
-            oldest_first=wanted.oldest_first,
+            oldest_first=oldest_first,
         )
         given = {
-            "of": wanted.organization_id,
-            "repository": wanted.repository_id,
-            "task": wanted.task_id,
-            "branch": wanted.branch,
-            "actor": wanted.actor_user_id,
+            "of": organization_id,
+            "repositories": list(wanted.repository_ids),
+            "tasks": list(wanted.task_ids),
+            "branches": list(wanted.branches),
+            "users": list(wanted.user_ids),
             "kinds": list(wanted.kinds),
-            "since": wanted.since,
-            "before": wanted.before,
+            "since": column_seconds(wanted.start_time) if since else None,
+            "before": column_seconds(wanted.end_time) if before else None,
             "after": after,
             "most": most + 1,
         }
@@ -133,8 +130,8 @@ class Feed:
             after = page[-1].id
 
     async def _expire_of(self, database: Database, organization: Organization) -> None:
-        days = organization.settings.history_retention_days or RETENTION_DAYS
-        given = {"of": organization.id, "before": self.clock.seconds() - days * _DAY_SECONDS}
+        seconds = organization.settings.history_retention.ToNanoseconds() / 1e9 or RETENTION_SECONDS
+        given = {"of": organization.id, "before": self.clock.seconds() - seconds}
         while await database.write(self.index.forget_where, HISTORY, _OLD, given):
             pass
 
@@ -143,10 +140,10 @@ class Feed:
 class Shape:
     """What a statement is made for: the direction and which filters are set."""
 
-    repository: bool
-    task: bool
-    branch: bool
-    actor: bool
+    repositories: bool
+    tasks: bool
+    branches: bool
+    users: bool
     kinds: bool
     since: bool
     before: bool
@@ -159,10 +156,10 @@ def page_statement(shape: Shape) -> Statement:
     """Return the statement for filters of one shape."""
     behind = _c.sequence > bindparam("after") if shape.oldest_first else _c.sequence < bindparam("after")
     conditions = all_of(
-        (shape.repository, _c.repository_id == bindparam("repository")),
-        (shape.task, _c.task_id == bindparam("task")),
-        (shape.branch, _c.branch == bindparam("branch")),
-        (shape.actor, _c.actor_user_id == bindparam("actor")),
+        (shape.repositories, is_in(_c.repository_id, "repositories")),
+        (shape.tasks, is_in(_c.task_id, "tasks")),
+        (shape.branches, is_in(_c.branch, "branches")),
+        (shape.users, is_in(_c.actor_user_id, "users")),
         (shape.kinds, is_in(_c.event_kind, "kinds")),
         (shape.since, _c.event_time >= bindparam("since", type_=Float)),
         (shape.before, _c.event_time < bindparam("before", type_=Float)),
@@ -185,7 +182,7 @@ def _entry(event: HistoryEvent) -> Entry:
         "sequence": event.sequence,
         "event_time": column_seconds(event.event_time),
         "event_kind": event.kind,
-        "actor_user_id": event.actor_user_id,
+        "actor_user_id": event.actor.user_id or event.actor.on_behalf_of_user_id,
         "repository_id": event.repository_id,
         "branch": event.branch,
     }

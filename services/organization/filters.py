@@ -4,10 +4,10 @@ from sqlalchemy import ColumnElement
 
 
 def pattern(text: str) -> str:
-    """Return the LIKE pattern, with the escape character "/", of what holds a text in any case."""
+    """Return the LIKE pattern, with the escape character "/", of what holds a text."""
     for special in "/%_":
         text = text.replace(special, f"/{special}")
-    return f"%{text.lower()}%"
+    return f"%{text}%"
 
 
 def all_of(*conditions: tuple[bool, ColumnElement[bool]]) -> list[ColumnElement[bool]]:

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from branchline.v1.organizations_pb2 import GithubStatus
+from branchline.v1.common_pb2 import ENTITY_KIND_GITHUB_STATUS
+from branchline.v1.organizations_pb2 import GITHUB_CONNECTION_NOT_CONNECTED, GithubStatus
 from branchline.v1.repositories_pb2 import REPOSITORY_SOURCE_GITHUB, Repository
-from branchline.v1.vocabulary_pb2 import ENTITY_KIND_GITHUB_STATUS
 from branchline_internal.github_data.v1.github_data_pb2 import GithubRepository
 from branchline_internal.repository.v1.repository_pb2 import EnsureRepositoryRequest
 from sqlalchemy import bindparam, delete, select
@@ -64,7 +64,7 @@ class Github:
         repository = self._ours(tx, reported) or self._import(tx, reported)
         if repository is None or repository.HasField("delete_time"):
             return
-        repository.full_name = reported.full_name
+        repository.display_name = reported.full_name
         repository.default_branch = reported.default_branch
         request = EnsureRepositoryRequest(
             repository=repository,
@@ -97,7 +97,7 @@ class Github:
             organization_id=organization.id,
             source=REPOSITORY_SOURCE_GITHUB,
             remote_url=reported.clone_url,
-            full_name=reported.full_name,
+            display_name=reported.full_name,
             default_branch=reported.default_branch,
         )
         self.repositories.found(tx, repository)
@@ -111,4 +111,5 @@ class Github:
 
 def status_of(tx: Reader, organization_id: str) -> GithubStatus:
     """Return how an organization's GitHub cache stands."""
-    return STATUSES.find(tx, organization_id) or GithubStatus()
+    none = GithubStatus(organization_id=organization_id, connection=GITHUB_CONNECTION_NOT_CONNECTED)
+    return STATUSES.find(tx, organization_id) or none

@@ -3,19 +3,22 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from branchline.v1.history_pb2 import HistoryEvent
-from branchline.v1.organizations_pb2 import GithubStatus
-from branchline.v1.repositories_pb2 import Repository
-from branchline.v1.tasks_pb2 import TaskSummary
-from branchline.v1.users_pb2 import User, UserTaskState
-from branchline.v1.vocabulary_pb2 import (
+from branchline.v1.history_pb2 import (
     EVENT_KIND_AGENT_ASKED,
     EVENT_KIND_AGENT_FAILED,
     EVENT_KIND_AGENT_FINISHED,
     EVENT_KIND_TASK_FAILED,
+    HistoryEvent,
 )
+from branchline.v1.organizations_pb2 import GithubStatus
+from branchline.v1.repositories_pb2 import Repository
+from branchline.v1.secrets_pb2 import Secret
+from branchline.v1.tasks_pb2 import TaskSummary
+from branchline.v1.transcripts_pb2 import InputRequest
+from branchline.v1.users_pb2 import User, UserTaskState
 from branchline_internal.github_data.v1.github_data_pb2 import GithubRepository
-from branchline_internal.user.v1.user_pb2 import ApiTokenState, MarkUnreadRequest
+from branchline_internal.sandbox.v1.sandbox_pb2 import AgentReport
+from branchline_internal.user.v1.user_pb2 import ApiTokenState, DraftState, MarkUnreadRequest
 
 from services.organization.destinations import TO_USER
 from services.organization.stores import Stores
@@ -48,6 +51,10 @@ class OrganizationIngest:
             Handler(GithubRepository, each(stores.github.take_repository)),
             Handler(GithubStatus, stores.github.take_statuses),
             Handler(HistoryEvent, self.events),
+            Handler(Secret, stores.people.take_secrets),
+            Handler(DraftState, stores.drafts.take),
+            Handler(InputRequest, stores.input_requests.take),
+            Handler(AgentReport, stores.catalogue.take),
             Handler(UserTaskState, stores.task_states.take),
         )
 

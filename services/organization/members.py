@@ -3,30 +3,28 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from branchline.v1.organizations_pb2 import ROLE_ADMIN, ROLE_OWNER, Member, Role
+from branchline.v1.common_pb2 import ENTITY_KIND_MEMBER
+from branchline.v1.errors_pb2 import ERROR_REASON_ALREADY_MEMBER, ERROR_REASON_LAST_OWNER, ERROR_REASON_QUOTA_EXCEEDED
+from branchline.v1.history_pb2 import EVENT_KIND_MEMBER_REMOVED, EVENT_KIND_MEMBER_UPDATED
+from branchline.v1.organizations_pb2 import Member
+from branchline.v1.roles_pb2 import ROLE_ADMIN, ROLE_OWNER, ROLE_UNSPECIFIED, Role
 from branchline.v1.users_pb2 import User
-from branchline.v1.vocabulary_pb2 import (
-    ENTITY_KIND_MEMBER,
-    ERROR_REASON_ALREADY_MEMBER,
-    ERROR_REASON_LAST_OWNER,
-    ERROR_REASON_QUOTA_EXCEEDED,
-    EVENT_KIND_MEMBER_ADDED,
-    EVENT_KIND_MEMBER_REMOVED,
-    EVENT_KIND_MEMBER_UPDATED,
-)
 from branchline_internal.user.v1.user_pb2 import ForgetTaskStatesRequest
+from google.protobuf.field_mask_pb2 import FieldMask
 from sqlalchemy import bindparam, func, select
 
 from services.organization.destinations import TO_USER
 from services.organization.feed import Feed
+from services.organization.listing import Listing
 from services.organization.tables import members
 from services.runtime.clock import Clock
 from services.runtime.database import Reader, Statement, Tx, is_in
-from services.runtime.errors import AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted
+from services.runtime.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from services.runtime.principal import current_principal
 from services.runtime.spine.index import Entry, Index
 from services.runtime.spine.outbox import Mark, Outbox
 from services.runtime.spine.resources import Held
+from services.runtime.updates import check_etag, etag_of, update
 
 REMOVED_AT_ONCE = 500
 
@@ -36,14 +34,16 @@ MOST_MEMBERS = 2_000
 MOST_MEMBERSHIPS = 500
 """Most organizations of one person: each call that says who calls carries them."""
 
-MOST_ADDED = 400
-"""Most of these that others may add a person to: the rest is kept for those that the person founds."""
-
-MOST_ADDED_BY_ONE = 50
-"""Most organizations of one administrator to which that one adds the same person."""
+SETTABLE = ("role",)
+"""What is changed of a member."""
 
 MEMBERS = Held(members, Member, ENTITY_KIND_MEMBER)
-MEMBERS_OF = MEMBERS.by("scope")
+MEMBERS_BY_NAME = Listing(
+    Member,
+    select(members.c.payload).where(members.c.scope == bindparam("of"), members.c.deleted.is_(False)),
+    [members.c.name_key, members.c.user_id],
+    [str, str],
+)
 MEMBERSHIPS_OF = MEMBERS.by("user_id")
 _SOME_MEMBERS_OF = MEMBERS.by("scope", limit=REMOVED_AT_ONCE)
 
@@ -56,18 +56,6 @@ _OWNERS = Statement(
 _COUNT = Statement(select(func.count()).where(members.c.scope == bindparam("of"), members.c.deleted.is_(False)))
 _COUNT_OF_USER = Statement(
     select(func.count()).where(members.c.user_id == bindparam("user"), members.c.deleted.is_(False))
-)
-_theirs = members.alias()
-_COUNT_SHARED = Statement(
-    select(func.count())
-    .select_from(members.join(_theirs, members.c.scope == _theirs.c.scope))
-    .where(
-        members.c.user_id == bindparam("user"),
-        members.c.deleted.is_(False),
-        _theirs.c.user_id == bindparam("caller"),
-        _theirs.c.role >= ROLE_ADMIN,
-        _theirs.c.deleted.is_(False),
-    )
 )
 _USER_IDS = Statement(
     select(members.c.scope, members.c.user_id).where(is_in(members.c.scope, "scopes"), members.c.deleted.is_(False))
@@ -87,11 +75,6 @@ class Members:
         """Return a membership, or None."""
         return MEMBERS.find(tx, member_id(organization_id, user_id))
 
-    def list_of(self, tx: Reader, organization_id: str) -> list[Member]:
-        """Return the members, by display name."""
-        found = MEMBERS_OF(tx, scope=organization_id)
-        return sorted(found, key=lambda member: (member.display_name.casefold(), member.user_id))
-
     def user_ids(self, tx: Reader, organization_ids: Iterable[str]) -> dict[str, list[str]]:
         """Return the users of organizations."""
         found: dict[str, list[str]] = {}
@@ -99,21 +82,20 @@ class Members:
             found.setdefault(row.scope, []).append(row.user_id)
         return found
 
-    def join(
-        self, tx: Tx, organization_id: str, user: User, role: Role.ValueType, most: int = MOST_MEMBERSHIPS
-    ) -> Member:
-        """Make a person a member, of at most so many organizations.
+    def join(self, tx: Tx, organization_id: str, user: User, role: Role.ValueType) -> Member:
+        """Make a person a member.
 
         Raise AlreadyExists if the person is one, ResourceExhausted if there would be too many.
         """
         if self.find(tx, organization_id, user.id) is not None:
             sentence = f"{user.email or user.id} is a member"
-            raise AlreadyExists(ENTITY_KIND_MEMBER, user.id, sentence, ERROR_REASON_ALREADY_MEMBER)
-        if tx.value(_COUNT, {"of": organization_id}) >= MOST_MEMBERS:
-            raise ResourceExhausted(ERROR_REASON_QUOTA_EXCEEDED, f"an organization has at most {MOST_MEMBERS} members")
-        if tx.value(_COUNT_OF_USER, {"user": user.id}) >= most:
-            sentence = f"a person is a member of at most {most} organizations"
-            raise ResourceExhausted(ERROR_REASON_QUOTA_EXCEEDED, sentence)
+            raise AlreadyExists(ENTITY_KIND_MEMBER, user.id, sentence, ERROR_REASON_ALREADY_MEMBER, user_id=user.id)
+        tx.take_turn("members", organization_id)
+        self.check_room(tx, organization_id)
+        tx.take_turn("memberships", user.id)
+        if tx.value(_COUNT_OF_USER, {"user": user.id}) >= MOST_MEMBERSHIPS:
+            sentence = f"a person is a member of at most {MOST_MEMBERSHIPS} organizations"
+            raise ResourceExhausted(ERROR_REASON_QUOTA_EXCEEDED, sentence, limit="memberships")
         left = tx.value(_LAST_REVISION, {"member": member_id(organization_id, user.id)})
         member = Member(
             organization_id=organization_id,
@@ -127,33 +109,30 @@ class Members:
         self._save(tx, member)
         return member
 
-    def add(self, tx: Tx, organization_id: str, user: User, role: Role.ValueType) -> Member:
-        """Make a person a member on the caller's word; only owners make owners.
+    def check_room(self, tx: Reader, organization_id: str) -> None:
+        """Raise ResourceExhausted if the organization can have no further member."""
+        if tx.value(_COUNT, {"of": organization_id}) >= MOST_MEMBERS:
+            sentence = f"an organization has at most {MOST_MEMBERS} members"
+            raise ResourceExhausted(ERROR_REASON_QUOTA_EXCEEDED, sentence, limit="members")
 
-        Nobody can use up what another may be a member of: see `MOST_ADDED` and `MOST_ADDED_BY_ONE`.
-        """
-        caller = current_principal()
-        if role == ROLE_OWNER:
-            caller.require(ROLE_OWNER)
-        if tx.value(_COUNT_SHARED, {"user": user.id, "caller": caller.user_id}) >= MOST_ADDED_BY_ONE:
-            sentence = f"you may add a person to at most {MOST_ADDED_BY_ONE} of your organizations"
-            raise ResourceExhausted(ERROR_REASON_QUOTA_EXCEEDED, sentence)
-        member = self.join(tx, organization_id, user, role, MOST_ADDED)
-        self.feed.record(tx, organization_id, EVENT_KIND_MEMBER_ADDED, f"{user.display_name} joined")
-        return member
-
-    def change_role(self, tx: Tx, organization_id: str, user_id: str, role: Role.ValueType) -> Member:
+    def change(self, tx: Tx, given: Member, mask: FieldMask) -> Member:
         """Change what a member may do; only owners make and unmake owners."""
-        member = self._get(tx, organization_id, user_id)
-        if ROLE_OWNER in {member.role, role}:
+        member = self._get(tx, given.organization_id, given.user_id)
+        check_etag(member, given)
+        before = Member()
+        before.CopyFrom(member)
+        changed = update(member, given, mask, SETTABLE, "member")
+        role = member.role
+        if role == ROLE_UNSPECIFIED:
+            raise InvalidArgument("member.role", "must be set")
+        if ROLE_OWNER in {before.role, role}:
             current_principal().require(ROLE_OWNER)
-        if member.role == role:
+        if not changed:
             return member
-        self._keep_an_owner(tx, member)
-        member.role = role
+        self._keep_an_owner(tx, before)
         self._save(tx, member)
         words = f"{member.display_name} is now {Role.Name(role).removeprefix('ROLE_').lower()}"
-        self.feed.record(tx, organization_id, EVENT_KIND_MEMBER_UPDATED, words)
+        self.feed.record(tx, member.organization_id, EVENT_KIND_MEMBER_UPDATED, words)
         return member
 
     def remove(self, tx: Tx, organization_id: str, user_id: str) -> Member:
@@ -190,6 +169,7 @@ class Members:
 
     def _save(self, tx: Tx, member: Member, *, deleted: bool = False) -> None:
         member.revision += 1
+        member.etag = etag_of(member, SETTABLE)
         self.index.put(tx, _entry(member, deleted=deleted))
 
 
@@ -206,5 +186,5 @@ def _entry(member: Member, *, deleted: bool) -> Entry:
         member.revision,
         member,
         deleted=deleted,
-        columns={"role": member.role, "user_id": member.user_id},
+        columns={"role": member.role, "user_id": member.user_id, "name_key": member.display_name.casefold()},
     )

@@ -1,20 +1,22 @@
 """Organizations: founded, changed, bound to GitHub, and deleted. What is being deleted takes no commands."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from branchline.v1.organizations_pb2 import ROLE_OWNER, ROLE_UNSPECIFIED, Organization, Role
-from branchline.v1.users_pb2 import User
-from branchline.v1.vocabulary_pb2 import (
-    ENTITY_KIND_ORGANIZATION,
+from branchline.v1.common_pb2 import ENTITY_KIND_ORGANIZATION
+from branchline.v1.errors_pb2 import (
     ERROR_REASON_BEING_DELETED,
     ERROR_REASON_GITHUB_LOGIN_TAKEN,
     ERROR_REASON_SLUG_TAKEN,
+)
+from branchline.v1.history_pb2 import (
     EVENT_KIND_ORGANIZATION_CREATED,
     EVENT_KIND_ORGANIZATION_DELETING,
     EVENT_KIND_ORGANIZATION_UPDATED,
 )
+from branchline.v1.organizations_pb2 import Organization
+from branchline.v1.roles_pb2 import ROLE_OWNER, ROLE_UNSPECIFIED, Role
+from branchline.v1.users_pb2 import User
 from google.protobuf.field_mask_pb2 import FieldMask
 from sqlalchemy import bindparam, select
 
@@ -27,13 +29,16 @@ from services.runtime.errors import AlreadyExists, FailedPrecondition, InvalidAr
 from services.runtime.principal import current_principal
 from services.runtime.spine.index import Entry, Index
 from services.runtime.spine.resources import Held
+from services.runtime.updates import check_etag, etag_of, update
 
 DEFAULT_IDLE_SECONDS = 1800
 DEFAULT_SANDBOX_PROVIDER = "local"
 ORGANIZATION_BYTES = 4 * 1024
 """Most that an organization's own state may take: every watch of it carries it, and the list of a person's own."""
 
-_UPDATABLE = frozenset({"display_name", "slug", "settings"})
+SETTABLE = ("display_name", "slug", "settings")
+"""What is changed of an organization."""
+
 _SLUG = re.compile(r"[a-z0-9]([a-z0-9-]{0,37}[a-z0-9])?")
 _NAME_LENGTH = 128
 
@@ -59,8 +64,12 @@ class Organizations:
 
         Raise what `check_open` does.
         """
-        tx.row(_TAKE_TURN, {"organization": organization_id})
+        self.take_turn(tx, organization_id)
         return self.check_open(tx, organization_id, role)
+
+    def take_turn(self, tx: Tx, organization_id: str) -> None:
+        """Wait for other commands on an organization."""
+        tx.row(_TAKE_TURN, {"organization": organization_id})
 
     def check_open(self, tx: Reader, organization_id: str, role: Role.ValueType) -> Organization:
         """Return an organization that takes commands.
@@ -88,7 +97,7 @@ class Organizations:
         organization.create_time.CopyFrom(self.clock.timestamp())
         organization.settings.auto_import_repositories = True
         organization.settings.default_sandbox_provider = DEFAULT_SANDBOX_PROVIDER
-        organization.settings.idle_timeout_seconds = DEFAULT_IDLE_SECONDS
+        organization.settings.idle_timeout.FromSeconds(DEFAULT_IDLE_SECONDS)
         self._save(tx, organization)
         self.members.join(tx, organization.id, owner, ROLE_OWNER)
         self.feed.record(tx, organization.id, EVENT_KIND_ORGANIZATION_CREATED, f"{organization.slug} created")
@@ -96,12 +105,15 @@ class Organizations:
     def update(self, tx: Tx, organization: Organization, given: Organization, mask: FieldMask) -> None:
         """Take the fields that the mask names."""
         slug = organization.slug
-        mask.MergeMessage(given, organization, True, True)
+        check_etag(organization, given)
+        changed = update(organization, given, mask, SETTABLE, "organization")
+        if not changed:
+            return
         if organization.slug != slug:
             self._refuse_taken_slug(tx, organization.slug)
         check_profile(organization)
         self._save(tx, organization)
-        self.feed.record(tx, organization.id, EVENT_KIND_ORGANIZATION_UPDATED, ", ".join(mask.paths))
+        self.feed.record(tx, organization.id, EVENT_KIND_ORGANIZATION_UPDATED, ", ".join(changed))
 
     def bind_login(self, tx: Tx, slug: str, login: str) -> Organization:
         """Bind a GitHub login, or with an empty one unbind it. Raise AlreadyExists if it is another's."""
@@ -132,6 +144,7 @@ class Organizations:
 
     def _save(self, tx: Tx, organization: Organization, *, deleted: bool = False) -> None:
         organization.revision += 1
+        organization.etag = etag_of(organization, SETTABLE)
         columns = {
             "slug": organization.slug,
             "github_login": organization.github_login.lower(),
@@ -151,7 +164,7 @@ class Organizations:
     def _refuse_taken_slug(self, tx: Reader, slug: str) -> None:
         if self.of_slug(tx, slug) is not None:
             sentence = f'the slug "{slug}" is taken'
-            raise AlreadyExists(ENTITY_KIND_ORGANIZATION, slug, sentence, ERROR_REASON_SLUG_TAKEN)
+            raise AlreadyExists(ENTITY_KIND_ORGANIZATION, slug, sentence, ERROR_REASON_SLUG_TAKEN, slug=slug)
 
 
 def check_profile(organization: Organization) -> None:
@@ -162,18 +175,3 @@ def check_profile(organization: Organization) -> None:
         raise InvalidArgument("organization.display_name", f"must have 1 to {_NAME_LENGTH} characters")
     if organization.ByteSize() > ORGANIZATION_BYTES:
         raise InvalidArgument("organization.settings", f"must not take more than {ORGANIZATION_BYTES} bytes")
-
-
-def check_mask(paths: Sequence[str]) -> None:
-    """Raise InvalidArgument if a path names what cannot be changed."""
-    for path in paths:
-        if path.partition(".")[0] not in _UPDATABLE or not _is_field(path):
-            raise InvalidArgument("update_mask", f'"{path}" cannot be changed')
-
-
-def _is_field(path: str) -> bool:
-    head, _, tail = path.partition(".")
-    field = Organization.DESCRIPTOR.fields_by_name.get(head)
-    if field is None:
-        return False
-    return not tail or (field.message_type is not None and tail in field.message_type.fields_by_name)

@@ -5,27 +5,44 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from branchline.v1.common_pb2 import ENTITY_KIND_API_TOKEN, ENTITY_KIND_SECRET, ENTITY_KIND_USER
+from branchline.v1.secrets_pb2 import Secret
 from branchline.v1.users_pb2 import ApiToken, User
-from branchline.v1.vocabulary_pb2 import ENTITY_KIND_API_TOKEN, ENTITY_KIND_USER
 from branchline_internal.user.v1.user_pb2 import ApiTokenState
-from sqlalchemy import bindparam, select
+from sqlalchemy import bindparam, delete, select
 
-from services.organization.tables import auth_email_index, auth_session_index, users
-from services.runtime.clock import column_seconds
+from services.organization.listing import Listing
+from services.organization.tables import auth_email_index, auth_session_index, secrets, users
+from services.runtime.clock import Clock, column_seconds
 from services.runtime.database import Reader, Statement, Tx, insert_new, upsert
 from services.runtime.spine.hub import Hub
+from services.runtime.spine.index import TOMBSTONE_SECONDS
 from services.runtime.spine.ingest import Pushed
 from services.runtime.spine.resources import Resources
+
+FIRST_TOKEN = "first token"  # noqa: S105 - its name
 
 USERS = Resources(users, User, ENTITY_KIND_USER, columns=lambda user: {"id": user.id})
 
 _tokens = auth_session_index.c
 _PUT_TOKEN = Statement(upsert(auth_session_index, ["token_id"], newer="revision"))
 _TOKEN = Statement(select(auth_session_index).where(_tokens.token_hash == bindparam("hash")))
-_TOKENS = Statement(
-    select(_tokens.payload)
-    .where(_tokens.user_id == bindparam("user"), _tokens.revoked.is_(False))
-    .order_by(_tokens.token_id.desc())
+TOKENS = Listing(
+    ApiToken,
+    select(_tokens.payload).where(_tokens.user_id == bindparam("user"), _tokens.revoked.is_(False)),
+    [_tokens.token_id],
+    [str],
+    descending=True,
+)
+SECRETS = Listing(
+    Secret,
+    select(secrets.c.payload).where(secrets.c.user_id == bindparam("user"), secrets.c.deleted.is_(False)),
+    [secrets.c.id],
+    [str],
+)
+_PUT_SECRET = Statement(upsert(secrets, ["id"], newer="revision"))
+_OLD_SECRETS = Statement(
+    delete(secrets).where(secrets.c.deleted.is_(True), secrets.c.change_time < bindparam("before"))
 )
 _ADD_EMAIL = Statement(insert_new(auth_email_index, ["email"]))
 _EMAIL = Statement(select(auth_email_index.c.user_id).where(auth_email_index.c.email == bindparam("address")))
@@ -36,6 +53,7 @@ class People:
     """What is indexed of users."""
 
     hub: Hub
+    clock: Clock
 
     def take_users(self, tx: Tx, pushed: Sequence[Pushed[User]]) -> None:
         """Index profiles and e-mail addresses."""
@@ -62,9 +80,26 @@ class People:
             return None
         return ApiToken.FromString(row.payload)
 
-    def tokens_of(self, tx: Reader, user_id: str) -> list[ApiToken]:
-        """Return a person's tokens that are not revoked, newest first."""
-        return [ApiToken.FromString(row.payload) for row in tx.rows(_TOKENS, {"user": user_id})]
+    def take_secrets(self, tx: Tx, pushed: Sequence[Pushed[Secret]]) -> None:
+        """Index secrets, which hold no values."""
+        rows = [
+            {
+                "id": one.id,
+                "user_id": one.state.user_id,
+                "revision": one.revision,
+                "deleted": one.deleted,
+                "change_time": self.clock.seconds(),
+                "payload": b"" if one.deleted else one.state.SerializeToString(),
+            }
+            for one in pushed
+        ]
+        tx.change_many(_PUT_SECRET, rows)
+        for one in pushed:
+            tx.after_commit(partial(self.hub.touch, ENTITY_KIND_SECRET, one.id))
+
+    def prune(self, tx: Tx) -> None:
+        """Forget which secrets were deleted."""
+        tx.change(_OLD_SECRETS, {"before": self.clock.seconds() - TOMBSTONE_SECONDS})
 
 
 def _token_row(state: ApiTokenState) -> dict[str, Any]:

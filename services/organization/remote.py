@@ -23,7 +23,7 @@ def check_remote_url(url: str) -> None:
     if parts.scheme not in _SCHEMES:
         raise InvalidArgument("remote_url", f"must begin with one of {', '.join(sorted(_SCHEMES))}")
     if parts.password is not None or ("@" in parts.netloc and parts.scheme != "ssh"):
-        raise InvalidArgument("remote_url", "must not hold credentials; store them with SetGitCredential")
+        raise InvalidArgument("remote_url", "must not hold credentials; store them as a secret")
     if parts.query or parts.fragment:
         raise InvalidArgument("remote_url", "must not hold a query or a fragment: everybody who sees it would see them")
     if parts.netloc.startswith("-") or host.startswith("-") or ".." in parts.path.split("/"):

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from branchline.v1.repositories_pb2 import Repository
-from branchline.v1.vocabulary_pb2 import (
-    ENTITY_KIND_REPOSITORY,
-    ERROR_REASON_REPOSITORY_EXISTS,
-    EVENT_KIND_REPOSITORY_ADDED,
+from branchline.v1.common_pb2 import ENTITY_KIND_REPOSITORY
+from branchline.v1.errors_pb2 import ERROR_REASON_REPOSITORY_EXISTS
+from branchline.v1.history_pb2 import (
+    EVENT_KIND_REPOSITORY_CREATED,
     EVENT_KIND_REPOSITORY_DELETED,
     EVENT_KIND_REPOSITORY_DELETING,
 )
+from branchline.v1.repositories_pb2 import Repository
 from branchline_internal.repository.v1.repository_pb2 import DeleteRepositoryRequest, EnsureRepositoryRequest
 from sqlalchemy import String, bindparam, delete, select, tuple_
 
@@ -48,11 +48,11 @@ _UNTOUCHED = Statement(
     .limit(bindparam("most"))
 )
 _ANY = Statement(select(_c.id).where(_c.scope == bindparam("of"), _c.deleted.is_(False)).limit(1))
-_place = tuple_(_c.full_name, _c.id)
+_place = tuple_(_c.display_name, _c.id)
 _listed = (
-    select(_c.full_name, _c.id, _c.payload)
+    select(_c.display_name, _c.id, _c.payload)
     .where(_c.scope == bindparam("of"), _c.deleted.is_(False))
-    .order_by(_c.full_name, _c.id)
+    .order_by(_c.display_name, _c.id)
     .limit(bindparam("most"))
 )
 FIRST_PAGE = Statement(_listed)
@@ -79,13 +79,13 @@ class Repositories:
         """Index a new repository and have the child created. Raise AlreadyExists naming the one that has the URL."""
         holder = self.of_url(tx, repository.organization_id, repository.remote_url)
         if holder is not None:
-            sentence = f"{holder.full_name} has this URL"
+            sentence = f"{holder.display_name} has this URL"
             reason = ERROR_REASON_REPOSITORY_EXISTS
             raise AlreadyExists(ENTITY_KIND_REPOSITORY, holder.id, sentence, reason, repository_id=holder.id)
         self.found(tx, repository)
         self.outbox.mark(tx, [Mark(repository.id, 1, EnsureRepositoryRequest(repository=repository), TO_REPOSITORY)])
-        words = f"{repository.full_name} added"
-        self.feed.record(tx, repository.organization_id, EVENT_KIND_REPOSITORY_ADDED, words, repository.id)
+        words = f"{repository.display_name} added"
+        self.feed.record(tx, repository.organization_id, EVENT_KIND_REPOSITORY_CREATED, words, repository.id)
 
     def found(self, tx: Tx, repository: Repository) -> None:
         """Give a new repository its id and index it."""
@@ -142,7 +142,7 @@ class Repositories:
         tx.change(_BEGIN_DELETION, {**given, "request_time": now.ToNanoseconds() / 1e9})
         forget = DeleteRepositoryRequest(repository_id=repository.id)
         self.outbox.mark(tx, [Mark(repository.id, repository.revision, forget, TO_REPOSITORY)])
-        words = f"{repository.full_name} is being deleted"
+        words = f"{repository.display_name} is being deleted"
         self.feed.record(tx, repository.organization_id, EVENT_KIND_REPOSITORY_DELETING, words, repository.id)
 
     def begin_deletions(self, tx: Tx, organization_id: str, most: int) -> int:
@@ -173,7 +173,7 @@ class Repositories:
         if repository is not None:
             repository.revision += 1
             if self.index.put(tx, _entry(repository, deleted=True)):
-                words = f"{repository.full_name} deleted"
+                words = f"{repository.display_name} deleted"
                 self.feed.record(tx, organization_id, EVENT_KIND_REPOSITORY_DELETED, words, repository_id)
         return organization_id
 
@@ -191,7 +191,7 @@ class Repositories:
         if after is not None:
             given |= {"after_name": after[0], "after_id": after[1]}
         rows = tx.each(FIRST_PAGE if after is None else NEXT_PAGE, given)
-        return page_of(Repository, rows, ["full_name", "id"], most)
+        return page_of(Repository, rows, ["display_name", "id"], most)
 
 
 def _entry(repository: Repository, *, deleted: bool = False) -> Entry:
@@ -202,5 +202,5 @@ def _entry(repository: Repository, *, deleted: bool = False) -> Entry:
         repository.revision,
         repository,
         deleted=deleted,
-        columns={"full_name": repository.full_name, "remote_url": repository.remote_url},
+        columns={"display_name": repository.display_name, "remote_url": repository.remote_url},
     )

@@ -3,36 +3,41 @@
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from branchline.v1.organizations_pb2 import ORGANIZATION_KIND_TEAM, Member, Organization
-from branchline.v1.users_pb2 import User
-from branchline.v1.vocabulary_pb2 import (
+from branchline.v1.blobs_pb2 import Blob
+from branchline.v1.common_pb2 import (
     ENTITY_KIND_ORGANIZATION,
     ENTITY_KIND_REPOSITORY,
     ENTITY_KIND_TASK,
     ENTITY_KIND_USER,
-    ERROR_REASON_TOKEN_INVALID,
+    BlobReference,
+    Consistency,
 )
+from branchline.v1.errors_pb2 import ERROR_REASON_TOKEN_INVALID
+from branchline.v1.organizations_pb2 import ORGANIZATION_KIND_TEAM, Member, Organization
+from branchline.v1.roles_pb2 import ROLE_UNSPECIFIED
+from branchline.v1.users_pb2 import User
 from branchline_internal.organization.v1 import organization_pb2, organization_pb2_grpc
 from branchline_internal.user.v1.user_pb2 import CreateUserRequest
 from branchline_internal.user.v1.user_pb2 import GetGitCredentialRequest as UserGitCredentialRequest
 from branchline_internal.user.v1.user_pb2 import IssueTokenRequest as UserIssueTokenRequest
 from branchline_internal.user.v1.user_pb2_grpc import UserServiceStub
 
+from services.organization.claims import reference_to
 from services.organization.members import MEMBERSHIPS_OF
 from services.organization.organizations import ORGANIZATIONS
-from services.organization.people import USERS
+from services.organization.people import FIRST_TOKEN, USERS
 from services.organization.repositories import REPOSITORIES
 from services.organization.stores import Stores
 from services.organization.tables import HISTORY, WATCHED
+from services.organization.uploads import Uploads
 from services.runtime.clock import Clock
 from services.runtime.database import Database, Reader, Tx
-from services.runtime.errors import NotFound, Unauthenticated
+from services.runtime.errors import InvalidArgument, NotFound, Unauthenticated
 from services.runtime.principal import current_principal
 from services.runtime.serving import Context
+from services.runtime.spine.index import Narrow
 from services.runtime.spine.source import watch_index
-from services.runtime.spine.tokens import parse_consistency_token
-
-FIRST_TOKEN = "first token"  # noqa: S105 - its name
+from services.runtime.spine.tokens import parse_consistency
 
 _WATCHED_KINDS = [table.kind for table in WATCHED]
 _TARGETS = {
@@ -50,6 +55,7 @@ class OrganizationServicer(organization_pb2_grpc.OrganizationServiceServicer):
     clock: Clock
     stores: Stores
     user: UserServiceStub
+    uploads: Uploads
 
     async def Bootstrap(
         self, request: organization_pb2.BootstrapRequest, context: Context
@@ -91,7 +97,9 @@ class OrganizationServicer(organization_pb2_grpc.OrganizationServiceServicer):
             sentence = "the bearer token is unknown, expired or revoked"
             raise Unauthenticated(ERROR_REASON_TOKEN_INVALID, sentence)
         memberships = MEMBERSHIPS_OF(tx, user_id=user.id)
-        return organization_pb2.AuthenticateResponse(user=user, memberships=memberships, role_limit=token.role_limit)
+        return organization_pb2.AuthenticateResponse(
+            user=user, memberships=memberships, scope=token.scope if token.HasField("scope") else None
+        )
 
     async def ResolveRoute(
         self, request: organization_pb2.ResolveRouteRequest, context: Context
@@ -132,22 +140,76 @@ class OrganizationServicer(organization_pb2_grpc.OrganizationServiceServicer):
         scope, selection = request.organization_id, request.selection
         if not current_principal().sees(scope):
             raise NotFound(ENTITY_KIND_ORGANIZATION, scope)
-        point = parse_consistency_token(selection.consistency_token)
+        freshness = parse_consistency(selection.consistency)
         user_id = current_principal().user_id or selection.viewer_id
-        await self.stores.index.await_point(point, scope, user_id, context.time_remaining())
+        await self.stores.index.await_point(
+            freshness.point, scope, user_id, context.time_remaining(), freshness.wait_seconds
+        )
         topic = f"{'history' if request.history else 'organization'}/{scope}"
         kinds = [HISTORY.kind] if request.history else _WATCHED_KINDS
-        async for frame in watch_index(self.stores.index, topic, scope, kinds, selection):
+        if request.kinds:
+            kinds = [kind for kind in kinds if kind in request.kinds]
+        narrow: Narrow = {}
+        if request.HasField("tasks") and ENTITY_KIND_TASK in kinds:
+            narrow = {ENTITY_KIND_TASK: self.stores.tasks.narrowed(request.tasks)}
+        async for frame in watch_index(self.stores.index, topic, scope, kinds, selection, narrow):
             yield organization_pb2.WatchIndexResponse(frame=frame)
 
     async def AwaitConsistency(
         self, request: organization_pb2.AwaitConsistencyRequest, context: Context
     ) -> organization_pb2.AwaitConsistencyResponse:
         """Wait until the index is as new as the token."""
-        point = parse_consistency_token(request.consistency_token)
+        freshness = parse_consistency(request.consistency)
         user_id = current_principal().user_id
-        await self.stores.index.await_point(point, request.organization_id, user_id, context.time_remaining())
+        await self.stores.index.await_point(
+            freshness.point, request.organization_id, user_id, context.time_remaining(), freshness.wait_seconds
+        )
         return organization_pb2.AwaitConsistencyResponse()
+
+    async def CheckOptions(
+        self, request: organization_pb2.CheckOptionsRequest, context: Context
+    ) -> organization_pb2.CheckOptionsResponse:
+        """Check that what a new task asks for is known."""
+        await self.database.read(self.stores.catalogue.check, request)
+        return organization_pb2.CheckOptionsResponse()
+
+    async def ClaimBlobs(
+        self, request: organization_pb2.ClaimBlobsRequest, context: Context
+    ) -> organization_pb2.ClaimBlobsResponse:
+        """Name blobs on behalf of a task, or say whether that could be done."""
+        if request.validate_only:
+            blobs = await self.database.read(self._check, request)
+        else:
+            blobs = await self.database.write(self._claim, request)
+        return organization_pb2.ClaimBlobsResponse(blobs=blobs)
+
+    def _check(self, tx: Reader, request: organization_pb2.ClaimBlobsRequest) -> list[BlobReference]:
+        self.stores.organizations.check_open(tx, request.organization_id, ROLE_UNSPECIFIED)
+        return self.stores.claims.check(tx, request.organization_id, request.blob_ids)
+
+    def _claim(self, tx: Tx, request: organization_pb2.ClaimBlobsRequest) -> list[BlobReference]:
+        if not request.task_id:
+            raise InvalidArgument("task_id", "must say on whose behalf")
+        self.stores.organizations.check_open(tx, request.organization_id, ROLE_UNSPECIFIED)
+        return self.stores.claims.claim(tx, request.organization_id, request.task_id, request.blob_ids)
+
+    async def FetchBlob(
+        self, request: organization_pb2.FetchBlobRequest, context: Context
+    ) -> organization_pb2.FetchBlobResponse:
+        """Read part of a blob that a task has named."""
+        named_by = self.stores.claims.named_by
+        blob = await self.database.read(named_by, request.organization_id, request.task_id, request.blob_id)
+        return organization_pb2.FetchBlobResponse(data=await self.uploads.read(blob, request.offset))
+
+    async def StoreBlob(
+        self, request: organization_pb2.StoreBlobRequest, context: Context
+    ) -> organization_pb2.StoreBlobResponse:
+        """Store what an agent has shown."""
+        organization_id = request.organization_id
+        await self.database.read(self.stores.organizations.check_open, organization_id, ROLE_UNSPECIFIED)
+        new = Blob(organization_id=organization_id, display_name=request.display_name, media_type=request.media_type)
+        blob = await self.uploads.store(new, request.task_id, request.data)
+        return organization_pb2.StoreBlobResponse(blob=reference_to(blob))
 
     async def BindGithubLogin(
         self, request: organization_pb2.BindGithubLoginRequest, context: Context
@@ -171,7 +233,8 @@ class OrganizationServicer(organization_pb2_grpc.OrganizationServiceServicer):
     async def _issue(self, user_id: str, name: str) -> str:
         """Have a token made; return it once it works."""
         issued = await self.user.IssueToken(UserIssueTokenRequest(user_id=user_id, name=name))
-        await self.stores.index.await_point(parse_consistency_token(issued.consistency_token), "", user_id)
+        point = parse_consistency(Consistency(at_least_as_fresh=[issued.consistency_token])).point
+        await self.stores.index.await_point(point, "", user_id)
         return issued.api_token
 
     async def GetGitCredential(

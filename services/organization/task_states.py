@@ -1,29 +1,16 @@
-"""What people have open, unread and half written, as the user service pushes it: indexed for them alone.
-
-A state may arrive when its task or its membership is gone, from a call that had begun before or knew no better. Then
-the user service is told to forget it, or it would stay for ever.
-"""
+"""What people have open and unread, as the user service pushes it: indexed for them alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from branchline.v1.common_pb2 import ENTITY_KIND_USER_TASK_STATE
 from branchline.v1.users_pb2 import UserTaskState
-from branchline.v1.vocabulary_pb2 import ENTITY_KIND_USER_TASK_STATE
-from branchline_internal.user.v1.user_pb2 import ForgetTaskStatesRequest
-from sqlalchemy import select
 
-from services.organization.destinations import TO_USER
-from services.organization.tables import members, task_lookup
-from services.runtime.database import Reader, Statement, Tx, is_in
+from services.organization.places import Own, send_back, strays
+from services.runtime.database import Tx
 from services.runtime.spine.index import Entry, Index
 from services.runtime.spine.ingest import Pushed
-from services.runtime.spine.outbox import Mark, Outbox
-
-_PLACES = Statement(
-    select(task_lookup.c.task_id, members.c.user_id)
-    .join(members, members.c.scope == task_lookup.c.organization_id)
-    .where(is_in(task_lookup.c.task_id, "tasks"), is_in(members.c.user_id, "users"), members.c.deleted.is_(False))
-)
+from services.runtime.spine.outbox import Outbox
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,20 +23,12 @@ class TaskStates:
     def take(self, tx: Tx, pushed: Sequence[Pushed[UserTaskState]]) -> None:
         """Index pushed states, and have those forgotten that have no place any more."""
         self.index.put_many(tx, [_entry(one) for one in pushed])
-        self.outbox.mark(tx, [_forget(one) for one in _strays(tx, pushed)])
+        send_back(tx, self.outbox, strays(tx, [_own(one) for one in pushed if not one.deleted]))
 
 
-def _strays(tx: Reader, pushed: Sequence[Pushed[UserTaskState]]) -> list[Pushed[UserTaskState]]:
-    """Return the states of tasks that are gone, or of people who are no members."""
-    present = [one for one in pushed if not one.deleted]
-    if not present:
-        return []
-    given = {
-        "tasks": sorted({one.state.task_id for one in present}),
-        "users": sorted({one.state.user_id for one in present}),
-    }
-    places = {(row.task_id, row.user_id) for row in tx.rows(_PLACES, given)}
-    return [one for one in present if (one.state.task_id, one.state.user_id) not in places]
+def _own(one: Pushed[UserTaskState]) -> Own:
+    state = one.state
+    return Own(one.id, one.revision, state.organization_id, state.user_id, state.task_id)
 
 
 def _entry(one: Pushed[UserTaskState]) -> Entry:
@@ -63,11 +42,3 @@ def _entry(one: Pushed[UserTaskState]) -> Entry:
         task_id=one.state.task_id,
         deleted=one.deleted,
     )
-
-
-def _forget(one: Pushed[UserTaskState]) -> Mark:
-    state = one.state
-    forget = ForgetTaskStatesRequest(
-        organization_id=state.organization_id, user_id=state.user_id, task_id=state.task_id
-    )
-    return Mark(one.id, one.revision, forget, TO_USER)

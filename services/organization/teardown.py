@@ -12,11 +12,25 @@ from branchline_internal.history.v1.history_pb2 import DeleteFeedRequest
 from branchline_internal.user.v1.user_pb2 import ForgetTaskStatesRequest
 from sqlalchemy import Table, bindparam, delete, select, update
 
+from services.organization.blobs import Blobs
+from services.organization.claims import Claims
 from services.organization.destinations import TO_GITHUB_DATA, TO_HISTORY, TO_USER
+from services.organization.drafts import Drafts
+from services.organization.invitations import Invitations
 from services.organization.members import REMOVED_AT_ONCE, Members
 from services.organization.organizations import ORGANIZATIONS, Organizations
 from services.organization.repositories import Repositories
-from services.organization.tables import HISTORY, WATCHED, github_status, organizations, teardowns, user_task_states
+from services.organization.tables import (
+    HISTORY,
+    WATCHED,
+    agents,
+    github_status,
+    input_requests,
+    organizations,
+    sandbox_providers,
+    teardowns,
+    user_task_states,
+)
 from services.runtime.database import Database, Reader, Statement, Tx, insert_new
 from services.runtime.loops import for_each
 from services.runtime.spine.index import IndexTable
@@ -36,6 +50,10 @@ _DONE = Statement(
 )
 _FORGET = Statement(delete(teardowns).where(teardowns.c.organization_id == bindparam("organization")))
 
+_FORGET_PROVIDERS = Statement(
+    delete(sandbox_providers).where(sandbox_providers.c.organization_id == bindparam("organization"))
+)
+
 
 def _rows_of(table: Table) -> Statement:
     columns = table.c
@@ -49,7 +67,7 @@ def _rows_of(table: Table) -> Statement:
 _PURGED: list[tuple[IndexTable, Statement]] = [
     (spec, _rows_of(spec.table))
     for spec in (HISTORY, *WATCHED)
-    if spec.table in {HISTORY.table, user_task_states, github_status}
+    if spec.table in {HISTORY.table, user_task_states, github_status, agents, input_requests}
 ]
 
 
@@ -61,6 +79,10 @@ class Teardown:
     organizations: Organizations
     members: Members
     repositories: Repositories
+    invitations: Invitations
+    drafts: Drafts
+    claims: Claims
+    blobs: Blobs
 
     def advance(self, tx: Tx, organization_id: str) -> bool:
         """Take the next step, if there is one now; say whether another can follow at once."""
@@ -81,9 +103,21 @@ class Teardown:
                 return True
         if self.members.remove_some(tx, organization_id) == REMOVED_AT_ONCE:
             return True
+        if self._forget_rest(tx, organization_id):
+            return True
+        tx.change(_FORGET_PROVIDERS, {"organization": organization_id})
         self.organizations.end(tx, organization)
         tx.change(_FORGET, {"organization": organization_id})
         return False
+
+    def _forget_rest(self, tx: Tx, organization_id: str) -> bool:
+        """Forget some of what is not watched; say whether there may be more. Bytes of blobs are collected."""
+        return (
+            self.invitations.forget_of(tx, organization_id, _AT_ONCE) == _AT_ONCE
+            or self.drafts.forget_of(tx, organization_id, _AT_ONCE) == _AT_ONCE
+            or self.claims.drop_of(tx, organization_id)
+            or self.blobs.discard_of(tx, organization_id)
+        )
 
     def _tell_children(self, tx: Tx, organization_id: str) -> None:
         told = {
