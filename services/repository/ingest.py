@@ -7,16 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from branchline.v1.history_pb2 import ACTOR_KIND_SYSTEM, HistoryEvent
-from branchline.v1.sandboxes_pb2 import Sandbox
-from branchline.v1.sessions_pb2 import Session, TranscriptEntry
+from branchline.v1.history_pb2 import EVENT_KIND_BRANCH_MOVED, EVENT_KIND_TASK_DELETED, EventKind, HistoryEvent
 from branchline.v1.tasks_pb2 import Task
-from branchline.v1.vocabulary_pb2 import EVENT_KIND_BRANCH_MOVED, EVENT_KIND_TASK_DELETED, EventKind
+from branchline_internal.sandbox.v1.sandbox_pb2 import AgentReport
 
 from services.repository.deletion import Deletion
 from services.repository.store import RepositoryStore
 from services.repository.summary import summary_of
-from services.repository.workbench import Conflict, Part, Place, Workbench, stays
+from services.repository.workbench import PARTS, Conflict, Part, Place, Workbench, stays
+from services.runtime.actors import system_actor
 from services.runtime.clock import Clock
 from services.runtime.database import Database, Tx
 from services.runtime.logging import get_logger
@@ -40,8 +39,9 @@ class RepositoryIngest:
         """Return the ingest with all handlers."""
         return Ingest(
             database,
-            Handler((Task, Session, Sandbox, TranscriptEntry), self.tasks),
-            Handler(HistoryEvent, self.history_events),
+            Handler((Task, *PARTS), self.tasks),
+            Handler(AgentReport, self.pass_on),
+            Handler(HistoryEvent, self.pass_on),
         )
 
     def tasks(self, tx: Tx, pushed: Sequence[Pushed[Task | Part]]) -> None:
@@ -60,7 +60,7 @@ class RepositoryIngest:
         known = [one for one in tasks if one.id in here]
         quiet = self.store.quiet({here[one.id].repository_id: here[one.id].active_time for one in known})
         self.store.lock(tx, quiet.union(here[one.id].repository_id for one in known if _moves(one, here[one.id])))
-        changed, gone = self.workbench.put(tx, known, [one for one in parts if one.state.task_id in here])
+        changed, gone, asked = self.workbench.put(tx, known, [one for one in parts if one.state.task_id in here])
         conflicts = self.workbench.follow(tx, changed, places)
         self.workbench.leave(tx, gone)
         if gone:
@@ -68,14 +68,15 @@ class RepositoryIngest:
         events = [self._deleted(task) for task in gone] + [self._conflict(one) for one in conflicts]
         marks = [Mark(task.id, task.revision, summary_of(task)) for task in changed]
         marks += [Mark(task.id, task.revision, summary_of(task), deleted=True) for task in gone]
+        marks += [Mark(one.id, one.revision, one, deleted=deleted) for one, deleted in asked]
         self.outbox.mark(tx, [*marks, *(Mark(event.id, 1, event) for event in events)])
         left = [task for task in changed if places[task.id].live and not stays(task, places[task.id])]
         counted = {places[task.id].repository_id for task in (*left, *gone)}
         active = {places[task.id].repository_id for task in changed}
         self.store.touch(tx, counted | (active & quiet))
 
-    def history_events(self, tx: Tx, pushed: Sequence[Pushed[HistoryEvent]]) -> None:
-        """Pass events on."""
+    def pass_on(self, tx: Tx, pushed: Sequence[Pushed[HistoryEvent]] | Sequence[Pushed[AgentReport]]) -> None:
+        """Pass on what the organization alone keeps."""
         self.outbox.mark(tx, [Mark(one.id, one.revision, one.state) for one in pushed])
 
     def lost(self, tx: Tx, task_id: str) -> None:
@@ -100,7 +101,7 @@ class RepositoryIngest:
             id=self.clock.new_id("evt"),
             organization_id=task.organization_id,
             event_time=self.clock.timestamp(),
-            actor_kind=ACTOR_KIND_SYSTEM,
+            actor=system_actor("repository"),
             kind=kind,
             repository_id=task.repository_id,
             task_id=task.id,

@@ -1,8 +1,11 @@
-"""The overview of a repository's branches. Pure."""
+"""A repository's branches with what hangs on them. Pure."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
-from branchline.v1.repositories_pb2 import Branch, BranchOverview, PullRequest, Repository
+from branchline.v1.repositories_pb2 import Branch, PullRequest, Repository
+
+Place = tuple[int, int, str]
+"""What branches are sorted by: others than the default branch, then those without a task, then the name."""
 
 
 def overview(
@@ -10,7 +13,7 @@ def overview(
     branches: Iterable[Branch],
     pull_requests: Iterable[PullRequest],
     holders: Mapping[str, str],
-) -> list[BranchOverview]:
+) -> Sequence[Branch]:
     """Put branches, tasks and pull requests together.
 
     `holders` gives the live task of each branch. The default branch comes first, then branches with tasks, then
@@ -20,13 +23,14 @@ def overview(
     for name in holders:
         by_name.setdefault(name, Branch(repository_id=repository.id, name=name))
     pulls = {pull.head_branch: pull for pull in pull_requests}
-    lines = [
-        BranchOverview(
-            branch=branch,
-            is_default=name == repository.default_branch,
-            task_id=holders.get(name, ""),
-            pull_request=pulls.get(name),
-        )
-        for name, branch in by_name.items()
-    ]
-    return sorted(lines, key=lambda line: (not line.is_default, not line.task_id, line.branch.name))
+    for name, branch in by_name.items():
+        branch.is_default = name == repository.default_branch
+        branch.task_id = holders.get(name, "")
+        if name in pulls:
+            branch.pull_request.CopyFrom(pulls[name])
+    return sorted(by_name.values(), key=place)
+
+
+def place(branch: Branch) -> Place:
+    """Return where a branch stands among others."""
+    return (int(not branch.is_default), int(not branch.task_id), branch.name)

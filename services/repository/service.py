@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from branchline.v1 import repositories_pb2, sessions_pb2, tasks_pb2
+from branchline.v1 import processes_pb2, repositories_pb2, sessions_pb2, tasks_pb2
 from branchline_internal.organization.v1.organization_pb2_grpc import OrganizationServiceStub
 from branchline_internal.repository.v1 import repository_pb2
 from branchline_internal.task.v1.task_pb2_grpc import TaskServiceStub
@@ -11,7 +11,13 @@ from services.repository.creation import Creation
 from services.repository.deletion import Deletion
 from services.repository.downward import TO_TASK, Downward
 from services.repository.ingest import RepositoryIngest
-from services.repository.public import PublicRepositoryReader, PublicSessionReader, PublicTaskServicer, Reads
+from services.repository.public import (
+    PublicProcessReader,
+    PublicRepositoryReader,
+    PublicSessionReader,
+    PublicTaskServicer,
+    Reads,
+)
 from services.repository.servicer import RepositoryServicer
 from services.repository.store import RepositoryStore
 from services.repository.tables import WATCHED
@@ -40,9 +46,10 @@ def build(config: RepositoryConfig) -> Service:
     organization = chassis.stub(OrganizationServiceStub, "organization")
     servicer = RepositoryServicer(database, index, store, workbench, deletion, organization)
     chassis.serve(servicer, repository_pb2.DESCRIPTOR, "RepositoryService")
-    public_tasks = PublicTaskServicer(reads, chassis.commands, outbox, clock, creation)
+    public_tasks = PublicTaskServicer(reads, chassis.commands, outbox, creation, organization)
     chassis.serve(public_tasks, tasks_pb2.DESCRIPTOR, "TaskService")
     chassis.serve(PublicSessionReader(reads), sessions_pb2.DESCRIPTOR, "SessionService")
+    chassis.serve(PublicProcessReader(reads), processes_pb2.DESCRIPTOR, "ProcessService")
     chassis.serve(PublicRepositoryReader(reads), repositories_pb2.DESCRIPTOR, "RepositoryService")
     chassis.take_commands()
     chassis.coordinate(index, ingest.ingest(database))

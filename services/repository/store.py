@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
+from branchline.v1.common_pb2 import ENTITY_KIND_REPOSITORY
 from branchline.v1.repositories_pb2 import Branch, PullRequest, Repository
-from branchline.v1.vocabulary_pb2 import ENTITY_KIND_REPOSITORY
 from branchline_internal.repository.v1.repository_pb2 import EnsureRepositoryRequest
 from branchline_internal.task.v1.task_pb2 import SetPullRequestRequest
 from sqlalchemy import bindparam, delete, func, select, update
@@ -97,8 +97,8 @@ class RepositoryStore:
             REPOSITORIES.save(tx, [given])
         elif held.HasField("delete_time"):
             return
-        elif (held.full_name, held.default_branch) != (given.full_name, given.default_branch):
-            held.full_name, held.default_branch = given.full_name, given.default_branch
+        elif (held.display_name, held.default_branch) != (given.display_name, given.default_branch):
+            held.display_name, held.default_branch = given.display_name, given.default_branch
             self.save(tx, [held])
         if request.github and tx.change(_TAKE_GITHUB_REVISION, {"of": given.id, "newest": request.github_revision}):
             self._replace_caches(tx, request)

@@ -1,14 +1,22 @@
 """Tables of the repository service: its own, the caches of GitHub, and the index of its tasks."""
 
-from branchline.v1.sandboxes_pb2 import Sandbox
-from branchline.v1.sessions_pb2 import Session, TranscriptEntry
-from branchline.v1.tasks_pb2 import Task
-from branchline.v1.vocabulary_pb2 import (
+from collections.abc import Sequence
+
+from branchline.v1.common_pb2 import (
+    ENTITY_KIND_INPUT_REQUEST,
+    ENTITY_KIND_PROCESS,
+    ENTITY_KIND_QUEUED_MESSAGE,
     ENTITY_KIND_SANDBOX,
     ENTITY_KIND_SESSION,
     ENTITY_KIND_TASK,
     ENTITY_KIND_TRANSCRIPT_ENTRY,
 )
+from branchline.v1.processes_pb2 import Process
+from branchline.v1.sandboxes_pb2 import Sandbox
+from branchline.v1.sessions_pb2 import QueuedMessage, Session
+from branchline.v1.tasks_pb2 import Task
+from branchline.v1.transcripts_pb2 import InputRequest, TranscriptEntry
+from google.protobuf.message import Message
 from sqlalchemy import (
     BigInteger,
     BindParameter,
@@ -22,16 +30,19 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
+    bindparam,
     exists,
+    func,
+    or_,
+    select,
     text,
 )
 
+from services.runtime.database import is_in
 from services.runtime.database.indexes import partial_index
+from services.runtime.spine.hub import Kind
 from services.runtime.spine.index import IndexTable
 from services.runtime.spine.tables import add_spine_tables, index_table
-
-SNAPSHOT_ENTRIES = 1000
-"""Transcript entries in a task's snapshot: the newest; what is older is listed page by page."""
 
 metadata = MetaData()
 add_spine_tables(metadata, coordinator=True, commands=True)
@@ -105,6 +116,19 @@ session_index = index_table("session_index", metadata, comment="Coordinator inde
 
 sandbox_index = index_table("sandbox_index", metadata, comment="Coordinator index of task: its sandboxes")
 
+queued_message_index = index_table(
+    "queued_message_index",
+    metadata,
+    Column("place", Integer, nullable=False),
+    comment="Coordinator index of task: messages that wait",
+)
+
+input_request_index = index_table(
+    "input_request_index", metadata, comment="Coordinator index of session: what its agent waits for"
+)
+
+process_index = index_table("process_index", metadata, comment="Coordinator index of process: state and last output")
+
 transcript_entries = index_table(
     "transcript_entries",
     metadata,
@@ -122,13 +146,29 @@ def _of_organizations_task(table: Table, organization_id: BindParameter[str]) ->
 
 
 TASKS = IndexTable(ENTITY_KIND_TASK, task_details, Task, within=_of_organizations_task)
-SESSIONS = IndexTable(ENTITY_KIND_SESSION, session_index, Session, within=_of_organizations_task)
-SANDBOXES = IndexTable(ENTITY_KIND_SANDBOX, sandbox_index, Sandbox, within=_of_organizations_task)
-TRANSCRIPT = IndexTable(
-    ENTITY_KIND_TRANSCRIPT_ENTRY,
-    transcript_entries,
-    TranscriptEntry,
-    snapshot_limit=SNAPSHOT_ENTRIES,
-    within=_of_organizations_task,
+
+
+def _part(kind: Kind, table: Table, resource: type[Message], identity: Sequence[str] = ("id", "task_id")) -> IndexTable:
+    return IndexTable(kind, table, resource, within=_of_organizations_task, identity=identity)
+
+
+SESSIONS = _part(ENTITY_KIND_SESSION, session_index, Session)
+SANDBOXES = _part(ENTITY_KIND_SANDBOX, sandbox_index, Sandbox)
+QUEUED = _part(ENTITY_KIND_QUEUED_MESSAGE, queued_message_index, QueuedMessage, ("id", "task_id", "session_id"))
+INPUT_REQUESTS = _part(ENTITY_KIND_INPUT_REQUEST, input_request_index, InputRequest, ("id", "task_id", "session_id"))
+PROCESSES = _part(ENTITY_KIND_PROCESS, process_index, Process)
+TRANSCRIPT = _part(
+    ENTITY_KIND_TRANSCRIPT_ENTRY, transcript_entries, TranscriptEntry, ("id", "task_id", "session_id", "position")
 )
-WATCHED = (TASKS, SESSIONS, SANDBOXES, TRANSCRIPT)
+WATCHED = (TASKS, SESSIONS, SANDBOXES, QUEUED, INPUT_REQUESTS, PROCESSES, TRANSCRIPT)
+
+_newer = transcript_entries.alias("newer")
+TAIL = TRANSCRIPT.narrowed(
+    or_(bindparam("any_session", type_=Boolean), is_in(transcript_entries.c.session_id, "sessions")),
+    transcript_entries.c.position
+    > select(func.max(_newer.c.position))
+    .where(_newer.c.session_id == transcript_entries.c.session_id)
+    .scalar_subquery()
+    - bindparam("tail", type_=Integer),
+)
+"""A snapshot of transcripts: the newest `tail` entries of each session, of all or of some sessions."""

@@ -4,17 +4,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from branchline.v1.common_pb2 import ENTITY_KIND_PROCESS, ENTITY_KIND_SESSION, ENTITY_KIND_TASK
+from branchline.v1.processes_pb2 import Process
 from branchline.v1.sandboxes_pb2 import Sandbox
-from branchline.v1.sessions_pb2 import Session, TranscriptEntry
+from branchline.v1.sessions_pb2 import QueuedMessage, Session
 from branchline.v1.tasks_pb2 import Task
-from branchline.v1.vocabulary_pb2 import ENTITY_KIND_SANDBOX, ENTITY_KIND_SESSION, ENTITY_KIND_TASK
-from sqlalchemy import Column, bindparam, select, update
+from branchline.v1.transcripts_pb2 import InputRequest, TranscriptEntry
+from sqlalchemy import Integer, String, Table, bindparam, select, tuple_, update
 
 from services.repository.tables import (
+    INPUT_REQUESTS,
+    PROCESSES,
+    QUEUED,
     SANDBOXES,
     SESSIONS,
     TASKS,
     TRANSCRIPT,
+    process_index,
+    queued_message_index,
     repositories,
     sandbox_index,
     session_index,
@@ -29,16 +36,25 @@ from services.runtime.spine.index import Entry, Index, IndexTable
 from services.runtime.spine.ingest import Pushed
 from services.runtime.spine.pages import Page, page_of
 from services.runtime.spine.resources import Held
-from services.runtime.statuses import HOLDS_BRANCH
+from services.runtime.states import HOLDS_BRANCH
 
 BURIED_AT_ONCE = 500
-Part = Session | Sandbox | TranscriptEntry
-_KINDS = {Session: SESSIONS.kind, Sandbox: SANDBOXES.kind, TranscriptEntry: TRANSCRIPT.kind}
+Part = Session | Sandbox | QueuedMessage | InputRequest | Process | TranscriptEntry
+PARTS = (Session, Sandbox, QueuedMessage, InputRequest, Process, TranscriptEntry)
+"""What a task is made of, beside itself."""
+
+_KINDS = {
+    Session: SESSIONS.kind,
+    Sandbox: SANDBOXES.kind,
+    QueuedMessage: QUEUED.kind,
+    InputRequest: INPUT_REQUESTS.kind,
+    Process: PROCESSES.kind,
+    TranscriptEntry: TRANSCRIPT.kind,
+}
 
 _tasks = Held(task_details, Task, ENTITY_KIND_TASK)
 _BURIED = Statement(select(task_details.c.id).where(is_in(task_details.c.id, "ids"), task_details.c.deleted.is_(True)))
-_sessions_of = Held(session_index, Session, ENTITY_KIND_SESSION).by("scope")
-_sandboxes_of = Held(sandbox_index, Sandbox, ENTITY_KIND_SANDBOX).by("scope")
+_processes = Held(process_index, Process, ENTITY_KIND_PROCESS)
 _SESSION_THERE = Statement(
     select(session_index.c.id).where(
         session_index.c.scope == bindparam("of"),
@@ -46,16 +62,52 @@ _SESSION_THERE = Statement(
         session_index.c.deleted.is_(False),
     )
 )
-_TRANSCRIPT = Statement(
-    select(transcript_entries.c.position, transcript_entries.c.payload)
-    .where(
-        transcript_entries.c.session_id == bindparam("of"),
-        transcript_entries.c.position > bindparam("after"),
-        transcript_entries.c.deleted.is_(False),
+
+
+def _transcript(*, newest_first: bool) -> Statement:
+    c = transcript_entries.c
+    behind = c.position < bindparam("after") if newest_first else c.position > bindparam("after")
+    return Statement(
+        select(c.position, c.payload)
+        .where(c.session_id == bindparam("of"), behind, c.deleted.is_(False))
+        .order_by(c.position.desc() if newest_first else c.position)
+        .limit(bindparam("most"))
     )
-    .order_by(transcript_entries.c.position)
+
+
+TRANSCRIPT_ORDERS = {"position": _transcript(newest_first=False), "position desc": _transcript(newest_first=True)}
+"""Orders of a transcript, by what `order_by` calls them."""
+
+
+def _listed(table: Table, *, newest_first: bool = False) -> Statement:
+    """Return the statement for a page of a task's parts, by id: as they were made."""
+    c = table.c
+    behind = c.id < bindparam("after") if newest_first else c.id > bindparam("after")
+    return Statement(
+        select(c.id, c.payload)
+        .where(c.scope == bindparam("of"), behind, c.deleted.is_(False))
+        .order_by(c.id.desc() if newest_first else c.id)
+        .limit(bindparam("most"))
+    )
+
+
+_SESSIONS = _listed(session_index)
+_SANDBOXES = _listed(sandbox_index)
+_PROCESSES = _listed(process_index, newest_first=True)
+_QUEUED = Statement(
+    select(queued_message_index.c.place, queued_message_index.c.id, queued_message_index.c.payload)
+    .where(
+        queued_message_index.c.scope == bindparam("of"),
+        queued_message_index.c.deleted.is_(False),
+        tuple_(queued_message_index.c.place, queued_message_index.c.id)
+        > tuple_(bindparam("place", type_=Integer), bindparam("after", type_=String)),
+    )
+    .order_by(queued_message_index.c.place, queued_message_index.c.id)
     .limit(bindparam("most"))
 )
+LAST = "\U0010ffff"
+"""Comes behind every id."""
+
 _PLACES = Statement(
     select(task_index, repositories.c.activity_time)
     .outerjoin(repositories, repositories.c.id == task_index.c.repository_id)
@@ -77,20 +129,19 @@ _MOVE_PLACE = Statement(
 _LEAVE = Statement(update(task_index).where(is_in(task_index.c.task_id, "ids")).values(live=False, gone=True))
 
 
-def _parts_of(spec: IndexTable, *columns: Column[Any]) -> Statement:
+def _parts_of(spec: IndexTable) -> Statement:
     c = spec.table.c
     where = (is_in(c.scope, "ids"), c.deleted.is_(False))
-    return Statement(select(c.scope, c.id, c.revision, *columns).where(*where).limit(bindparam("most")))
+    return Statement(select(c.scope, c.id, c.revision, c.payload).where(*where).limit(bindparam("most")))
 
 
-_PARTS = (
-    (SESSIONS.kind, _parts_of(SESSIONS), Session()),
-    (SANDBOXES.kind, _parts_of(SANDBOXES), Sandbox()),
-    (
-        TRANSCRIPT.kind,
-        _parts_of(TRANSCRIPT, transcript_entries.c.session_id, transcript_entries.c.position),
-        TranscriptEntry(),
-    ),
+_PARTS: tuple[tuple[IndexTable, type[Part], Statement], ...] = (
+    (SESSIONS, Session, _parts_of(SESSIONS)),
+    (SANDBOXES, Sandbox, _parts_of(SANDBOXES)),
+    (QUEUED, QueuedMessage, _parts_of(QUEUED)),
+    (INPUT_REQUESTS, InputRequest, _parts_of(INPUT_REQUESTS)),
+    (PROCESSES, Process, _parts_of(PROCESSES)),
+    (TRANSCRIPT, TranscriptEntry, _parts_of(TRANSCRIPT)),
 )
 
 
@@ -103,6 +154,17 @@ class Place(NamedTuple):
     gone: bool
     active_time: float
     """When it was noted last that something happened in the repository."""
+
+
+class Indexed(NamedTuple):
+    """What of a batch was newer than what was held."""
+
+    changed: list[Task]
+    gone: list[Task]
+    """Tasks that are deleted."""
+
+    asked: list[tuple[InputRequest, bool]]
+    """Input requests, and whether they are deleted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,21 +189,40 @@ class Workbench:
             raise NotFound(ENTITY_KIND_TASK, task_id)
         return task
 
-    def sessions(self, tx: Reader, task_id: str) -> list[Session]:
-        """Return a task's sessions, oldest first."""
-        return _sessions_of(tx, scope=task_id)
+    def sessions(self, tx: Reader, task_id: str, after: str, most: int) -> Page[Session]:
+        """Return a page of a task's sessions, oldest first."""
+        rows = tx.each(_SESSIONS, {"of": task_id, "after": after, "most": most + 1})
+        return page_of(Session, rows, ["id"], most)
 
-    def sandboxes(self, tx: Reader, task_id: str) -> list[Sandbox]:
-        """Return a task's sandboxes, oldest first."""
-        return _sandboxes_of(tx, scope=task_id)
+    def sandboxes(self, tx: Reader, task_id: str, after: str, most: int) -> Page[Sandbox]:
+        """Return a page of a task's sandboxes, oldest first."""
+        rows = tx.each(_SANDBOXES, {"of": task_id, "after": after, "most": most + 1})
+        return page_of(Sandbox, rows, ["id"], most)
+
+    def processes(self, tx: Reader, task_id: str, before: str, most: int) -> Page[Process]:
+        """Return a page of a task's processes, newest first."""
+        rows = tx.each(_PROCESSES, {"of": task_id, "after": before or LAST, "most": most + 1})
+        return page_of(Process, rows, ["id"], most)
+
+    def process(self, tx: Reader, task_id: str, process_id: str) -> Process:
+        """Return a process of a task; raise NotFound."""
+        process = _processes.get(tx, process_id)
+        if process.task_id != task_id:
+            raise NotFound(ENTITY_KIND_PROCESS, process_id)
+        return process
+
+    def queued_messages(self, tx: Reader, task_id: str, after: tuple[int, str], most: int) -> Page[QueuedMessage]:
+        """Return a page of the messages of a task that wait, in the order in which they will be sent."""
+        rows = tx.each(_QUEUED, {"of": task_id, "place": after[0], "after": after[1], "most": most + 1})
+        return page_of(QueuedMessage, rows, ["place", "id"], most)
 
     def transcript(
-        self, tx: Reader, task_id: str, session_id: str, after_position: int, most: int
+        self, tx: Reader, task_id: str, session_id: str, order: Statement, after_position: int, most: int
     ) -> Page[TranscriptEntry]:
-        """Return a page of a transcript, oldest first; raise NotFound."""
+        """Return a page of a transcript, in one of `TRANSCRIPT_ORDERS`; raise NotFound."""
         if tx.value(_SESSION_THERE, {"of": task_id, "session": session_id}) is None:
             raise NotFound(ENTITY_KIND_SESSION, session_id)
-        rows = tx.each(_TRANSCRIPT, {"of": session_id, "after": after_position, "most": most + 1})
+        rows = tx.each(order, {"of": session_id, "after": after_position, "most": most + 1})
         return page_of(TranscriptEntry, rows, ["position"], most)
 
     def places(self, tx: Reader, task_ids: Iterable[str]) -> dict[str, Place]:
@@ -163,10 +244,8 @@ class Workbench:
         self.index.put(tx, _task_entry(task))
         self.index.put(tx, Entry(SESSIONS.kind, task.id, session.id, session.revision, session, task_id=task.id))
 
-    def put(
-        self, tx: Tx, tasks: Sequence[Pushed[Task]], parts: Sequence[Pushed[Part]]
-    ) -> tuple[list[Task], list[Task]]:
-        """Index states of tasks and of their parts; return the tasks that are newer than what was held, then the gone.
+    def put(self, tx: Tx, tasks: Sequence[Pushed[Task]], parts: Sequence[Pushed[Part]]) -> Indexed:
+        """Index states of tasks and of their parts; return what was newer than what was held.
 
         A task that its owner calls gone is, whatever else the owner remembers of it: what is held is buried.
         """
@@ -174,13 +253,16 @@ class Workbench:
         gone = _tasks.find_many(tx, list(lost)) if lost else []
         for task in gone:
             task.revision = max(task.revision + 1, lost[task.id])
-            task.ClearField("text")  # a tombstone needs no words
         entries = [_task_entry(one.state, payload=one.payload) for one in tasks if one.id not in lost]
         entries += [_task_entry(task, deleted=True) for task in gone]
         entries += [_part_entry(one) for one in parts if one.state.task_id not in lost]
         fresh = [(one.state, one.deleted) for one in self.index.put_many(tx, entries)]
         newer = [(state, deleted) for state, deleted in fresh if isinstance(state, Task)]
-        return [task for task, deleted in newer if not deleted], [task for task, deleted in newer if deleted]
+        return Indexed(
+            changed=[task for task, deleted in newer if not deleted],
+            gone=[task for task, deleted in newer if deleted],
+            asked=[(state, deleted) for state, deleted in fresh if isinstance(state, InputRequest)],
+        )
 
     def follow(self, tx: Tx, tasks: Sequence[Task], places: Mapping[str, Place]) -> list[Conflict]:
         """Have the index of branches follow new states of tasks.
@@ -225,20 +307,12 @@ class Workbench:
     def bury(self, tx: Tx, task_ids: Sequence[str]) -> int:
         """Make tombstones of the parts of tasks, at most so many at a time; return how many were made."""
         made = 0
-        for kind, statement, empty in _PARTS:
+        for spec, resource, statement in _PARTS:
             rows: list[Any] = tx.rows(statement, {"ids": task_ids, "most": BURIED_AT_ONCE})
+            held = [(row, resource.FromString(row.payload)) for row in rows]
             entries = [
-                Entry(
-                    kind,
-                    row.scope,
-                    row.id,
-                    row.revision + 1,
-                    empty,
-                    task_id=row.scope,
-                    deleted=True,
-                    columns={"session_id": row.session_id, "position": row.position} if kind == TRANSCRIPT.kind else {},
-                )
-                for row in rows
+                Entry(spec.kind, row.scope, row.id, row.revision + 1, part, "", row.scope, True, _columns(part))
+                for row, part in held
             ]
             made += len(self.index.put_many(tx, entries))
         return made
@@ -259,11 +333,17 @@ def _part_entry(one: Pushed[Part]) -> Entry:
         part,
         task_id=part.task_id,
         deleted=one.deleted,
-        columns={"session_id": part.session_id, "position": part.position} if isinstance(part, TranscriptEntry) else {},
+        columns=_columns(part),
         payload=one.payload,
     )
 
 
+def _columns(part: Part) -> Mapping[str, Any]:
+    if isinstance(part, TranscriptEntry):
+        return {"session_id": part.session_id, "position": part.position}
+    return {"place": part.place} if isinstance(part, QueuedMessage) else {}
+
+
 def stays(task: Task, place: Place) -> bool:
     """Say whether a task that holds its branch goes on holding one."""
-    return place.live and task.status in HOLDS_BRANCH
+    return place.live and task.state in HOLDS_BRANCH

@@ -50,6 +50,24 @@ def upgrade() -> None:
         comment="Identity of this database: a rebuilt one has another, and its change numbers mean something else",
     )
     op.create_table(
+        "input_request_index",
+        sa.Column("scope", sa.String(), nullable=False),
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
+        sa.Column("change_seq", sa.BigInteger(), nullable=False),
+        sa.Column("change_time", sa.Float(), nullable=False),
+        sa.Column("deleted", sa.Boolean(), nullable=False),
+        sa.Column("payload", sa.LargeBinary(), nullable=False),
+        sa.Column("viewer_id", sa.String(), nullable=False),
+        sa.Column("task_id", sa.String(), nullable=False),
+        sa.PrimaryKeyConstraint("scope", "id"),
+        comment="Coordinator index of session: what its agent waits for",
+    )
+    with op.batch_alter_table("input_request_index", schema=None) as batch_op:
+        batch_op.create_index("input_request_index_changes", ["scope", "change_seq"], unique=False)
+        batch_op.create_index("input_request_index_id", ["id"], unique=False)
+
+    op.create_table(
         "outbox",
         sa.Column("destination", sa.String(), nullable=False),
         sa.Column("entity_id", sa.String(), nullable=False),
@@ -68,6 +86,24 @@ def upgrade() -> None:
         batch_op.create_index("outbox_pending", ["destination", "parked_reason", "seq"], unique=False)
 
     op.create_table(
+        "process_index",
+        sa.Column("scope", sa.String(), nullable=False),
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
+        sa.Column("change_seq", sa.BigInteger(), nullable=False),
+        sa.Column("change_time", sa.Float(), nullable=False),
+        sa.Column("deleted", sa.Boolean(), nullable=False),
+        sa.Column("payload", sa.LargeBinary(), nullable=False),
+        sa.Column("viewer_id", sa.String(), nullable=False),
+        sa.Column("task_id", sa.String(), nullable=False),
+        sa.PrimaryKeyConstraint("scope", "id"),
+        comment="Coordinator index of process: state and last output",
+    )
+    with op.batch_alter_table("process_index", schema=None) as batch_op:
+        batch_op.create_index("process_index_changes", ["scope", "change_seq"], unique=False)
+        batch_op.create_index("process_index_id", ["id"], unique=False)
+
+    op.create_table(
         "pull_requests",
         sa.Column("repository_id", sa.String(), nullable=False),
         sa.Column("number", sa.Integer(), nullable=False),
@@ -75,6 +111,25 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("repository_id", "number"),
         comment="Cache of open pull requests, as GitHub reported them through organization",
     )
+    op.create_table(
+        "queued_message_index",
+        sa.Column("scope", sa.String(), nullable=False),
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
+        sa.Column("change_seq", sa.BigInteger(), nullable=False),
+        sa.Column("change_time", sa.Float(), nullable=False),
+        sa.Column("deleted", sa.Boolean(), nullable=False),
+        sa.Column("payload", sa.LargeBinary(), nullable=False),
+        sa.Column("viewer_id", sa.String(), nullable=False),
+        sa.Column("task_id", sa.String(), nullable=False),
+        sa.Column("place", sa.Integer(), nullable=False),
+        sa.PrimaryKeyConstraint("scope", "id"),
+        comment="Coordinator index of task: messages that wait",
+    )
+    with op.batch_alter_table("queued_message_index", schema=None) as batch_op:
+        batch_op.create_index("queued_message_index_changes", ["scope", "change_seq"], unique=False)
+        batch_op.create_index("queued_message_index_id", ["id"], unique=False)
+
     op.create_table(
         "repositories",
         sa.Column("id", sa.String(), nullable=False),
@@ -254,11 +309,26 @@ def downgrade() -> None:
         )
 
     op.drop_table("repositories")
+    with op.batch_alter_table("queued_message_index", schema=None) as batch_op:
+        batch_op.drop_index("queued_message_index_id")
+        batch_op.drop_index("queued_message_index_changes")
+
+    op.drop_table("queued_message_index")
     op.drop_table("pull_requests")
+    with op.batch_alter_table("process_index", schema=None) as batch_op:
+        batch_op.drop_index("process_index_id")
+        batch_op.drop_index("process_index_changes")
+
+    op.drop_table("process_index")
     with op.batch_alter_table("outbox", schema=None) as batch_op:
         batch_op.drop_index("outbox_pending")
 
     op.drop_table("outbox")
+    with op.batch_alter_table("input_request_index", schema=None) as batch_op:
+        batch_op.drop_index("input_request_index_id")
+        batch_op.drop_index("input_request_index_changes")
+
+    op.drop_table("input_request_index")
     op.drop_table("incarnations")
     with op.batch_alter_table("deleted_repositories", schema=None) as batch_op:
         batch_op.drop_index("deleted_repositories_time")
