@@ -10,7 +10,9 @@ from services.runtime.spine.outbox import Mark
 from services.task.destinations import TO_SANDBOX
 from services.task.store import TaskStore
 from services.task.tables import (
-    permission_answers,
+    agent_reports,
+    input_requests,
+    queued_messages,
     task_sandboxes,
     task_workbench_sessions,
     tasks,
@@ -24,7 +26,7 @@ _ENTRIES = Statement(select(transcript_entries.c.id).where(transcript_entries.c.
 _DELETE_ENTRIES = Statement(delete(transcript_entries).where(is_in(transcript_entries.c.id, "ids")))
 _DELETE_REST = [
     Statement(delete(table).where(table.c.task_id == bindparam("of")))
-    for table in (task_workbench_sessions, task_sandboxes, permission_answers)
+    for table in (task_workbench_sessions, task_sandboxes, queued_messages, input_requests, agent_reports)
 ]
 _DELETE_TASK = Statement(delete(tasks).where(tasks.c.id == bindparam("of")))
 

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import grpc
+from branchline.v1.common_pb2 import BlobReference
 from branchline.v1.sessions_pb2 import Session
 from branchline.v1.tasks_pb2 import Task
-from branchline.v1.vocabulary_pb2 import ERROR_REASON_COMMAND_FAILED, ERROR_REASON_COMMAND_TIMED_OUT
+from branchline_internal.repository.v1 import repository_pb2
 from branchline_internal.repository.v1.repository_pb2 import GetGitCredentialRequest, GetGitCredentialResponse
 from branchline_internal.repository.v1.repository_pb2_grpc import RepositoryServiceStub
 from branchline_internal.sandbox.v1 import sandbox_pb2
 from branchline_internal.sandbox.v1.sandbox_pb2_grpc import SandboxServiceStub
 
 from services.runtime.config import Config
-from services.runtime.errors import FailedPrecondition
 from services.runtime.retry import Backoff
-from services.task.git import CREDENTIALS_FILE, CREDENTIALS_MODE, tail
+from services.task.git import CREDENTIALS_FILE, CREDENTIALS_MODE
 
 _GRACE_SECONDS = 30.0
 _TRANSIENT = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED})
@@ -40,6 +40,9 @@ class Deadlines(Config, frozen=True):
 
     patience_seconds: float = 60.0
     """How long another service may be out of reach before a step fails."""
+
+    upward_seconds: float = 10.0
+    """Asking the coordinator about blobs."""
 
     turn_hours: float = 4.0
     """A turn of which nothing was heard for longer, and a margin, has been lost."""
@@ -90,8 +93,8 @@ class Machine:
         directory: str,
         environment: Mapping[str, str],
         timeout_seconds: int,
-    ) -> str:
-        """Run a repeatable command and return its output. Raise FailedPrecondition with its words if it fails."""
+    ) -> sandbox_pb2.ExecuteResponse:
+        """Run a repeatable command."""
         request = sandbox_pb2.ExecuteRequest(
             sandbox_id=sandbox_id,
             command=command,
@@ -99,22 +102,18 @@ class Machine:
             environment=environment,
             timeout_seconds=timeout_seconds,
         )
-        result = await self._patiently(lambda: self.sandbox.Execute(request, timeout=timeout_seconds + _GRACE_SECONDS))
-        if result.timed_out:
-            raise FailedPrecondition(
-                ERROR_REASON_COMMAND_TIMED_OUT,
-                f"{command[0]} took longer than {timeout_seconds} s: {tail(result.stderr or result.stdout)}",
-            )
-        if result.exit_code:
-            raise FailedPrecondition(ERROR_REASON_COMMAND_FAILED, tail(result.stderr or result.stdout))
-        return result.stdout
+        return await self._patiently(lambda: self.sandbox.Execute(request, timeout=timeout_seconds + _GRACE_SECONDS))
 
     async def open_session(self, sandbox_id: str, session: Session) -> None:
         """Start the agent of a session."""
-        request = sandbox_pb2.OpenSessionRequest(
-            sandbox_id=sandbox_id, session_id=session.id, agent=session.agent, model=session.model
-        )
+        request = opening(sandbox_id, session)
         await self._patiently(lambda: self.sandbox.OpenSession(request, timeout=self.deadlines.session_seconds))
+
+    async def claim(self, task_id: str, blob_ids: Sequence[str]) -> Sequence[BlobReference]:
+        """Ask upward: name blobs on the task's behalf, so that they are kept; return what they are."""
+        request = repository_pb2.ClaimBlobsRequest(task_id=task_id, blob_ids=blob_ids)
+        answer = await self.repository.ClaimBlobs(request, timeout=self.deadlines.upward_seconds)
+        return answer.blobs
 
     async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
         """Make an idempotent call; while the other service cannot be reached, try again for a while."""
@@ -127,6 +126,13 @@ class Machine:
                 if error.code() not in _TRANSIENT or asyncio.get_running_loop().time() > deadline:
                     raise
             await asyncio.sleep(backoff.next_seconds())
+
+
+def opening(sandbox_id: str, session: Session) -> sandbox_pb2.OpenSessionRequest:
+    """Return the request that starts the agent of a session."""
+    return sandbox_pb2.OpenSessionRequest(
+        sandbox_id=sandbox_id, session_id=session.id, agent=session.agent, model=session.model, mode=session.mode
+    )
 
 
 @contextmanager

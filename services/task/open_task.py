@@ -7,41 +7,53 @@ that must leave the service goes into the outbox at once.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from branchline.v1.history_pb2 import ACTOR_KIND_AGENT, ACTOR_KIND_SYSTEM, ACTOR_KIND_USER, HistoryEvent
-from branchline.v1.repositories_pb2 import Repository
-from branchline.v1.sessions_pb2 import SESSION_STATUS_CLOSED, Session, SessionSummary, TranscriptEntry
-from branchline.v1.tasks_pb2 import PROVISIONING_STAGE_UNSPECIFIED, Task
-from branchline.v1.vocabulary_pb2 import (
+from branchline.v1.common_pb2 import (
+    ENTITY_KIND_INPUT_REQUEST,
+    ENTITY_KIND_QUEUED_MESSAGE,
     ENTITY_KIND_SESSION,
     ENTITY_KIND_TASK,
     ENTITY_KIND_TRANSCRIPT_ENTRY,
-    EVENT_KIND_BRANCH_MOVED,
-    EVENT_KIND_TASK_STATUS_CHANGED,
-    EventKind,
+    Failure,
 )
+from branchline.v1.history_pb2 import (
+    EVENT_KIND_BRANCH_MOVED,
+    EVENT_KIND_TASK_STATE_CHANGED,
+    EventKind,
+    HistoryEvent,
+)
+from branchline.v1.repositories_pb2 import Repository
+from branchline.v1.sessions_pb2 import SESSION_STATE_CLOSED, QueuedMessage, Session, SessionSummary
+from branchline.v1.tasks_pb2 import PROVISIONING_STAGE_UNSPECIFIED, Task
+from branchline.v1.transcripts_pb2 import InputRequest, TranscriptEntry
 from branchline_internal.task.v1.task_pb2 import StartWorkflow
 from google.protobuf.message import Message
 
+from services.runtime.actors import agent_actor, current_actor
 from services.runtime.clock import Clock
 from services.runtime.errors import NotFound
 from services.runtime.logging import get_logger
-from services.runtime.principal import principal_or_none
 from services.runtime.spine.outbox import Mark
 from services.runtime.spine.tokens import consistency_token
 from services.task.destinations import TO_WORKFLOW
-from services.task.status import (
+from services.task.standing import (
     SESSION_WORKING,
     TRANSITIONS,
     SessionStanding,
-    Status,
+    Standing,
     check_transition,
-    status_name,
+    standing_of,
 )
 
 log = get_logger(__name__)
 
-_REASON_CHARACTERS = 4000
-_SUMMARY_CHARACTERS = 500
+Named = Session | TranscriptEntry | QueuedMessage | InputRequest
+_KINDS = {
+    Session: ENTITY_KIND_SESSION,
+    TranscriptEntry: ENTITY_KIND_TRANSCRIPT_ENTRY,
+    QueuedMessage: ENTITY_KIND_QUEUED_MESSAGE,
+    InputRequest: ENTITY_KIND_INPUT_REQUEST,
+}
+_SUMMARY_BYTES = 1000
 
 
 @dataclass(slots=True)
@@ -53,8 +65,10 @@ class TaskRow:
     git_name: str
     git_email: str
     hold_prompt: bool
-    derived_branch: bool
-    """Whether the branch's name was derived and not checked out yet: one that the remote has is not ours."""
+    branch_choice: str
+    """How the branch was chosen: "derived", "new" or "existing"; "own" once it was checked out."""
+    branch_base: str
+    """Where a branch that is made starts; empty means the default branch."""
     provisioned: bool
     """Whether there is a sandbox that takes messages."""
     attempt: int
@@ -76,14 +90,16 @@ class SessionRow:
     session: Session
     agent_revision: int = 0
     last_position: int = 0
+    cancelled_turn: int = 0
+    """The last turn of which somebody wished that it end."""
     touched: bool = False
     changed: bool = False
 
     @property
     def working_since(self) -> float | None:
         """When the agent began what it does; None if it does nothing."""
-        working = self.session.status in SESSION_WORKING
-        return self.session.status_time.ToNanoseconds() / 1e9 if working else None
+        working = self.session.state in SESSION_WORKING
+        return self.session.state_time.ToNanoseconds() / 1e9 if working else None
 
 
 @dataclass(slots=True)
@@ -95,12 +111,29 @@ class OpenTask:
     """Its sessions by id, oldest first."""
     clock: Clock
     entries: list[TranscriptEntry] = field(default_factory=list[TranscriptEntry])
+    queue: list[QueuedMessage] | None = None
+    """Messages that wait, in their order; None where they were not read."""
+    edited: set[str] = field(default_factory=set[str])
+    """Those of them that were changed otherwise than by their place."""
+    queued: list[QueuedMessage] = field(default_factory=list[QueuedMessage])
+    """Those of them that must be written; known once the task is sealed."""
+    unqueued: list[QueuedMessage] = field(default_factory=list[QueuedMessage])
+    """Messages that wait no more."""
+    inputs: dict[str, InputRequest] = field(default_factory=dict[str, InputRequest])
+    """What agents wait for, or waited for, that was changed."""
+    rested: set[str] = field(default_factory=set[str])
+    """Sessions whose turn ended."""
     sent: list[Mark] = field(default_factory=list[Mark])
 
     @property
     def task(self) -> Task:
         """The task as others see it."""
         return self.row.task
+
+    @property
+    def standing(self) -> Standing:
+        """Where it stands."""
+        return standing_of(self.row.task)
 
     @property
     def sessions(self) -> list[Session]:
@@ -110,7 +143,7 @@ class OpenTask:
     @property
     def first_session(self) -> Session | None:
         """The oldest session that is not closed."""
-        return next((one for one in self.sessions if one.status != SESSION_STATUS_CLOSED), None)
+        return next((one for one in self.sessions if one.state != SESSION_STATE_CLOSED), None)
 
     def session(self, session_id: str) -> Session:
         """Return one of its sessions; raise NotFound."""
@@ -132,48 +165,62 @@ class OpenTask:
         row = self.rows[session.id]
         row.touched = row.changed = True
 
-    def move(self, status: Status, reason: str = "", session_id: str = "") -> None:
-        """Bring the task to another status, with a history event. Raise FailedPrecondition if that is not allowed."""
-        task = self.task
-        reason = reason[:_REASON_CHARACTERS]
-        if task.status == status:
-            if task.status_reason != reason:
-                task.status_reason = reason
+    def move(self, standing: Standing, failure: Failure | None = None, session_id: str = "") -> None:
+        """Bring the task to another standing, with a history event. Raise FailedPrecondition if that is not allowed.
+
+        A failure stays until the task stands elsewhere.
+        """
+        task, old = self.task, self.standing
+        if old == standing:
+            if failure is not None and task.failure != failure:
+                task.failure.CopyFrom(failure)
                 self.change()
             return
-        check_transition(task.status, status)
-        details = {"from": status_name(task.status), "to": status_name(status)}
-        task.status = status
-        task.status_reason = reason
-        task.status_time.CopyFrom(self.clock.timestamp())
+        check_transition(old, standing)
+        task.state, task.activity = standing
+        task.ClearField("failure")
+        if failure is not None:
+            task.failure.CopyFrom(failure)
+        task.state_time.CopyFrom(self.clock.timestamp())
         task.stage = PROVISIONING_STAGE_UNSPECIFIED
         self.change()
-        summary = f"{details['from']} → {details['to']}" + (f": {reason}" if reason else "")
-        self.tell(EVENT_KIND_TASK_STATUS_CHANGED, summary, session_id, details)
+        details = {"from": old.name, "to": standing.name}
+        summary = f"{old.name} → {standing.name}" + (f": {failure.message}" if failure is not None else "")
+        self.tell(EVENT_KIND_TASK_STATE_CHANGED, summary, session_id, details)
 
-    def follow(self, status: Status, reason: str = "", session_id: str = "") -> bool:
-        """Bring the task to the status that something outside brought about; where that does not fit, ignore it."""
-        if status != self.task.status and status not in TRANSITIONS[self.task.status]:
-            held, reported = status_name(self.task.status), status_name(status)
+    def follow(self, standing: Standing, failure: Failure | None = None, session_id: str = "") -> bool:
+        """Bring the task to the standing that something outside brought about; where that does not fit, ignore it."""
+        if standing != self.standing and standing not in TRANSITIONS[self.standing]:
+            held, reported = self.standing.name, standing.name
             log.warning("report ignored", task=self.task.id, session=session_id, held=held, reported=reported)
             return False
-        self.move(status, reason, session_id)
+        self.move(standing, failure, session_id)
         return True
 
-    def stand(self, session: Session, status: SessionStanding, reason: str = "") -> None:
-        """Bring a session to a status."""
-        session.status = status
-        session.status_reason = reason[:_REASON_CHARACTERS]
-        session.status_time.CopyFrom(self.clock.timestamp())
+    def stand(self, session: Session, state: SessionStanding, failure: Failure | None = None) -> None:
+        """Bring a session to a state."""
+        if session.state in SESSION_WORKING and state not in SESSION_WORKING:
+            self.rested.add(session.id)
+        session.state = state
+        session.ClearField("failure")
+        if failure is not None:
+            session.failure.CopyFrom(failure)
+        session.state_time.CopyFrom(self.clock.timestamp())
         self.change_session(session)
 
-    def move_head(self, commit: str) -> None:
-        """Note where the branch points now; an empty commit means that it is not known."""
+    def count_inputs(self, more: int) -> None:
+        """Count how many more input requests wait for an answer."""
+        if more:
+            self.task.pending_input_count += more
+            self.change()
+
+    def move_head(self, commit: str, session_id: str) -> None:
+        """Note where a session's agent left the branch; an empty commit means that it is not known."""
         if not commit or commit == self.task.head_commit:
             return
         self.task.head_commit = commit
         self.change()
-        self.tell(EVENT_KIND_BRANCH_MOVED, f"{self.task.branch} is at {commit[:12]}", by_agent=True)
+        self.tell(EVENT_KIND_BRANCH_MOVED, f"{self.task.branch} is at {commit[:12]}", session_id, by_agent=True)
 
     def tell(
         self,
@@ -184,22 +231,18 @@ class OpenTask:
         *,
         by_agent: bool = False,
     ) -> None:
-        """Record an event for history; its actor is the caller, else Branchline itself or the agent."""
-        principal = principal_or_none()
-        user_id = principal.user_id if principal is not None and not by_agent else ""
-        actor = ACTOR_KIND_AGENT if by_agent else ACTOR_KIND_USER if user_id else ACTOR_KIND_SYSTEM
+        """Record an event for history; its actor is the session's agent, or whoever makes the call."""
         event = HistoryEvent(
             id=self.clock.new_id("evt"),
             organization_id=self.task.organization_id,
             event_time=self.clock.timestamp(),
-            actor_kind=actor,
-            actor_user_id=user_id,
+            actor=agent_actor(session_id, self.task.owner_user_id) if by_agent else current_actor(),
             kind=kind,
             repository_id=self.task.repository_id,
             task_id=self.task.id,
             branch=self.task.branch,
             session_id=session_id,
-            summary=summary[:_SUMMARY_CHARACTERS],
+            summary=summary.encode()[:_SUMMARY_BYTES].decode(errors="ignore"),
             details=details,
         )
         self.sent.append(Mark(event.id, 1, event))
@@ -237,12 +280,10 @@ class OpenTask:
         self.row.workflow = ""
         self.row.touched = True
 
-    def token(self, *named: Session | TranscriptEntry) -> str:
+    def token(self, *named: Named) -> str:
         """Return the consistency token of the closed task, what is named, and the sessions that were changed."""
         points = [(ENTITY_KIND_TASK, self.task.id, self.task.revision)]
-        for one in named:
-            kind = ENTITY_KIND_SESSION if isinstance(one, Session) else ENTITY_KIND_TRANSCRIPT_ENTRY
-            points.append((kind, one.id, one.revision))
+        points += [(_KINDS[type(one)], one.id, one.revision) for one in named]
         changed = [row.session for row in self.rows.values() if row.changed and row.session not in named]
         points += [(ENTITY_KIND_SESSION, one.id, one.revision) for one in changed]
         return consistency_token(points)
@@ -254,7 +295,11 @@ class OpenTask:
             session.revision += 1
         if sessions:
             self._summarize()
-        marks = [Mark(one.id, one.revision, one) for one in self.entries]
+        self._number_queue()
+        for one in (*self.unqueued, *self.inputs.values()):
+            one.revision += 1
+        marks = [Mark(one.id, one.revision, one) for one in (*self.entries, *self.queued, *self.inputs.values())]
+        marks += [Mark(one.id, one.revision, one, deleted=True) for one in self.unqueued]
         marks += [Mark(one.id, one.revision, one) for one in sessions]
         if self.row.changed:
             self.task.revision += 1
@@ -262,8 +307,19 @@ class OpenTask:
             marks.append(Mark(self.task.id, self.task.revision, self.task))
         return [*marks, *self.sent]
 
+    def _number_queue(self) -> None:
+        """Give the messages that wait their places, and those that changed a new revision."""
+        for place, message in enumerate(self.queue or (), 1):
+            if message.place != place or message.id in self.edited:
+                message.place = place
+                message.revision += 1
+                self.queued.append(message)
+
     def _summarize(self) -> None:
-        brief = [SessionSummary(id=one.id, name=one.name, status=one.status, agent=one.agent) for one in self.sessions]
+        brief = [
+            SessionSummary(id=one.id, display_name=one.display_name, state=one.state, agent=one.agent)
+            for one in self.sessions
+        ]
         if brief != list(self.task.sessions):
             del self.task.sessions[:]
             self.task.sessions.extend(brief)

@@ -15,7 +15,6 @@ from services.task.downward import Downward
 from services.task.ingest import TaskIngest
 from services.task.lifecycle import Lifecycle
 from services.task.machine import Deadlines, Machine
-from services.task.permissions import Permissions
 from services.task.public import PublicSessionServicer, PublicTaskServicer
 from services.task.servicer import TaskServicer
 from services.task.sessions import Sessions
@@ -38,23 +37,23 @@ def build(config: TaskConfig) -> Service:
     chassis = Chassis("task", config, Path(__file__).parent)
     database, clock = chassis.database, chassis.clock
     store = TaskStore(chassis.outbox, clock)
-    turns, permissions = Turns(store), Permissions(clock)
-    lifecycle = Lifecycle(turns)
+    turns, lifecycle = Turns(store), Lifecycle()
     sandbox = chassis.stub(SandboxServiceStub, "sandbox")
-    machine = Machine(sandbox, chassis.stub(RepositoryServiceStub, "repository"), config.deadlines)
+    repository = chassis.stub(RepositoryServiceStub, "repository")
+    machine = Machine(sandbox, repository, config.deadlines)
     engine = WorkflowEngine(config.data_dir / "workflows.sqlite")
     workflows = TaskWorkflows(chassis, store, turns, machine)
-    downward = Downward(database, store, turns, sandbox, workflows)
-    sweep = Sweep(database, store, chassis.outbox, turns, permissions, downward, workflows, engine, config.deadlines)
-    sessions = Sessions(database, clock, store, turns, permissions, machine)
+    downward = Downward(database, store, turns, sandbox, workflows, config.deadlines)
+    sweep = Sweep(database, store, chassis.outbox, turns, downward, workflows, engine, config.deadlines)
+    sessions = PublicSessionServicer(chassis.commands, Sessions(clock, store, turns), machine)
 
-    chassis.serve(TaskServicer(database, store, lifecycle), task_pb2.DESCRIPTOR, "TaskService")
+    chassis.serve(TaskServicer(database, store, lifecycle, repository), task_pb2.DESCRIPTOR, "TaskService")
     chassis.serve(PublicTaskServicer(chassis.commands, store, lifecycle), tasks_pb2.DESCRIPTOR, "TaskService")
-    chassis.serve(PublicSessionServicer(chassis.commands, sessions), sessions_pb2.DESCRIPTOR, "SessionService")
+    chassis.serve(sessions, sessions_pb2.DESCRIPTOR, "SessionService")
     chassis.take_commands()
     chassis.coordinate(None, TaskIngest(store, turns).ingest(database))
     chassis.push_to("repository")
-    chassis.courier(TO_SANDBOX, downward.to_sandbox)
+    chassis.courier(TO_SANDBOX, downward.to_sandbox, downward.deadline_seconds)
     chassis.courier(TO_WORKFLOW, downward.to_workflow)
     service = chassis.service
     service.before_start.append(engine.start)

@@ -5,19 +5,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from branchline.v1.organizations_pb2 import ROLE_MEMBER
-from branchline.v1.repositories_pb2 import Repository
-from branchline.v1.sandboxes_pb2 import Sandbox
-from branchline.v1.sessions_pb2 import TRANSCRIPT_ENTRY_KIND_USER_MESSAGE, Session, TranscriptEntry
-from branchline.v1.tasks_pb2 import Task
-from branchline.v1.vocabulary_pb2 import (
+from branchline.v1.common_pb2 import (
     ENTITY_KIND_SANDBOX,
     ENTITY_KIND_TASK,
     ENTITY_KIND_TRANSCRIPT_ENTRY,
-    ERROR_REASON_BEING_DELETED,
+    Prompt,
 )
+from branchline.v1.errors_pb2 import ERROR_REASON_BEING_DELETED
+from branchline.v1.repositories_pb2 import Repository
+from branchline.v1.roles_pb2 import ROLE_MEMBER
+from branchline.v1.sandboxes_pb2 import Sandbox
+from branchline.v1.sessions_pb2 import QueuedMessage, Session
+from branchline.v1.tasks_pb2 import Task
+from branchline.v1.transcripts_pb2 import InputRequest, TranscriptEntry
+from branchline_internal.sandbox.v1.sandbox_pb2 import AgentReport
 from branchline_internal.task.v1.task_pb2 import CreateTaskRequest
-from sqlalchemy import bindparam, func, literal_column, select, update
+from sqlalchemy import bindparam, literal_column, select, update
 
 from services.runtime.clock import Clock
 from services.runtime.database import Reader, Statement, Tx, insert_new, is_in, upsert
@@ -25,14 +28,10 @@ from services.runtime.errors import FailedPrecondition, NotFound
 from services.runtime.principal import Principal
 from services.runtime.spine.outbox import Mark, Outbox
 from services.runtime.spine.resources import Resources
+from services.task import inputs, message_queue
+from services.task.git import choice_of
 from services.task.open_task import OpenTask, SessionRow, TaskRow
-from services.task.tables import task_sandboxes, task_workbench_sessions, tasks, transcript_entries
-
-QUEUED = "queued"
-"""State of a message that waits for its turn."""
-
-DROPPED = "dropped"
-"""State of a message that waited and will not be sent any more."""
+from services.task.tables import agent_reports, task_sandboxes, task_workbench_sessions, tasks, transcript_entries
 
 DELETE = "delete"
 """The workflow after which nothing is left of a task."""
@@ -49,14 +48,9 @@ _SAVE = Statement(
     update(tasks)
     .where(tasks.c.id == bindparam("this"))
     .values({name: bindparam(name) for name in ("payload", "attempt", "workflow", "workflow_time")})
-    .values({name: bindparam(name) for name in ("derived_branch", "provisioned")})
+    .values({name: bindparam(name) for name in ("branch_choice", "provisioned")})
 )
 _SAVE_SESSION = Statement(upsert(_sessions, ["session_id"], keep=["task_id"]))
-_FIRST_QUEUED = Statement(
-    select(func.min(transcript_entries.c.id).label("id"))
-    .where(is_in(transcript_entries.c.task_id, "ids"), transcript_entries.c.queued)
-    .group_by(transcript_entries.c.task_id)
-)
 _WAITING_FOR_WORKFLOW = Statement(
     select(tasks.c.id)
     .where(tasks.c.workflow != literal_column("''"), tasks.c.workflow_time < bindparam("before"))
@@ -73,11 +67,6 @@ _SESSION = Statement(select(_sessions.c.payload).where(_sessions.c.session_id ==
 _TASK_OF_SESSION = Statement(select(_sessions.c.task_id).where(_sessions.c.session_id == bindparam("this")))
 
 
-def is_queued(entry: TranscriptEntry) -> bool:
-    """Say whether an entry is a message that waits for its turn."""
-    return entry.kind == TRANSCRIPT_ENTRY_KIND_USER_MESSAGE and entry.state == QUEUED
-
-
 ENTRIES = Resources(
     transcript_entries,
     TranscriptEntry,
@@ -87,15 +76,28 @@ ENTRIES = Resources(
         "session_id": entry.session_id,
         "task_id": entry.task_id,
         "position": entry.position,
-        "queued": is_queued(entry),
+        "prompt_turn": entry.turn if entry.HasField("user_message") else None,
     },
 )
-QUEUED_OF_TASK = ENTRIES.by("task_id", where=[transcript_entries.c.queued])
+_PROMPT = Statement(
+    select(transcript_entries.c.payload).where(
+        transcript_entries.c.session_id == bindparam("session"), transcript_entries.c.prompt_turn == bindparam("turn")
+    )
+)
 
 SANDBOXES = Resources(
     task_sandboxes, Sandbox, ENTITY_KIND_SANDBOX, lambda sandbox: {"id": sandbox.id, "task_id": sandbox.task_id}
 )
 SANDBOXES_OF_TASK = SANDBOXES.by("task_id")
+
+REPORTS = Resources(
+    agent_reports,
+    AgentReport,
+    ENTITY_KIND_SANDBOX,
+    lambda report: {"sandbox_id": report.sandbox_id, "task_id": report.task_id},
+    key=("sandbox_id",),
+)
+"""The agents that each sandbox knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,8 @@ class TaskStore:
             git_name=request.identity.name,
             git_email=request.identity.email,
             hold_prompt=request.hold_prompt,
-            derived_branch=request.derived_branch,
+            branch_choice=choice_of(request.branch),
+            branch_base=request.branch.base,
             provisioned=False,
             attempt=0,
             workflow="",
@@ -125,6 +128,7 @@ class TaskStore:
             "git_name": row.git_name,
             "git_email": row.git_email,
             "hold_prompt": row.hold_prompt,
+            "branch_base": row.branch_base,
         }
         if not tx.change(_CREATE, {"id": request.task.id, **kept, **_columns(row)}):
             return False
@@ -167,12 +171,6 @@ class TaskStore:
             raise NotFound(ENTITY_KIND_TASK, task_id)
         return task
 
-    def read_for(self, tx: Reader, task_id: str, caller: Principal) -> OpenTask:
-        """Return a task as a caller may see it, to look at only."""
-        task = self.read(tx, task_id)
-        check_caller(task, caller)
-        return task
-
     def session(self, tx: Reader, session_id: str) -> Session | None:
         """Return a session as it is, or None."""
         payload = tx.value(_SESSION, {"this": session_id})
@@ -182,10 +180,10 @@ class TaskStore:
         """Return the id of a session's task; empty if there is no such session."""
         return tx.value(_TASK_OF_SESSION, {"this": session_id}) or ""
 
-    def first_queued(self, tx: Reader, task_ids: Iterable[str]) -> list[TranscriptEntry]:
-        """Return, for each of the tasks, the message that has waited longest in any of its sessions."""
-        ids = [row.id for row in tx.rows(_FIRST_QUEUED, {"ids": sorted(task_ids)})]
-        return ENTRIES.find_many(tx, ids) if ids else []
+    def prompt(self, tx: Reader, session_id: str, turn: int) -> Prompt | None:
+        """Return what a session's turn was begun with, or None."""
+        payload = tx.value(_PROMPT, {"session": session_id, "turn": turn})
+        return TranscriptEntry.FromString(payload).user_message if payload is not None else None
 
     def waiting_for_workflow(self, tx: Reader, before: float) -> list[OpenTask]:
         """Return tasks that have waited for their workflow since before a time, to look at only."""
@@ -202,7 +200,7 @@ class TaskStore:
     def _opened(self, task_rows: Sequence[Any], session_rows: Sequence[Any]) -> dict[str, OpenTask]:
         sessions: dict[str, list[SessionRow]] = {}
         for row in session_rows:
-            one = SessionRow(Session.FromString(row.payload), row.agent_revision, row.last_position)
+            one = SessionRow(Session.FromString(row.payload), row.agent_revision, row.last_position, row.cancelled_turn)
             sessions.setdefault(row.task_id, []).append(one)
         opened: dict[str, OpenTask] = {}
         for row in task_rows:
@@ -211,17 +209,27 @@ class TaskStore:
         return opened
 
     def _close(self, tx: Tx, opened: Iterable[OpenTask]) -> None:
+        opened = list(opened)
+        inputs.settle(tx, opened)
         marks: list[Mark] = []
         entries: list[TranscriptEntry] = []
+        asked: list[InputRequest] = []
+        queued: list[QueuedMessage] = []
+        unqueued: list[QueuedMessage] = []
         session_rows: list[dict[str, Any]] = []
         task_rows: list[dict[str, Any]] = []
         for task in opened:
             marks += task.seal()
             entries += task.entries
+            queued += task.queued
+            unqueued += task.unqueued
+            asked += task.inputs.values()
             session_rows += [_session_columns(row) for row in task.rows.values() if row.touched]
             if task.row.touched:
                 task_rows.append({"this": task.task.id, **_columns(task.row)})
         ENTRIES.put_many(tx, entries)
+        message_queue.write(tx, queued, unqueued)
+        inputs.write(tx, asked)
         tx.change_many(_SAVE_SESSION, session_rows)
         tx.change_many(_SAVE, task_rows)
         self.outbox.mark(tx, marks)
@@ -243,7 +251,8 @@ def _task_row(row: Any) -> TaskRow:
         git_name=row.git_name,
         git_email=row.git_email,
         hold_prompt=bool(row.hold_prompt),
-        derived_branch=bool(row.derived_branch),
+        branch_choice=row.branch_choice,
+        branch_base=row.branch_base,
         provisioned=bool(row.provisioned),
         attempt=row.attempt,
         workflow=row.workflow,
@@ -254,7 +263,7 @@ def _task_row(row: Any) -> TaskRow:
 def _columns(row: TaskRow) -> dict[str, Any]:
     return {
         "payload": row.task.SerializeToString(),
-        "derived_branch": row.derived_branch,
+        "branch_choice": row.branch_choice,
         "provisioned": row.provisioned,
         "attempt": row.attempt,
         "workflow": row.workflow,
@@ -268,6 +277,7 @@ def _session_columns(row: SessionRow) -> dict[str, Any]:
         "task_id": row.session.task_id,
         "agent_revision": row.agent_revision,
         "last_position": row.last_position,
+        "cancelled_turn": row.cancelled_turn,
         "working_since": row.working_since,
         "payload": row.session.SerializeToString(),
     }

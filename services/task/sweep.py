@@ -4,9 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from branchline_internal.sandbox.v1.sandbox_pb2 import StartTurnRequest
+from branchline.v1 import common_pb2
+from branchline.v1.common_pb2 import Failure
+from branchline_internal.sandbox.v1.sandbox_pb2 import OpenSessionRequest, StartTurnRequest
 
 from services.runtime.database import Database, Tx
+from services.runtime.failures import failed
 from services.runtime.logging import get_logger
 from services.runtime.loops import for_each
 from services.runtime.spine.outbox import Outbox
@@ -16,10 +19,9 @@ from services.task.downward import Downward
 from services.task.lifecycle import PROVISION
 from services.task.machine import Deadlines
 from services.task.open_task import OpenTask
-from services.task.permissions import Permissions
 from services.task.store import SWEEP_ROWS, TaskStore
 from services.task.turns import Turns
-from services.task.workflows import TaskWorkflows, workflow_id
+from services.task.workflows import TaskWorkflows, broken, workflow_id
 
 log = get_logger(__name__)
 
@@ -37,7 +39,6 @@ class Sweep:
     store: TaskStore
     outbox: Outbox
     turns: Turns
-    permissions: Permissions
     downward: Downward
     workflows: TaskWorkflows
     engine: WorkflowEngine
@@ -51,7 +52,6 @@ class Sweep:
     async def forget_old(self) -> None:
         """Forget what ended long ago."""
         await self.engine.forget_old()
-        await self.database.write(self.permissions.forget_old)
 
     async def revive_workflows(self) -> None:
         """Find tasks that have waited for a workflow since the last look though it does not run."""
@@ -69,13 +69,12 @@ class Sweep:
             await self.database.write(self._look_later, task_id, attempt)
             return
         log.warning("a task waits for a workflow that does not run", task=task_id, workflow=workflow_id(task))
-        waited = self.store.clock.seconds() - task.task.status_time.ToNanoseconds() / 1e9
+        waited = self.store.clock.seconds() - task.task.state_time.ToNanoseconds() / 1e9
         if outcome is not None and task.row.workflow == PROVISION:
-            reason = f"provisioning failed: {outcome.reason}"
-            await self.database.write(self.workflows.fail_provisioning, task_id, attempt, reason)
+            await self.database.write(self.workflows.fail_provisioning, task_id, attempt, broken(outcome.reason))
         elif task.row.workflow == PROVISION and waited > _START_SECONDS:
-            reason = "provisioning could not be started"
-            await self.database.write(self.workflows.fail_provisioning, task_id, attempt, reason)
+            failure = broken("it could not be started")
+            await self.database.write(self.workflows.fail_provisioning, task_id, attempt, failure)
         else:
             await self.database.write(self._start_again, task_id, attempt, outcome)
 
@@ -95,7 +94,7 @@ class Sweep:
                 task.start(task.row.workflow)
 
     async def end_refused_turns(self) -> None:
-        """End turns in error whose delivery to the sandbox was given up."""
+        """End turns in failure, and sessions that wait to be opened, whose delivery to the sandbox was given up."""
         after = 0
         while True:
             parked = await self.outbox.listed(parked=True, destination=TO_SANDBOX, after_seq=after, most=SWEEP_ROWS)
@@ -106,11 +105,14 @@ class Sweep:
 
     async def _end_refused_turn(self, row: Any) -> None:
         if row.type_url.endswith(f"/{StartTurnRequest.DESCRIPTOR.full_name}"):
-            reason = f"the sandbox did not take the message: {row.parked_reason}"
-            await self.database.write(self.downward.end_turn, row.entity_id, row.revision, reason)
+            failure = _not_taken("the sandbox did not take the message", row.parked_reason)
+            await self.database.write(self.downward.end_turn, row.entity_id, row.revision, failure)
+        elif row.type_url.endswith(f"/{OpenSessionRequest.DESCRIPTOR.full_name}"):
+            failure = _not_taken("the agent could not be started", row.parked_reason)
+            await self.database.write(self.downward.not_opened, row.entity_id, failure)
 
     async def end_lost_turns(self) -> None:
-        """End turns in error that have gone on for longer than any turn may: their end was lost."""
+        """End turns in failure that have gone on for longer than any turn may: their end was lost."""
         hours = self.deadlines.turn_hours
         before = self.store.clock.seconds() - hours * 3600 - _MARGIN_SECONDS
         working = await self.database.read(self.store.working_since, before)
@@ -121,5 +123,10 @@ class Sweep:
             row = task.rows.get(session_id)
             if row is None or row.working_since is None or row.working_since >= before:
                 return
-            reason = f"nothing was heard of the turn for {self.deadlines.turn_hours:g} hours"
-            self.turns.give_up(task, row.session, row.session.turn, reason)
+            words = f"nothing was heard of the turn for {self.deadlines.turn_hours:g} hours"
+            failure = failed(common_pb2.FAILURE_REASON_TIMED_OUT, words)
+            self.turns.give_up(task, row.session, row.session.turn, failure)
+
+
+def _not_taken(what: str, why: str) -> Failure:
+    return failed(common_pb2.FAILURE_REASON_INTERNAL, f"{what}: {why}")

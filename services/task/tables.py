@@ -37,7 +37,8 @@ tasks = Table(
     Column("git_name", String, nullable=False),
     Column("git_email", String, nullable=False),
     Column("hold_prompt", Boolean, nullable=False),
-    Column("derived_branch", Boolean, nullable=False),
+    Column("branch_choice", String, nullable=False),
+    Column("branch_base", String, nullable=False),
     Column("provisioned", Boolean, nullable=False),
     Column("attempt", Integer, nullable=False),
     Column("workflow", String, nullable=False),
@@ -53,11 +54,12 @@ task_workbench_sessions = Table(
     Column("task_id", String, nullable=False),
     Column("agent_revision", BigInteger, nullable=False),
     Column("last_position", BigInteger, nullable=False),
+    Column("cancelled_turn", Integer, nullable=False),
     Column("working_since", Float),
     Column("payload", LargeBinary, nullable=False),
     Index("task_workbench_sessions_task", "task_id"),
     _partial("task_workbench_sessions_working", "working_since", "working_since IS NOT NULL"),
-    comment="Coordinator index of session: metadata, status, model",
+    comment="Coordinator index of session: metadata, state, model",
 )
 
 transcript_entries = Table(
@@ -68,10 +70,10 @@ transcript_entries = Table(
     Column("task_id", String, nullable=False),
     Column("position", BigInteger, nullable=False),
     Column("revision", BigInteger, nullable=False),
-    Column("queued", Boolean, nullable=False),
+    Column("prompt_turn", Integer),
     Column("payload", LargeBinary, nullable=False),
     UniqueConstraint("session_id", "position"),
-    _partial("transcript_entries_queued", "task_id", "queued", "queued = 1"),
+    partial_index("transcript_entries_prompts", "session_id", "prompt_turn", where=text("prompt_turn IS NOT NULL")),
     comment="Coordinator index of session: its transcript, numbered",
 )
 
@@ -86,15 +88,38 @@ task_sandboxes = Table(
     comment="Coordinator index of sandbox: every sandbox the task ever had",
 )
 
-permission_answers = Table(
-    "permission_answers",
+queued_messages = Table(
+    "queued_messages",
     metadata,
-    Column("entry_id", String, primary_key=True),
+    Column("id", String, primary_key=True),
     Column("task_id", String, nullable=False),
-    Column("option_id", String, nullable=False),
-    Column("user_id", String, nullable=False),
-    Column("answer_time", Float, nullable=False),
-    Index("permission_answers_task", "task_id"),
-    Index("permission_answers_time", "answer_time"),
-    comment="Who answered an agent's request first, and how, until its entry shows it",
+    Column("place", Integer, nullable=False),
+    Column("revision", BigInteger, nullable=False),
+    Column("payload", LargeBinary, nullable=False),
+    Index("queued_messages_place", "task_id", "place"),
+    comment="Messages that wait until the agents of their task are free, owned here",
+)
+
+input_requests = Table(
+    "input_requests",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("task_id", String, nullable=False),
+    Column("pending", Boolean, nullable=False),
+    Column("revision", BigInteger, nullable=False),
+    Column("payload", LargeBinary, nullable=False),
+    Index("input_requests_task", "task_id"),
+    _partial("input_requests_pending", "task_id", "pending", "pending = 1"),
+    comment="What agents wait for, and who answered it first; asked by the sandbox, answered here",
+)
+
+agent_reports = Table(
+    "agent_reports",
+    metadata,
+    Column("sandbox_id", String, primary_key=True),
+    Column("task_id", String, nullable=False),
+    Column("revision", BigInteger, nullable=False),
+    Column("payload", LargeBinary, nullable=False),
+    Index("agent_reports_task", "task_id"),
+    comment="The agents that each sandbox of a task knows, as it said last",
 )

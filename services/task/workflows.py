@@ -4,32 +4,46 @@ Each step can be repeated, and is tried several times. A service that is killed 
 the restart. A workflow that was overtaken, by a retry or by the task's end, stops at its next step.
 """
 
-from branchline.v1 import sessions_pb2, tasks_pb2
-from branchline.v1.sessions_pb2 import Session, TranscriptEntry
-from branchline.v1.vocabulary_pb2 import EVENT_KIND_BRANCH_MOVED, EVENT_KIND_TASK_FAILED
+from branchline.v1 import common_pb2, sessions_pb2, tasks_pb2
+from branchline.v1.common_pb2 import Failure
+from branchline.v1.history_pb2 import EVENT_KIND_BRANCH_MOVED, EVENT_KIND_TASK_FAILED
+from branchline_internal.sandbox.v1.sandbox_pb2 import CloseSessionRequest
 from branchline_internal.task.v1.task_pb2 import StartWorkflow
 from dbos import DBOS, DBOSConfiguredInstance, SetWorkflowID
 
 from services.runtime.database import Reader, Tx
-from services.runtime.errors import reason_of
+from services.runtime.failures import failed
 from services.runtime.principal import Principal, bind_principal
 from services.runtime.remote import host_of
 from services.runtime.service import Chassis
 from services.runtime.workflows import durable_step, failure_of
+from services.task import failures
 from services.task.deletion import Deletion
-from services.task.git import CHECKOUT, checkout_environment, credentials_line
+from services.task.destinations import TO_SANDBOX
+from services.task.git import CHECKOUT, OWN, checkout_environment, checkout_failure, credentials_line
 from services.task.lifecycle import END, PROVISION
 from services.task.machine import Machine
 from services.task.open_task import OpenTask
-from services.task.status import ENDED, PROVISIONING
+from services.task.standing import ENDED, FAILED, IDLE, PROVISIONING, UNBORN
 from services.task.store import DELETE, SANDBOXES_OF_TASK, TaskStore
 from services.task.turns import Turns
 
 _WHAT = {
-    tasks_pb2.PROVISIONING_STAGE_SANDBOX: "the sandbox could not be created",
-    tasks_pb2.PROVISIONING_STAGE_REPOSITORY: "the repository could not be checked out",
-    tasks_pb2.PROVISIONING_STAGE_SESSION: "the agent could not be started",
+    tasks_pb2.PROVISIONING_STAGE_SANDBOX: (
+        "the sandbox could not be created",
+        common_pb2.FAILURE_REASON_SANDBOX_FAILED,
+    ),
+    tasks_pb2.PROVISIONING_STAGE_REPOSITORY: (
+        "the repository could not be checked out",
+        common_pb2.FAILURE_REASON_INTERNAL,
+    ),
+    tasks_pb2.PROVISIONING_STAGE_SESSION: (
+        "the agent could not be started",
+        common_pb2.FAILURE_REASON_AGENT_NOT_STARTED,
+    ),
 }
+"""What fails where a stage does, and why, unless more is known."""
+
 _PAUSES_SECONDS = (5.0, 30.0, 120.0, 600.0, 1800.0)
 """Between attempts to destroy a machine. After the last the sweep begins anew."""
 
@@ -62,23 +76,23 @@ class TaskWorkflows(DBOSConfiguredInstance):
 
     @DBOS.workflow(name="task.provision")
     async def provision(self, task_id: str, attempt: int) -> None:
-        """Bring a task from pending to its first turn; whatever fails ends it in `error` with what failed."""
+        """Bring a task from being queued to its first turn; whatever fails makes it FAILED with what failed."""
         try:
             failure = await self._provision(task_id, attempt)
         except Exception as error:  # noqa: BLE001 - the task must say it and offer a retry
-            failure = f"provisioning failed: {failure_of(error)}"
-        if failure:
+            failure = broken(failure_of(error))
+        if failure is not None:
             await self.fail(task_id, attempt, failure)
 
-    async def _provision(self, task_id: str, attempt: int) -> str:
-        for stage, what in _WHAT.items():
+    async def _provision(self, task_id: str, attempt: int) -> Failure | None:
+        for stage in _WHAT:
             if not await self.enter(task_id, attempt, stage):
-                return ""
+                return None
             failure = await self.perform(task_id, attempt, stage)
-            if failure:
-                return f"{what}: {failure}"
+            if failure is not None:
+                return failure
         await self.finish(task_id, attempt)
-        return ""
+        return None
 
     @DBOS.workflow(name="task.end")
     async def end(self, task_id: str, attempt: int) -> None:
@@ -96,7 +110,7 @@ class TaskWorkflows(DBOSConfiguredInstance):
         await self.stop_agents(task_id, attempt)
         for pause_seconds in _PAUSES_SECONDS:
             failure = await self.release(task_id, attempt)
-            if not failure:
+            if failure is None:
                 return True
             await self.note(task_id, attempt, failure)
             await DBOS.sleep_async(pause_seconds)
@@ -110,51 +124,51 @@ class TaskWorkflows(DBOSConfiguredInstance):
     def _enter(self, tx: Tx, task_id: str, attempt: int, stage: Stage) -> bool:
         with self._store.open_all(tx, [task_id]) as opened:
             task = opened.get(task_id)
-            if task is None or task.row.attempt != attempt or task.task.status not in PROVISIONING:
+            if task is None or task.row.attempt != attempt or task.standing not in UNBORN:
                 return False
             if not task.task.active_sandbox_id:
                 task.task.active_sandbox_id = self._clock.new_id("sbx")
-            task.move(tasks_pb2.TASK_STATUS_PROVISIONING)
+            task.move(PROVISIONING)
             task.task.stage = stage
             task.change()
             return True
 
     @durable_step
-    async def perform(self, task_id: str, attempt: int, stage: Stage) -> str:
-        """Do what the stage is for; return what went wrong, or nothing."""
+    async def perform(self, task_id: str, attempt: int, stage: Stage) -> Failure | None:
+        """Do what the stage is for; return what went wrong, or None."""
         task = await self._read(task_id)
         try:
             match stage:
                 case tasks_pb2.PROVISIONING_STAGE_SANDBOX:
                     await self._machine.create(task.task)
                 case tasks_pb2.PROVISIONING_STAGE_REPOSITORY:
-                    branch = await self._check_out(task)
-                    await self._database.write(self._take_branch, task_id, attempt, branch)
+                    return await self._check_out(task, attempt)
                 case _:
                     await self._open_sessions(task, attempt)
         except Exception as error:  # noqa: BLE001 - whatever it is, the task must say it and offer a retry
-            return reason_of(error)
-        return ""
+            what, otherwise = _WHAT[stage]
+            return failures.failure_of(error, otherwise, what)
+        return None
 
-    async def _check_out(self, task: OpenTask) -> str:
-        row, remote, sandbox_id = task.row, task.row.repository.remote_url, task.task.active_sandbox_id
+    async def _check_out(self, task: OpenTask, attempt: int) -> Failure | None:
+        remote, sandbox_id = task.row.repository.remote_url, task.task.active_sandbox_id
         credential = await self._machine.credential(task.task.id)
         content = credentials_line(remote, host_of(remote), credential.username, credential.secret)
         await self._machine.put_credentials(sandbox_id, content)
-        environment = checkout_environment(
-            task.task, row.repository, row.git_name, row.git_email, derived=row.derived_branch
-        )
-        output = await self._machine.run(
-            sandbox_id, ("sh", "-c", CHECKOUT), "", environment, self._machine.deadlines.clone_seconds
-        )
-        return output.strip()
+        seconds = self._machine.deadlines.clone_seconds
+        environment = checkout_environment(task.row)
+        result = await self._machine.run(sandbox_id, ("sh", "-c", CHECKOUT), "", environment, seconds)
+        failure = checkout_failure(result, seconds)
+        if failure is None:
+            await self._database.write(self._take_branch, task.task.id, attempt, result.stdout.strip())
+        return failure
 
     def _take_branch(self, tx: Tx, task_id: str, attempt: int, branch: str) -> None:
         """Take the branch that the tree stands on: from now on it is the task's own, on the remote too."""
         with self._store.open(tx, task_id) as task:
-            if task.row.attempt != attempt or not task.row.derived_branch:
+            if task.row.attempt != attempt or task.row.branch_choice == OWN:
                 return
-            task.row.derived_branch, task.row.touched = False, True
+            task.row.branch_choice, task.row.touched = OWN, True
             if branch and branch != task.task.branch:
                 words = f"the remote has {task.task.branch}; the task's branch is {branch}"
                 task.task.branch = branch
@@ -164,68 +178,66 @@ class TaskWorkflows(DBOSConfiguredInstance):
     async def _open_sessions(self, task: OpenTask, attempt: int) -> None:
         """Start the agents of all sessions. Where that of the first fails, the stage does."""
         first = task.first_session
+        what, otherwise = _WHAT[tasks_pb2.PROVISIONING_STAGE_SESSION]
         for session in task.sessions:
-            if session.status == sessions_pb2.SESSION_STATUS_CLOSED:
+            if session.state == sessions_pb2.SESSION_STATE_CLOSED:
                 continue
+            failure = None
             try:
                 await self._machine.open_session(task.task.active_sandbox_id, session)
             except Exception as error:
                 if session is first:
                     raise
-                await self._database.write(self._session_failed, task.task.id, attempt, session.id, reason_of(error))
+                failure = failures.failure_of(error, otherwise, what)
+            await self._database.write(self._session_opened, task.task.id, attempt, session.id, failure)
 
-    def _session_failed(self, tx: Tx, task_id: str, attempt: int, session_id: str, reason: str) -> None:
+    def _session_opened(self, tx: Tx, task_id: str, attempt: int, session_id: str, failure: Failure | None) -> None:
         with self._store.open(tx, task_id) as task:
-            if task.row.attempt == attempt:
-                task.stand(task.session(session_id), sessions_pb2.SESSION_STATUS_ERROR, reason)
+            session = task.session(session_id)
+            if task.row.attempt != attempt:
+                return
+            if session.state == sessions_pb2.SESSION_STATE_CLOSED:  # meanwhile, which the sandbox was told before
+                task.send(TO_SANDBOX, session.id, session.turn, CloseSessionRequest(session_id=session.id))
+            elif failure is None:
+                self._turns.opened(task, session)
+            else:
+                task.stand(session, sessions_pb2.SESSION_STATE_FAILED, failure)
 
     @durable_step
-    async def fail(self, task_id: str, attempt: int, reason: str) -> None:
-        """Put the task into error."""
-        await self._database.write(self.fail_provisioning, task_id, attempt, reason)
+    async def fail(self, task_id: str, attempt: int, failure: Failure) -> None:
+        """Say that the task could not be provisioned."""
+        await self._database.write(self.fail_provisioning, task_id, attempt, failure)
 
-    def fail_provisioning(self, tx: Tx, task_id: str, attempt: int, reason: str) -> None:
-        """End the provisioning of a task in error, unless it was overtaken."""
+    def fail_provisioning(self, tx: Tx, task_id: str, attempt: int, failure: Failure) -> None:
+        """End the provisioning of a task in failure, unless it was overtaken."""
         with self._store.open_all(tx, [task_id]) as opened:
             task = opened.get(task_id)
-            if task is None or task.row.attempt != attempt or task.task.status not in PROVISIONING:
+            if task is None or task.row.attempt != attempt or task.standing not in UNBORN:
                 return
-            task.move(tasks_pb2.TASK_STATUS_ERROR, reason)
-            task.tell(EVENT_KIND_TASK_FAILED, reason)
+            task.move(FAILED, failure)
+            task.tell(EVENT_KIND_TASK_FAILED, failure.message)
             task.arrive()
 
     @durable_step
     async def finish(self, task_id: str, attempt: int) -> None:
-        """Make the task ready, and send its text, or else what was queued meanwhile."""
+        """Make the task ready, and send its prompt, or else what was queued meanwhile."""
         await self._database.write(self._finish, task_id, attempt)
 
     def _finish(self, tx: Tx, task_id: str, attempt: int) -> None:
         with self._store.open_all(tx, [task_id]) as opened:
             task = opened.get(task_id)
-            if task is None or task.row.attempt != attempt or task.task.status not in PROVISIONING:
+            if task is None or task.row.attempt != attempt or task.standing not in UNBORN:
                 return
             prompted = any(session.turn for session in task.sessions)
             session = task.first_session
             task.row.provisioned = True
             task.arrive()
-            task.move(tasks_pb2.TASK_STATUS_IDLE)
-            if session is not None and session.status != sessions_pb2.SESSION_STATUS_IDLE:
-                task.stand(session, sessions_pb2.SESSION_STATUS_IDLE)
+            task.move(IDLE)
             if session is None or task.row.hold_prompt or prompted:
                 self._turns.begin_next(tx, [task])
-            else:
-                self._turns.begin(task, session, self._first_message(task, session))
-
-    def _first_message(self, task: OpenTask, session: Session) -> TranscriptEntry:
-        return TranscriptEntry(
-            id=f"ent_{task.task.id.removeprefix('task_')}_0",
-            session_id=session.id,
-            task_id=task.task.id,
-            kind=sessions_pb2.TRANSCRIPT_ENTRY_KIND_USER_MESSAGE,
-            text=task.task.text,
-            user_id=task.task.owner_user_id,
-            create_time=self._clock.timestamp(),
-        )
+                return
+            first_id = f"ent_{task_id.removeprefix('task_')}_0"
+            self._turns.begin(task, session, task.task.prompt, task.task.creator, first_id)
 
     @durable_step
     async def stop_agents(self, task_id: str, attempt: int) -> None:
@@ -240,28 +252,29 @@ class TaskWorkflows(DBOSConfiguredInstance):
                 return
 
     @durable_step
-    async def release(self, task_id: str, attempt: int) -> str:
-        """Destroy the sandboxes; return what went wrong, or nothing."""
+    async def release(self, task_id: str, attempt: int) -> Failure | None:
+        """Destroy the sandboxes; return what went wrong, or None."""
         if not await self._is_current(task_id, attempt):
-            return ""
+            return None
         task = await self._read(task_id)
         held = await self._database.read(lambda tx: SANDBOXES_OF_TASK(tx, task_id=task_id))
         try:
             for sandbox_id in sorted({*(one.id for one in held), task.task.active_sandbox_id} - {""}):
                 await self._machine.destroy(sandbox_id)
         except Exception as error:  # noqa: BLE001 - the workflow tries again, and says why
-            return f"the sandbox could not be destroyed: {reason_of(error)}"
-        return ""
+            what = "the sandbox could not be destroyed, and it is tried again"
+            return failures.failure_of(error, common_pb2.FAILURE_REASON_SANDBOX_FAILED, what)
+        return None
 
     @durable_step
-    async def note(self, task_id: str, attempt: int, reason: str) -> None:
+    async def note(self, task_id: str, attempt: int, failure: Failure) -> None:
         """Say why the task has not ended yet."""
-        await self._database.write(self._note, task_id, attempt, reason)
+        await self._database.write(self._note, task_id, attempt, failure)
 
-    def _note(self, tx: Tx, task_id: str, attempt: int, reason: str) -> None:
+    def _note(self, tx: Tx, task_id: str, attempt: int, failure: Failure) -> None:
         with self._store.open(tx, task_id) as task:
             if task.row.attempt == attempt:
-                task.move(task.task.status, f"{reason}; it is tried again")
+                task.move(task.standing, failure)
 
     @durable_step
     async def close(self, task_id: str, attempt: int) -> None:
@@ -271,9 +284,9 @@ class TaskWorkflows(DBOSConfiguredInstance):
     def _end(self, tx: Tx, task_id: str, attempt: int) -> None:
         with self._store.open_all(tx, [task_id]) as opened:
             task = opened.get(task_id)
-            if task is None or task.row.attempt != attempt or task.task.status not in ENDED:
+            if task is None or task.row.attempt != attempt or task.standing not in ENDED:
                 return
-            task.move(ENDED[task.task.status])
+            task.move(ENDED[task.standing])
             task.task.active_sandbox_id = ""
             task.arrive()
 
@@ -294,3 +307,8 @@ class TaskWorkflows(DBOSConfiguredInstance):
         task = await self._database.read(self._store.read, task_id)
         bind_principal(Principal(service="task", organization_id=task.task.organization_id))
         return task
+
+
+def broken(words: str) -> Failure:
+    """Return the failure of a provisioning that broke off where nothing says more."""
+    return failed(common_pb2.FAILURE_REASON_INTERNAL, f"provisioning failed: {words}")
