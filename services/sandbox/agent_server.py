@@ -4,25 +4,29 @@ Source: https://sandboxagent.dev (HTTP API v1) and https://agentclientprotocol.c
 are posted, everything the agent says comes as numbered server-sent events that can be replayed from any number.
 """
 
+import errno
 import json
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import msgspec
-from branchline.v1.vocabulary_pb2 import (
-    ENTITY_KIND_FILE,
-    ERROR_REASON_COMMAND_NOT_STARTED,
+from branchline.v1.common_pb2 import ENTITY_KIND_FILE
+from branchline.v1.errors_pb2 import (
+    ERROR_REASON_COMMAND_FAILED,
     ERROR_REASON_FILE_TOO_LARGE,
     ERROR_REASON_SANDBOX_UNREACHABLE,
 )
 
 from services.runtime.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
-from services.sandbox.members import member
+from services.runtime.limits import CHUNK_BYTES
+from services.sandbox.members import member, text_of
 from services.sandbox.providers.base import Machine
+from services.sandbox.words import clean
 
 if TYPE_CHECKING:
     from httpx import Response
@@ -38,12 +42,48 @@ _DISCONNECT_SECONDS = 1.0
 _STOP_MS = 2000
 _DETAIL_CHARACTERS = 2000
 
-FILE_BYTES = 1024 * 1024
+_NUMBER = re.compile(r"\(os error (\d+)\)$")
+_REFUSALS: Mapping[int, str] = {
+    errno.EPERM: "is closed to the sandbox's user",
+    errno.EACCES: "is closed to the sandbox's user",
+    errno.EROFS: "is on a file system that is not written to",
+    errno.EBUSY: "is the working tree itself, or in use",
+    errno.EEXIST: "lies below something that is no directory",
+    errno.ENOTDIR: "is no directory, or lies below something that is none",
+    errno.EISDIR: "is a directory",
+    errno.EINVAL: "must be another place, and neither inside the other",
+    errno.ENAMETOOLONG: "has a name that is too long",
+    errno.ENOTEMPTY: "is a directory that is not empty",
+    errno.ELOOP: "is a link that leads in a circle",
+    errno.EXDEV: "is on another file system",
+    errno.ENOSPC: "has no space left for it",
+    errno.EDQUOT: "has no space left for it",
+}
+
+FILE_BYTES = CHUNK_BYTES
 """Largest file that is read or written whole."""
 
 
 class AgentError(Exception):
     """The agent, or the server that runs it, refused a request."""
+
+    def __init__(self, words: str, output: str = "") -> None:
+        super().__init__(words)
+        self.output = output
+        """What the agent wrote on its standard error, where the server tells it."""
+
+    @classmethod
+    def of(cls, error: Json) -> "AgentError":
+        """Return a JSON-RPC error."""
+        words = text_of(error, "message") or "error"
+        data, output = error.get("data"), ""
+        if isinstance(data, dict):
+            told = dict(cast("Json", data))
+            output = str(told.pop("agentStderr", None) or "")
+            data = told
+        if data:
+            words = f"{words}: {json.dumps(data, ensure_ascii=False)}"
+        return cls(words[:_DETAIL_CHARACTERS], output)
 
 
 class AgentUnknownError(AgentError):
@@ -91,7 +131,6 @@ class _File(msgspec.Struct, rename="camel"):
     entry_type: str
     size: int
     modified: str
-    name: str = ""
 
 
 class _Agent(msgspec.Struct):
@@ -170,7 +209,7 @@ class AgentServer:
         body = {"command": command[0], "args": list(command[1:]), "cwd": directory, "env": dict(environment)}
         answer = await self._send("POST", "/v1/processes", json=body)
         if answer.is_error:
-            raise FailedPrecondition(ERROR_REASON_COMMAND_NOT_STARTED, _detail(answer))
+            raise FailedPrecondition(ERROR_REASON_COMMAND_FAILED, self._said(answer))
         return _read(answer.content, _Started).id
 
     async def process(self, process_id: str) -> ProcessState:
@@ -201,36 +240,37 @@ class AgentServer:
         """Drop an ended process and its output."""
         await self._process("DELETE", process_id)
 
-    async def list_files(self, path: str) -> list[FileEntry]:
-        """List a directory, by name. Raise NotFound."""
-        answer = await self._file("GET", "/v1/fs/entries", path)
-        found = [_file_entry(entry.name, entry) for entry in _read(answer.content, list[_File])]
-        return sorted(found, key=lambda entry: entry.name)
-
     async def stat_file(self, path: str) -> FileEntry:
-        """Return what is known of a file or directory. Raise NotFound."""
+        """Return what is known of the file or directory that a path leads to. Raise NotFound."""
         known = await self._file("GET", "/v1/fs/stat", path)
         return _file_entry(PurePosixPath(path).name, _read(known.content, _File))
-
-    async def move_file(self, path: str, new_path: str, *, overwrite: bool) -> None:
-        """Move a file or directory. Raise NotFound, or InvalidArgument if something is in the way."""
-        await self._file("POST", "/v1/fs/move", path, json={"from": path, "to": new_path, "overwrite": overwrite})
 
     async def read_file(self, path: str) -> bytes:
         """Read a file. Raise NotFound, or FailedPrecondition if it is too large."""
         size = (await self.stat_file(path)).size_bytes
         if size > FILE_BYTES:
             words = f"{PurePosixPath(path).name} has {size} bytes, more than 1 MiB"
-            raise FailedPrecondition(ERROR_REASON_FILE_TOO_LARGE, words)
+            shown = path.replace(self.machine.home, "~")
+            raise FailedPrecondition(ERROR_REASON_FILE_TOO_LARGE, words, path=shown, size_bytes=str(size))
         return (await self._file("GET", "/v1/fs/file", path)).content[:FILE_BYTES]
 
-    async def write_file(self, path: str, content: bytes) -> None:
-        """Write a file, its directories included."""
-        await self._file("PUT", "/v1/fs/file", path, content=content)
+    async def read_head(self, path: str, most_bytes: int) -> bytes:
+        """Read the beginning of a file in one call. Raise NotFound, or InvalidArgument for what is no file."""
+        options = {"params": {"path": path}, "headers": self._headers}
+        url, vouched = self._url("/v1/fs/file"), self.machine.vouched
+        answer, content = await self._http.read(url, most_bytes, _TIMEOUT_SECONDS, vouched, **options)
+        if not answer.is_error:
+            return content
+        words = content.decode(errors="replace")[:_DETAIL_CHARACTERS]
+        if "not found" in words:
+            raise NotFound(ENTITY_KIND_FILE, path)
+        if answer.is_client_error:
+            raise InvalidArgument("path", words)
+        raise Unavailable(ERROR_REASON_SANDBOX_UNREACHABLE, f"the sandbox does not give a file: {words}")
 
-    async def delete_file(self, path: str) -> None:
-        """Delete a file or an empty directory. Raise NotFound."""
-        await self._file("DELETE", "/v1/fs/entry", path)
+    async def write_file(self, path: str, content: bytes) -> None:
+        """Write a file of at most 1 MiB, its directories included; the server takes no more than 2 at once."""
+        await self._file("PUT", "/v1/fs/file", path, content=content)
 
     async def agents(self) -> list[AgentInfo]:
         """Return the agents that the server knows."""
@@ -241,7 +281,7 @@ class AgentServer:
         """Return the ids of the open agent connections."""
         answer = await self._send("GET", "/v1/acp")
         if answer.is_error:
-            raise AgentError(_detail(answer))
+            raise self._refusal(answer)
         return {server.server_id for server in _read(answer.content, _Connections).servers}
 
     async def disconnect(self, connection: str) -> None:
@@ -270,9 +310,9 @@ class AgentServer:
         answer = await self._send("POST", f"/v1/acp/{connection}", timeout_seconds, json=message, params=query)
         if not answer.is_success:
             if "unsupported_agent" in answer.text:
-                raise AgentUnknownError(_detail(answer))
-            raise AgentError(_detail(answer))
-        return _read(answer.content, dict[str, Any])
+                raise AgentUnknownError(self._said(answer))
+            raise self._refusal(answer)
+        return _parsed(answer.text)
 
     async def request(
         self,
@@ -286,14 +326,14 @@ class AgentServer:
         """Make a request to the agent and return its result. Raise AgentError."""
         body = await self.ask(connection, method, params, rpc_id, agent, timeout_seconds)
         if "error" in body:
-            raise AgentError(rpc_error(member(body, "error")))
+            raise AgentError.of(member(body, "error"))
         return member(body, "result")
 
     async def post(self, connection: str, message: Json) -> None:
         """Send a notification or a response to the agent. Raise AgentError if it is gone."""
         answer = await self._send("POST", f"/v1/acp/{connection}", json={"jsonrpc": "2.0", **message})
         if answer.is_error:
-            raise AgentError(_detail(answer))
+            raise self._refusal(answer)
 
     @asynccontextmanager
     async def events(
@@ -309,12 +349,12 @@ class AgentServer:
         async with self._http.listen(url, silence_seconds, vouched, headers=headers) as source:
             if source.response.is_error:
                 await source.response.aread()
-                raise AgentError(_detail(source.response))
+                raise self._refusal(source.response)
 
             async def parsed() -> AsyncIterator[AgentEvent]:
                 async for event in source.aiter_sse():
                     if event.id and event.data:
-                        yield AgentEvent(_read(event.id, int), _read(event.data, dict[str, Any]))
+                        yield AgentEvent(_read(event.id, int), _parsed(event.data))
 
             yield parsed()
 
@@ -330,17 +370,36 @@ class AgentServer:
     async def _process(self, method: str, process_id: str, what: str = "", **options: Any) -> "Response":
         answer = await self._send(method, f"/v1/processes/{process_id}{what}", **options)
         if answer.is_error:
-            raise Unavailable(ERROR_REASON_SANDBOX_UNREACHABLE, f"the sandbox lost the process: {_detail(answer)}")
+            raise Unavailable(ERROR_REASON_SANDBOX_UNREACHABLE, f"the sandbox lost the process: {self._said(answer)}")
         return answer
 
     async def _file(self, method: str, api: str, path: str, **options: Any) -> "Response":
         answer = await self._send(method, api, params={"path": path}, **options)
         if not answer.is_error:
             return answer
-        detail = _detail(answer)
-        if "not found" in detail:
+        said = self._said(answer)
+        number = _NUMBER.search(said)
+        if "not found" in said or (number and int(number[1]) == errno.ELOOP):
             raise NotFound(ENTITY_KIND_FILE, path)
-        raise InvalidArgument("path", detail)
+        raise InvalidArgument("path", refusal(int(number[1])) if number else said)
+
+    def _refusal(self, answer: "Response") -> AgentError:
+        """Return the error of a request that the server refused."""
+        try:
+            problem = _read(answer.content, dict[str, Any])
+        except Garbled:
+            problem = dict[str, Any]()
+        output = problem.get("agentStderr") or problem.get("agent_stderr") or ""
+        return AgentError(self._said(answer), str(output))
+
+    def _said(self, answer: "Response") -> str:
+        """Return the server's words about an error. Where on its host a machine lives is nobody's business."""
+        return _detail(answer).replace(self.machine.home, "~")
+
+
+def refusal(number: int | None) -> str:
+    """Return why something is not done to a file, by the number of the operating system's error."""
+    return _REFUSALS.get(number or 0, "cannot be used so")
 
 
 def _time(words: str) -> datetime:
@@ -371,11 +430,16 @@ def _output(entry: _Output) -> ProcessOutput:
     return ProcessOutput(entry.sequence, entry.stream == "stderr", entry.data)
 
 
-def rpc_error(error: Json) -> str:
-    """Return words for a JSON-RPC error."""
-    words = str(error.get("message") or "error")
-    data = error.get("data")
-    return f"{words}: {json.dumps(data)}"[:_DETAIL_CHARACTERS] if data else words[:_DETAIL_CHARACTERS]
+def _parsed(text: str) -> Json:
+    """Parse what an agent says. Only escapes can stand for characters that cannot be kept."""
+    try:
+        message: Any = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Garbled(error) from error
+    if not isinstance(message, dict):
+        raise Garbled(TypeError("a message is an object"))
+    said = cast("Json", message)
+    return clean(said) if "\\u" in text else said
 
 
 def _detail(answer: "Response") -> str:

@@ -1,28 +1,33 @@
-"""The agents of sessions: started, shaken hands with, given a model; and ended until nothing of them is left.
+"""The agents of sessions: started, shaken hands with, given a model and mode; and ended until nothing is left.
 
 Source: https://agentclientprotocol.com (initialization, session setup, session config options).
 """
 
 import asyncio
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from branchline.v1.vocabulary_pb2 import (
+from branchline.v1.errors_pb2 import (
     ERROR_REASON_AGENT_NOT_STARTED,
+    ERROR_REASON_AGENT_UNKNOWN,
     ERROR_REASON_SANDBOX_UNREACHABLE,
 )
 
-from services.runtime.database import Database
+from services.runtime import faults
+from services.runtime.database import Database, Tx
 from services.runtime.errors import DomainError, FailedPrecondition, InvalidArgument, Unavailable
 from services.runtime.lanes import Lanes
 from services.runtime.logging import get_logger
 from services.runtime.retry import Backoff
 from services.sandbox.agent_server import AgentError, AgentServer, AgentUnknownError
 from services.sandbox.machines import WORKSPACE, Machines
-from services.sandbox.members import member, members
+from services.sandbox.members import member, text_of
+from services.sandbox.offers import Offer, offer_of, selection
 from services.sandbox.providers.base import Condition
-from services.sandbox.sessions import SessionRecord, SessionStore
+from services.sandbox.records import SessionRecord
+from services.sandbox.reports import Reports
+from services.sandbox.sessions import SessionStore
 from services.sandbox.turn import AGENT_EXITED
 
 log = get_logger(__name__)
@@ -31,7 +36,7 @@ T = TypeVar("T")
 
 _PROTOCOL_VERSION = 1
 _START_SECONDS = 120.0
-_INITIALIZE, _NEW_SESSION, _SET_MODEL = 1, 2, 3
+_INITIALIZE, _NEW_SESSION, _SET_MODEL, _SET_MODE = 1, 2, 3, 4
 
 
 @dataclass(slots=True)
@@ -41,6 +46,7 @@ class Agents:
     database: Database
     sessions: SessionStore
     machines: Machines
+    reports: Reports
     end_seconds: float
     _starting: Lanes = field(default_factory=Lanes)
 
@@ -55,18 +61,24 @@ class Agents:
             server = await self.machines.use(record.sandbox_id, _reached)
             claimed = await self._end_strays(record.sandbox_id)
             try:
-                acp_session_id = await _unless_it_ends(
+                acp_session_id, offer = await _unless_it_ends(
                     server, record, _open(server, record, f"{server.machine.home}/{WORKSPACE}")
                 )
                 found = await provider.agents(record.sandbox_id) - claimed
                 process = max(found, default="")
-                return await self.database.write(self.sessions.agent_opened, record, acp_session_id, process)
+                faults.reached("agent started")
+                return await self.database.write(self._opened, record, acp_session_id, process, offer)
             except (AgentError, DomainError) as error:
                 await self._withdraw(server, record)
                 if isinstance(error, DomainError):
                     raise
                 words = f"{record.agent} did not start: {error}"
                 raise FailedPrecondition(ERROR_REASON_AGENT_NOT_STARTED, words) from error
+
+    def _opened(self, tx: Tx, record: SessionRecord, acp_session_id: str, process: str, offer: Offer) -> SessionRecord:
+        opened = self.sessions.agent_opened(tx, record, acp_session_id, process, offer)
+        self.reports.learn(tx, record.sandbox_id, record.task_id, [offer.agent])
+        return opened
 
     async def end(self, record: SessionRecord) -> None:
         """End the agent of a session: its connection is not listed any more and none of its processes is left.
@@ -147,68 +159,35 @@ async def _end_of(server: AgentServer, connection: str) -> str:
             async with server.events(connection, 0, _START_SECONDS) as events:
                 async for event in events:
                     if event.message.get("method") == AGENT_EXITED:
-                        return str(member(event.message, "params").get("code", ""))
+                        return text_of(member(event.message, "params"), "code")
         except (AgentError, DomainError):  # it is not there yet; who opens it says what is wrong
             pass
         await asyncio.sleep(backoff.next_seconds())
 
 
-@dataclass(frozen=True, slots=True)
-class _ModelChoice:
-    """How an agent lets its model be chosen: by a config option, or by the older model list."""
-
-    models: list[str]
-    config_id: str
-
-
-async def _open(server: AgentServer, record: SessionRecord, directory: str) -> str:
-    """Start the agent of a session and return the agent's own id of the session."""
-    hello = {
+async def _open(server: AgentServer, record: SessionRecord, directory: str) -> tuple[str, Offer]:
+    """Start the agent of a session; return the agent's own id of the session, and what it offers."""
+    hello: dict[str, Any] = {
         "protocolVersion": _PROTOCOL_VERSION,
-        "clientCapabilities": {},
+        "clientCapabilities": {"elicitation": {"form": {}}},
         "clientInfo": {"name": "branchline", "version": "1"},
     }
+    ask = server.request
     try:
-        await server.request(record.connection, "initialize", hello, _INITIALIZE, record.agent, _START_SECONDS)
+        greeted = await ask(record.connection, "initialize", hello, _INITIALIZE, record.agent, _START_SECONDS)
     except AgentUnknownError as error:
         known = ", ".join(agent.name for agent in await server.agents())
-        raise InvalidArgument("agent", f'there is no agent "{record.agent}"; there are: {known}') from error
+        words = f'there is no agent "{record.agent}"; there are: {known}'
+        raise InvalidArgument("agent", words, ERROR_REASON_AGENT_UNKNOWN, agent=record.agent, agents=known) from error
     where: dict[str, Any] = {"cwd": directory, "mcpServers": []}
-    opened = await server.request(record.connection, "session/new", where, _NEW_SESSION, timeout_seconds=_START_SECONDS)
-    session_id = str(opened.get("sessionId") or "")
+    opened = await ask(record.connection, "session/new", where, _NEW_SESSION, timeout_seconds=_START_SECONDS)
+    session_id = text_of(opened, "sessionId")
     if not session_id:
         raise AgentError("it gave its session no id")
-    if record.model:
-        await _choose_model(server, record, session_id, opened)
-    return session_id
-
-
-async def _choose_model(
-    server: AgentServer, record: SessionRecord, acp_session_id: str, opened: dict[str, Any]
-) -> None:
-    choice = _model_choice(opened)
-    if record.model not in choice.models:
-        known = ", ".join(choice.models) or "none can be chosen"
-        raise InvalidArgument("model", f'the agent has no model "{record.model}"; there are: {known}')
-    if choice.config_id:
-        method = "session/set_config_option"
-        params = {"sessionId": acp_session_id, "configId": choice.config_id, "value": record.model}
-    else:
-        method, params = "session/set_model", {"sessionId": acp_session_id, "modelId": record.model}
-    await server.request(record.connection, method, params, _SET_MODEL)
-
-
-def _model_choice(opened: dict[str, Any]) -> _ModelChoice:
-    for option in members(opened, "configOptions"):
-        if option.get("category") == "model" or option.get("id") == "model":
-            return _ModelChoice([str(value["value"]) for value in _flat(members(option, "options"))], option["id"])
-    listed = members(member(opened, "models"), "availableModels")
-    return _ModelChoice([str(model["modelId"]) for model in listed], "")
-
-
-def _flat(options: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the choices of a select option, those of its groups included."""
-    flat: list[dict[str, Any]] = []
-    for option in options:
-        flat += option.get("options", [option])
-    return flat
+    offer = offer_of(record.agent, greeted, opened)
+    for kind, wanted, rpc_id in (("model", record.model, _SET_MODEL), ("mode", record.mode, _SET_MODE)):
+        if wanted:
+            method, params = selection(opened, kind, wanted, record.agent)
+            await ask(record.connection, method, {"sessionId": session_id, **params}, rpc_id)
+            offer = replace(offer, **{kind: wanted})
+    return session_id, offer

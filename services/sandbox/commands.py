@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from branchline.v1.vocabulary_pb2 import ERROR_REASON_COMMAND_NOT_STARTED
+from branchline.v1.errors_pb2 import ERROR_REASON_COMMAND_FAILED
 
 from services.runtime.errors import DomainError, FailedPrecondition
 from services.runtime.logging import get_logger
@@ -25,6 +25,9 @@ _TIMED_OUT = (124, 137, None)
 _NOT_STARTED = (126, 127)
 _GUARD_SAYS = b"timeout: "
 _MOST_WORDS_BYTES = 8192
+_WITH_PYTHON = '[ -x "$0" ] && exec "$0" "$@"; exec python3 "$@"'
+"""The interpreter that the provider names may be closed to a sandbox's user where nothing but that keeps it apart."""
+
 _FIRST_LOOK_SECONDS, _MOST_BETWEEN_LOOKS_SECONDS = 0.01, 0.25
 
 
@@ -77,7 +80,7 @@ async def follow(running: Running) -> AsyncGenerator[ProcessOutput | CommandEnd,
                 continue
             if held and isinstance(piece, CommandEnd) and piece.exit_code in _NOT_STARTED:
                 words = _joined(held).decode(errors="replace").removeprefix(_GUARD_SAYS.decode()).strip()
-                raise FailedPrecondition(ERROR_REASON_COMMAND_NOT_STARTED, words)
+                raise FailedPrecondition(ERROR_REASON_COMMAND_FAILED, words)
             for kept in held:
                 yield kept
             held, may_be_words = [], False
@@ -129,6 +132,24 @@ async def run(
 
 async def result(running: Running) -> CommandResult:
     """Wait for a command's end and return it with its output. Raise FailedPrecondition if it cannot be started."""
+    end, stdout, stderr = await _result(running)
+    return CommandResult(end, _words(stdout), _words(stderr))
+
+
+async def run_bytes(
+    server: AgentServer, command: Sequence[str], directory: str, timeout_seconds: int
+) -> tuple[CommandEnd, bytes]:
+    """Run a command to its end; return that, and the end of its standard output as it is."""
+    end, stdout, _ = await _result(await start(server, command, directory, {}, timeout_seconds))
+    return end, bytes(stdout)
+
+
+def python(server: AgentServer, program: str, *given: str) -> list[str]:
+    """Return the command that runs a Python program in a sandbox, whatever its locale and settings."""
+    return ["sh", "-c", _WITH_PYTHON, server.machine.python, "-I", "-S", "-X", "utf8", "-c", program, *given]
+
+
+async def _result(running: Running) -> tuple[CommandEnd, bytearray, bytearray]:
     stdout, stderr = bytearray(), bytearray()
     end = CommandEnd(-1, timed_out=False, duration_ms=0)
     async with aclosing(follow(running)) as pieces:
@@ -139,7 +160,7 @@ async def result(running: Running) -> CommandResult:
             kept = stderr if piece.error else stdout
             kept += piece.data
             del kept[:-OUTPUT_BYTES]
-    return CommandResult(end, _words(stdout), _words(stderr))
+    return end, stdout, stderr
 
 
 def _words(data: bytearray) -> str:

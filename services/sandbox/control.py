@@ -7,12 +7,14 @@ harmless, and nothing is lost.
 import asyncio
 from dataclasses import dataclass
 
+from services.runtime import faults
 from services.runtime.database import Database, Reader
 from services.runtime.signal import Signal
-from services.sandbox import faults
 from services.sandbox.link import AgentLink
 from services.sandbox.persistence import stored
-from services.sandbox.sessions import Permission, SessionRecord, SessionStore
+from services.sandbox.questions import Asked, cancelled, result
+from services.sandbox.records import SessionRecord
+from services.sandbox.sessions import SessionStore
 from services.sandbox.turn import Turn
 
 _CANCEL_AGAIN_SECONDS = 5.0
@@ -39,7 +41,7 @@ class Control:
     async def run(self) -> None:
         """Look at what is wanted, each time there may be something."""
         turn, ticket = self.turn, self.ticket
-        record, answers = self.link.record, list(turn.answers.values())
+        record, answers = self.link.record, [one for one in turn.open_questions.values() if one.answered]
         while not turn.over:
             if record is None or record.turn != turn.record.turn or record.closing or not record.works:
                 turn.overtaken = True
@@ -56,18 +58,19 @@ class Control:
                 ticket = self.wishes.ticket
                 record, answers = await stored(lambda: self.database.read(self._wanted))
 
-    def _wanted(self, tx: Reader) -> tuple[SessionRecord | None, list[Permission]]:
+    def _wanted(self, tx: Reader) -> tuple[SessionRecord | None, list[Asked]]:
         session_id = self.turn.record.session_id
-        asked = self.sessions.permissions(tx, session_id) if self.turn.open_questions else []
+        asked = self.sessions.questions.asked(tx, session_id) if self.turn.open_questions else []
         return self.sessions.find(tx, session_id), asked
 
-    async def _answer(self, answer: Permission) -> None:
-        if not answer.option_id or answer.entry_id not in self.turn.open_questions:
+    async def _answer(self, asked: Asked) -> None:
+        request = asked.request
+        if not asked.answered or request.id not in self.turn.open_questions:
             return
-        self.turn.answers[answer.entry_id] = answer
-        await self.link.answer(answer.rpc_id, {"outcome": "selected", "optionId": answer.option_id})
+        self.turn.answers[request.id] = request
+        await self.link.answer(asked.rpc_id, result(request))
         faults.reached("answer told")
-        self.turn.settle_answered(answer)
+        self.turn.settle_answered(request)
 
     async def _cancel(self) -> None:
         """Tell the agent to stop; what it asks is answered with that. Answers that come later are dropped."""
@@ -79,6 +82,6 @@ class Control:
             return  # nothing was posted; `Prompting` ends the turn
         faults.reached("cancel wanted")
         await self.link.cancel()
-        for entry_id, rpc_id in list(turn.open_questions.items()):
-            await self.link.answer(rpc_id, {"outcome": "cancelled"})
-            turn.settle(entry_id, "cancelled")
+        for request_id, asked in list(turn.open_questions.items()):
+            await self.link.answer(asked.rpc_id, cancelled(asked.request))
+            turn.settle(request_id)

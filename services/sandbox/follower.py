@@ -10,18 +10,22 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
+from branchline.v1.common_pb2 import FAILURE_REASON_INTERNAL, FAILURE_REASON_SANDBOX_LOST
 from branchline_internal.sandbox.v1.sandbox_pb2 import StartTurnRequest
 
+from services.runtime import faults
 from services.runtime.clock import Clock
 from services.runtime.database import Database
 from services.runtime.errors import DomainError, Unavailable, reason_of
+from services.runtime.failures import failed
 from services.runtime.lanes import Lanes
 from services.runtime.logging import get_logger
+from services.runtime.principal import Principal, bind_principal
 from services.runtime.retry import Backoff
 from services.runtime.signal import Signal
-from services.sandbox import faults
-from services.sandbox.agent_server import AgentError, AgentServer
+from services.sandbox.agent_server import AgentServer
 from services.sandbox.agents import Agents
+from services.sandbox.blobs import Blobs
 from services.sandbox.commands import run
 from services.sandbox.control import Control
 from services.sandbox.limits import Limits
@@ -29,10 +33,12 @@ from services.sandbox.link import AgentLink
 from services.sandbox.machines import WORKSPACE, Machines
 from services.sandbox.persistence import stored
 from services.sandbox.prompting import Prompting
-from services.sandbox.sessions import Opened, Overtaken, SessionRecord, SessionStore
+from services.sandbox.reasons import TurnFailed, failure_of
+from services.sandbox.records import Opened, Overtaken, SessionRecord
+from services.sandbox.sessions import SessionStore
 from services.sandbox.stream import EventStream
 from services.sandbox.transcript import TranscriptBuilder
-from services.sandbox.turn import Turn, TurnFailed
+from services.sandbox.turn import Turn
 from services.sandbox.watchdog import Watchdog
 
 log = get_logger(__name__)
@@ -55,6 +61,7 @@ class Ground:
     sessions: SessionStore
     machines: Machines
     agents: Agents
+    blobs: Blobs
     lanes: Lanes
     """A lane per session for starting and ending its agent."""
     limits: Limits
@@ -75,14 +82,16 @@ class Follower:
         """Follow the turn to its end. Raise Overtaken if something else takes its place."""
         ground, opened = self.ground, self.opened
         turn, record = self._turn(opened), opened.record
+        bind_principal(Principal(service="sandbox", organization_id=record.organization_id))
         if opened.prompt is None:
-            turn.fail("its prompt is not known any more; send a message to go on")
+            words = "its prompt is not known any more; send a message to go on"
+            turn.fail(failed(FAILURE_REASON_INTERNAL, words, retryable=False))
         while not turn.over:
             assert opened.prompt is not None
             await self._follow(turn, record, opened.prompt)
-            if turn.lost and turn.end is None:
+            if turn.lost is not None and turn.end is None:
                 record = await stored(lambda: ground.database.write(ground.sessions.end_agent, turn.record))
-                turn.lost = ""
+                turn.lost = None
         if turn.overtaken:
             raise Overtaken
         await self._finish(turn)
@@ -93,9 +102,9 @@ class Follower:
         builder = TranscriptBuilder(
             record.session_id, record.task_id, record.turn, record.entry_count, now, dict(opened.drafts)
         )
-        asked = {one.entry_id: one.rpc_id for one in opened.permissions}
-        answered = {one.entry_id: one for one in opened.permissions if one.option_id}
-        return Turn(record, builder, asked, answered)
+        asked = {one.request.id: one for one in opened.asked}
+        answered = {one.request.id: one.request for one in opened.asked if one.answered}
+        return Turn(record, builder, asked, answered, opened.offer)
 
     @property
     def session_id(self) -> str:
@@ -132,10 +141,26 @@ class Follower:
                 self.wishes.notify()
 
         stream = EventStream(turn, link, ground.machines, limits.stream_seconds, heard)
-        prompting = Prompting(ground.database, ground.sessions, turn, link, prompt, limits, self.news)
+        prompting = Prompting(ground.database, ground.sessions, turn, link, prompt, ground.blobs, limits, self.news)
         async with asyncio.TaskGroup() as group:
-            for part in (stream.run(), prompting.run(), control.run(), watchdog.run()):
+            for part in (stream.run(), prompting.run(), control.run(), watchdog.run(), self._keep_storing(turn)):
                 group.create_task(self._guard(turn, part))
+
+    async def _keep_storing(self, turn: Turn) -> None:
+        """Store what entries cannot hold while the turn goes on."""
+        while not turn.over:
+            ticket = self.news.ticket
+            await self._store(turn)
+            await self.news.wait(ticket)
+
+    async def _store(self, turn: Turn) -> None:
+        """Store what waits to be; what cannot be stored is shown cut."""
+        while turn.builder.waiting:
+            entry_id, draft = next(iter(turn.builder.waiting.items()))
+            wholes = draft.unstored
+            blobs = [await self.ground.blobs.store(draft.entry.task_id, whole) for whole in wholes]
+            turn.builder.stored(entry_id, wholes, blobs)
+            self.news.notify()
 
     async def _attach_in_time(self, turn: Turn, record: SessionRecord) -> AgentLink | None:
         link: AgentLink | None = None
@@ -157,11 +182,11 @@ class Follower:
             await part
         except Overtaken:
             turn.overtaken = True
-        except (TurnFailed, DomainError, AgentError, TimeoutError) as error:
-            turn.fail(reason_of(error))
         except Exception as error:
-            log.exception("turn failed", session=self.session_id)
-            turn.fail(reason_of(error))
+            failure = failure_of(error)
+            if failure.reason == FAILURE_REASON_INTERNAL and not isinstance(error, TurnFailed):
+                log.exception("turn failed", session=self.session_id)
+            turn.fail(failure)
         finally:
             self.news.notify()
 
@@ -176,15 +201,21 @@ class Follower:
             if record.acp_session_id:
                 server, there = await self._persist(lambda: self._connected(record))
                 if there:
-                    turn.follow(record)
-                    return AgentLink(server, record)
+                    return await self._linked(turn, record, server)
             if turn.accepted:
-                raise TurnFailed("the agent was lost when its machine stopped; send a message to go on")
+                words = "the agent was lost when its machine stopped; send a message to go on"
+                raise TurnFailed(failed(FAILURE_REASON_SANDBOX_LOST, words))
             record = await self._persist(partial(self._start_agent, turn, record))
-            turn.follow(record)
+            turn.offer = await stored(lambda: ground.database.read(ground.sessions.offer, self.session_id))
             if record.turn > 1:
                 turn.restarted()
-            return AgentLink(await ground.machines.server(record.sandbox_id), record)
+            return await self._linked(turn, record, await ground.machines.server(record.sandbox_id))
+
+    async def _linked(self, turn: Turn, record: SessionRecord, server: AgentServer) -> AgentLink:
+        """Have a turn follow an agent that is connected."""
+        turn.follow(record)
+        turn.builder.root = f"{server.machine.home}/{WORKSPACE}"
+        return AgentLink(server, record)
 
     async def _connected(self, record: SessionRecord) -> tuple[AgentServer, bool]:
         async def look(server: AgentServer) -> tuple[AgentServer, bool]:
@@ -197,9 +228,7 @@ class Follower:
         ground = self.ground
         if record.process or record.acp_session_id:
             await ground.agents.end(record)
-        begun = await ground.database.write(
-            ground.sessions.begin, record.session_id, record.sandbox_id, record.task_id, record.agent, record.model
-        )
+        begun = await ground.database.write(ground.sessions.begin, record.place)
         turn.follow(self._still(begun))
         return self._still(await ground.agents.start(begun))
 
@@ -238,14 +267,21 @@ class Follower:
         if end.end_first:
             await self._end_agent(turn.record)
         turn.close()
-        head = await self._head_commit(turn.record)
+        await self._store_the_last(turn)
+        told = turn.told_end(await self._head_commit(turn.record))
         progress = turn.take()
         faults.reached("turn ended")
-        await stored(
-            lambda: ground.database.write(
-                ground.sessions.finish, turn.record, progress, end.reason, head, end_agent=end.end_agent
-            )
-        )
+        finish, record = ground.sessions.finish, turn.record
+        await stored(lambda: ground.database.write(finish, record, progress, told, end_agent=end.end_agent))
+
+    async def _store_the_last(self, turn: Turn) -> None:
+        """Store what is not yet, but let the turn end in time."""
+        try:
+            async with asyncio.timeout(self.ground.limits.store_seconds):
+                await self._store(turn)
+        except TimeoutError:
+            log.info("outputs not stored in time", session=self.session_id)
+        turn.builder.give_up_blobs()
 
     async def _end_agent(self, record: SessionRecord) -> None:
         try:

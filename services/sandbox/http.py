@@ -33,7 +33,7 @@ class Http:
         )
 
     async def send(
-        self, method: str, url: str, timeout_seconds: float | None, vouched: Vouched = None, **options: Any
+        self, method: str, url: str, timeout_seconds: float | None, vouched: Vouched, **options: Any
     ) -> httpx.Response:
         """Make a request and return the answer, good or bad. Raise Unreachable."""
         wait = httpx.Timeout(timeout_seconds, connect=min(_CONNECT_SECONDS, timeout_seconds or _CONNECT_SECONDS))
@@ -42,9 +42,26 @@ class Http:
         except httpx.HTTPError as error:
             raise _unreachable(error) from error
 
+    async def read(
+        self, url: str, most_bytes: int, timeout_seconds: float, vouched: Vouched, **options: Any
+    ) -> tuple[httpx.Response, bytes]:
+        """Read the beginning of what there is, at most so many bytes of it. Raise Unreachable."""
+        wait = httpx.Timeout(timeout_seconds, connect=min(_CONNECT_SECONDS, timeout_seconds))
+        content = bytearray()
+        try:
+            guarded = _guarded(vouched)
+            async with self._client.stream("GET", url, timeout=wait, extensions=guarded, **options) as answer:
+                async for piece in answer.aiter_bytes():
+                    content += piece
+                    if len(content) >= most_bytes:
+                        break
+        except httpx.HTTPError as error:
+            raise _unreachable(error) from error
+        return answer, bytes(content[:most_bytes])
+
     @asynccontextmanager
     async def listen(
-        self, url: str, silence_seconds: float | None, vouched: Vouched = None, **options: Any
+        self, url: str, silence_seconds: float | None, vouched: Vouched, **options: Any
     ) -> AsyncGenerator[EventSource, None]:
         """Follow a stream of events. Raise Unreachable if it breaks or is silent for too long."""
         wait = httpx.Timeout(silence_seconds, connect=_CONNECT_SECONDS)

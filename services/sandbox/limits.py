@@ -36,5 +36,8 @@ class Limits(Config, frozen=True):
     head_seconds: float = 5.0
     """How long git has to name the commit at the tip of the branch."""
 
+    store_seconds: float = 10.0
+    """How long the end of a turn waits for outputs to be stored in blobs."""
+
     end_seconds: float = 15.0
     """How long is tried, at a time, to end an agent and confirm that its processes are gone."""

@@ -9,7 +9,7 @@ from typing import Any
 from services.runtime.logging import get_logger
 from services.runtime.retry import Backoff
 from services.sandbox.agent_server import AgentError, AgentServer, Json, Unreachable
-from services.sandbox.sessions import SessionRecord
+from services.sandbox.records import SessionRecord
 from services.sandbox.turn import MARKS
 
 log = get_logger(__name__)
@@ -42,9 +42,9 @@ class AgentLink:
         """Ask the agent to end its turn. It may be asked again."""
         await self.say({"method": "session/cancel", "params": {"sessionId": self.record.acp_session_id}})
 
-    async def answer(self, rpc_id: str, outcome: Json) -> None:
-        """Answer a request for permission."""
-        await self.say({"id": json.loads(rpc_id), "result": {"outcome": outcome}})
+    async def answer(self, rpc_id: str, result: Json) -> None:
+        """Answer what the agent waits for."""
+        await self.say({"id": json.loads(rpc_id), "result": result})
 
     async def refuse(self, rpc_id: str) -> None:
         """Answer a request for something that is not offered here."""

@@ -10,12 +10,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from branchline.v1 import sandboxes_pb2
+from branchline.v1.common_pb2 import FAILURE_REASON_SANDBOX_FAILED
+from branchline.v1.errors_pb2 import (
+    ERROR_REASON_PROVIDER_UNKNOWN,
+    ERROR_REASON_SANDBOX_NOT_STARTED,
+    ERROR_REASON_SANDBOX_UNREACHABLE,
+)
 from branchline.v1.sandboxes_pb2 import Sandbox
-from branchline.v1.vocabulary_pb2 import ERROR_REASON_SANDBOX_NOT_STARTED, ERROR_REASON_SANDBOX_UNREACHABLE
 
 from services.runtime.clock import Clock
 from services.runtime.database import Database
 from services.runtime.errors import FailedPrecondition, InvalidArgument, Unavailable
+from services.runtime.failures import failed
 from services.runtime.lanes import Lanes
 from services.runtime.logging import get_logger
 from services.runtime.loops import for_each
@@ -64,14 +70,15 @@ class Machines:
         """Create a sandbox, once. Raise InvalidArgument for an unknown provider, FailedPrecondition if it fails."""
         if provider not in self.providers:
             known = ", ".join(sorted(self.providers))
-            raise InvalidArgument("sandbox_provider", f'there is no provider "{provider}"; there are: {known}')
+            words = f'there is no provider "{provider}"; there are: {known}'
+            raise InvalidArgument("provider", words, ERROR_REASON_PROVIDER_UNKNOWN, provider=provider, providers=known)
         now = self.clock.timestamp()
         sandbox = Sandbox(
             id=sandbox_id,
             task_id=task_id,
             provider=provider,
-            status=sandboxes_pb2.SANDBOX_STATUS_CREATING,
-            status_time=now,
+            state=sandboxes_pb2.SANDBOX_STATE_CREATING,
+            state_time=now,
             create_time=now,
         )
         await self.database.write(self.store.add, sandbox, organization_id)
@@ -103,7 +110,7 @@ class Machines:
     async def look(self, sandbox_id: str) -> Probe:
         """Look whether a sandbox's machine is there. One that is destroyed is gone."""
         sandbox = await self.database.read(self.store.get, sandbox_id)
-        if sandbox.status in GONE:
+        if sandbox.state in GONE:
             return Probe(Condition.GONE)
         return await self.providers[sandbox.provider].probe(sandbox_id)
 
@@ -117,17 +124,17 @@ class Machines:
 
     async def destroy(self, sandbox_id: str) -> None:
         """Destroy a sandbox and its files, once."""
-        await self.database.write(self.store.move, sandbox_id, sandboxes_pb2.SANDBOX_STATUS_DESTROYING)
+        await self.database.write(self.store.move, sandbox_id, sandboxes_pb2.SANDBOX_STATE_DESTROYING)
         async with self._lanes.hold(sandbox_id):
             sandbox = await self.database.read(self.store.get, sandbox_id)
-            if sandbox.status == sandboxes_pb2.SANDBOX_STATUS_DESTROYED:
+            if sandbox.state == sandboxes_pb2.SANDBOX_STATE_DESTROYED:
                 return
             self._servers.pop(sandbox_id, None)
             try:
                 await self.providers[sandbox.provider].destroy(sandbox_id)
             except ProviderError as error:
                 raise Unavailable(ERROR_REASON_SANDBOX_UNREACHABLE, f"it is not destroyed yet: {error}") from error
-            await self.database.write(self.store.move, sandbox_id, sandboxes_pb2.SANDBOX_STATUS_DESTROYED)
+            await self.database.write(self.store.move, sandbox_id, sandboxes_pb2.SANDBOX_STATE_DESTROYED)
 
     async def reconcile(self) -> None:
         """Put right what a stop in between left.
@@ -147,12 +154,11 @@ class Machines:
         await for_each(held.values(), "look at a sandbox", self._note_stopped, _PARALLEL)
 
     async def _note_stopped(self, sandbox: Sandbox) -> None:
-        if sandbox.status != sandboxes_pb2.SANDBOX_STATUS_RUNNING:
+        if sandbox.state != sandboxes_pb2.SANDBOX_STATE_RUNNING:
             return
         if (await self.providers[sandbox.provider].probe(sandbox.id)).condition is Condition.GONE:
             log.warning("machine of a running sandbox is missing", sandbox=sandbox.id)
-            reason = "its machine stopped; it starts again when it is needed"
-            await self.database.write(self.store.move, sandbox.id, sandboxes_pb2.SANDBOX_STATUS_PAUSED, reason)
+            await self.database.write(self.store.move, sandbox.id, sandboxes_pb2.SANDBOX_STATE_PAUSED)
 
     async def sweep(self) -> None:
         """Move on what is in a passing state and nobody is at work on."""
@@ -161,25 +167,28 @@ class Machines:
     async def _move_on(self, sandbox: Sandbox) -> None:
         if self._lanes.busy(sandbox.id):
             return
-        if sandbox.status == sandboxes_pb2.SANDBOX_STATUS_DESTROYING:
+        if sandbox.state == sandboxes_pb2.SANDBOX_STATE_DESTROYING:
             async with asyncio.timeout(_DESTROY_SECONDS):
                 await self.destroy(sandbox.id)
-        elif sandbox.status == sandboxes_pb2.SANDBOX_STATUS_CREATING:
-            since = self.clock.seconds() - sandbox.status_time.seconds
+        elif sandbox.state == sandboxes_pb2.SANDBOX_STATE_CREATING:
+            since = self.clock.seconds() - sandbox.state_time.seconds
             if since > _INTERRUPTED_SECONDS:
-                reason = "its creation was interrupted; it is tried again when the sandbox is needed"
-                await self.database.write(self.store.move, sandbox.id, sandboxes_pb2.SANDBOX_STATUS_ERROR, reason)
+                words = "its creation was interrupted; it is tried again when the sandbox is needed"
+                await self._fail(sandbox.id, words)
 
     async def stop_all(self) -> None:
         """Stop every running machine and keep the files."""
         held = await self.database.read(self.store.there)
-        running = [sandbox for sandbox in held if sandbox.status == sandboxes_pb2.SANDBOX_STATUS_RUNNING]
+        running = [sandbox for sandbox in held if sandbox.state == sandboxes_pb2.SANDBOX_STATE_RUNNING]
         await for_each(running, "stop a machine", self._stop, _PARALLEL)
 
     async def _stop(self, sandbox: Sandbox) -> None:
         await self.providers[sandbox.provider].pause(sandbox.id)
-        paused = sandboxes_pb2.SANDBOX_STATUS_PAUSED
-        await self.database.write(self.store.move, sandbox.id, paused, "the backend stopped")
+        await self.database.write(self.store.move, sandbox.id, sandboxes_pb2.SANDBOX_STATE_PAUSED)
+
+    async def _fail(self, sandbox_id: str, words: str) -> None:
+        failure = failed(FAILURE_REASON_SANDBOX_FAILED, words)
+        await self.database.write(self.store.move, sandbox_id, sandboxes_pb2.SANDBOX_STATE_FAILED, failure)
 
     async def _wake(self, sandbox_id: str) -> AgentServer:
         """Return the server of a machine that runs; start it, or wait until it is known whether it does."""
@@ -209,8 +218,9 @@ class Machines:
 
     async def _start(self, sandbox: Sandbox, provider: SandboxProvider) -> Machine:
         try:
-            return await (provider.resume(sandbox.id) if sandbox.workspace else provider.create(sandbox.id))
+            made = await self.database.read(self.store.workspace, sandbox.id)
+            return await (provider.resume(sandbox.id) if made else provider.create(sandbox.id))
         except (ProviderError, OSError) as error:
-            reason = f"the machine did not start: {error}"
-            await self.database.write(self.store.move, sandbox.id, sandboxes_pb2.SANDBOX_STATUS_ERROR, reason)
-            raise FailedPrecondition(ERROR_REASON_SANDBOX_NOT_STARTED, reason) from error
+            words = f"the machine did not start: {error}"
+            await self._fail(sandbox.id, words)
+            raise FailedPrecondition(ERROR_REASON_SANDBOX_NOT_STARTED, words) from error

@@ -8,24 +8,30 @@ posted again. One of which it is not known is withdrawn first, so that it is not
 import asyncio
 from dataclasses import dataclass
 
+import grpc
 from branchline_internal.sandbox.v1.sandbox_pb2 import StartTurnRequest
 
+from services.runtime import faults
 from services.runtime.database import Database
+from services.runtime.errors import Unavailable, is_permanent, reason_of
 from services.runtime.logging import get_logger
 from services.runtime.retry import Backoff
 from services.runtime.signal import Signal
-from services.sandbox import faults
-from services.sandbox.agent_server import AgentError, Unreachable
+from services.sandbox.agent_server import AgentError, Json, Unreachable
+from services.sandbox.attachments import place
+from services.sandbox.blobs import Blobs
 from services.sandbox.limits import Limits
 from services.sandbox.link import AgentLink, new_mark
 from services.sandbox.persistence import stored
 from services.sandbox.prompt import prompt_blocks
+from services.sandbox.reasons import TurnFailed, exited, refused, unprepared
 from services.sandbox.sessions import SessionStore
 from services.sandbox.turn import PROMPT_POSTS, Turn
 
 log = get_logger(__name__)
 
 _NOTICE_SECONDS = 0.05
+_FETCH_ATTEMPTS = 5
 
 
 @dataclass(slots=True)
@@ -37,6 +43,7 @@ class Prompting:
     turn: Turn
     link: AgentLink
     prompt: StartTurnRequest
+    blobs: Blobs
     limits: Limits
     news: Signal
     """Told of every event, and to be told of every change of the turn."""
@@ -49,10 +56,11 @@ class Prompting:
             if turn.accepted or turn.over:
                 return
             await self._withdraw()
+        blocks = await self._blocks()
         backoff = Backoff(first_seconds=0.2, most_seconds=2.0)
         while not turn.over and not turn.cancelled:
             if turn.posts >= PROMPT_POSTS:
-                turn.fail("the agent did not take the prompt")
+                turn.fail(refused("the agent did not take the prompt"))
                 break
             mark = await self._mark()
             if turn.over or turn.cancelled:
@@ -60,27 +68,46 @@ class Prompting:
             turn.next_post(mark)
             await self._note_post()
             faults.reached("prompt stored")
-            if await self._post():
+            if await self._post(blocks):
                 break
             await asyncio.sleep(backoff.next_seconds())
         if turn.cancelled and not turn.rpc_id:
             turn.give_up()
         self.news.notify()
 
+    async def _blocks(self) -> list[Json]:
+        """Make the prompt ready: what it names is written where the agent can read it. Raise TurnFailed."""
+        turn, prompt, server = self.turn, self.prompt.prompt, self.link.server
+        backoff = Backoff(first_seconds=0.5, most_seconds=5.0)
+        for attempt in range(_FETCH_ATTEMPTS):
+            try:
+                images = turn.offer.takes_images
+                placed = await place(self.blobs, server, turn.record.task_id, prompt, images=images)
+                return prompt_blocks(prompt, placed)
+            except (grpc.aio.AioRpcError, Unavailable) as error:
+                words = f"an attachment could not be fetched: {reason_of(error)}"
+                if is_permanent(error) or attempt == _FETCH_ATTEMPTS - 1:
+                    raise TurnFailed(unprepared(words)) from error
+                log.info("attachments are tried again", session=turn.record.session_id, reason=words)
+            if turn.over or turn.cancelled:
+                break
+            await asyncio.sleep(backoff.next_seconds())
+        return []
+
     async def _note_post(self) -> None:
         turn, record = self.turn, self.link.record
         write, post = self.database.write, self.sessions.post
         await stored(lambda: write(post, record, turn.posts, turn.rpc_id, turn.mark))
 
-    async def _post(self) -> bool:
+    async def _post(self, blocks: list[Json]) -> bool:
         """Post the prompt; return False if it must be posted again."""
         turn = self.turn
         noticing = asyncio.create_task(self._notice())
         try:
-            answer = await self.link.prompt(prompt_blocks(self.prompt), turn.rpc_id, self.limits.turn_seconds + 60)
+            answer = await self.link.prompt(blocks, turn.rpc_id, self.limits.turn_seconds + 60)
         except AgentError as error:
             await self._quiet()
-            turn.agent_gone(f"the agent refused the prompt: {error}")
+            turn.agent_gone(refused(f"the agent refused the prompt: {error}", error))
         except Unreachable as error:
             log.info("prompt request broke", session=self.link.record.session_id, reason=str(error))
             if turn.accepted or turn.over:
@@ -136,7 +163,7 @@ class Prompting:
         except TimeoutError:
             log.info("no mark was set", session=self.link.record.session_id)
         except AgentError as error:
-            self.turn.agent_gone(f"the agent is gone: {error}")
+            self.turn.agent_gone(exited(f"the agent is gone: {error}"))
             self.news.notify()
         return self.turn.marks.pop(rpc_id, self.turn.last_event if given_up is None else given_up)
 

@@ -6,19 +6,25 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from branchline.v1 import sandboxes_pb2
+from branchline.v1 import files_pb2, processes_pb2
 from branchline_internal.sandbox.v1 import sandbox_pb2
+from branchline_internal.task.v1 import task_pb2_grpc
 
 from services.runtime.config import ServiceConfig
 from services.runtime.lanes import Lanes
 from services.runtime.service import Chassis, Service
 from services.sandbox.agents import Agents
+from services.sandbox.blobs import Blobs
+from services.sandbox.files import FileServicer
 from services.sandbox.follower import Ground
 from services.sandbox.limits import Limits
 from services.sandbox.machines import Machines
+from services.sandbox.process_store import ProcessStore
+from services.sandbox.processes import Processes
 from services.sandbox.providers.base import SandboxProvider
 from services.sandbox.providers.local import LocalProvider, LocalProviderConfig
-from services.sandbox.public import PublicSandboxServicer
+from services.sandbox.public_processes import ProcessServicer
+from services.sandbox.reports import Reports
 from services.sandbox.servicer import SandboxServicer
 from services.sandbox.sessions import SessionStore
 from services.sandbox.status_sync import StatusSync
@@ -55,16 +61,23 @@ def build(config: SandboxConfig) -> Service:
     store = SandboxStore(chassis.outbox, chassis.clock)
     sessions = SessionStore(chassis.outbox, chassis.clock.timestamp)
     machines = Machines(chassis.database, store, chassis.clock, http, _providers(config, http))
-    agents = Agents(chassis.database, sessions, machines, config.limits.end_seconds)
-    ground = Ground(chassis.database, chassis.clock, sessions, machines, agents, Lanes(), config.limits)
+    reports = Reports(chassis.database, chassis.outbox, chassis.clock, list(machines.providers))
+    agents = Agents(chassis.database, sessions, machines, reports, config.limits.end_seconds)
+    blobs = Blobs(chassis.stub(task_pb2_grpc.TaskServiceStub, "task"))
+    ground = Ground(chassis.database, chassis.clock, sessions, machines, agents, blobs, Lanes(), config.limits)
     sync = StatusSync(ground)
-    chassis.serve(SandboxServicer(store, ground, sync), sandbox_pb2.DESCRIPTOR, "SandboxService")
-    chassis.serve(PublicSandboxServicer(chassis.database, store, machines), sandboxes_pb2.DESCRIPTOR, "SandboxService")
+    chassis.serve(SandboxServicer(store, ground, sync, reports), sandbox_pb2.DESCRIPTOR, "SandboxService")
+    chassis.serve(FileServicer(chassis.database, store, machines, Lanes()), files_pb2.DESCRIPTOR, "FileService")
+    processes = Processes(chassis.database, ProcessStore(chassis.outbox, chassis.clock), machines, chassis.clock)
+    servicer = ProcessServicer(chassis.database, chassis.commands, store, processes.store, processes)
+    chassis.serve(servicer, processes_pb2.DESCRIPTOR, "ProcessService")
+    chassis.take_commands()
     chassis.push_to("task")
     service = chassis.service
     service.before_start += [machines.start, machines.reconcile]
-    service.loops.append(sync.run)
+    service.loops += [sync.run, processes.run]
     service.every(config.sweep_seconds, "see to unfinished sessions", sync.sweep)
+    service.every(config.sweep_seconds, "see to processes", processes.sweep)
     service.every(config.sweep_seconds, "see to sandboxes in a passing state", machines.sweep)
     service.after_stop.append(close_http)
     if config.stop_machines:

@@ -3,30 +3,34 @@
 What concerns a turn is only recorded here, quickly and however often it is asked; the status sync does it.
 """
 
+import asyncio
 import stat
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
 
-from branchline.v1.vocabulary_pb2 import (
-    ERROR_REASON_FILE_NOT_WRITTEN,
-    ERROR_REASON_SESSION_WORKING,
-)
+from branchline.v1.errors_pb2 import ERROR_REASON_FILE_NOT_WRITTEN, ERROR_REASON_SESSION_WORKING
 from branchline_internal.sandbox.v1 import sandbox_pb2, sandbox_pb2_grpc
 
-from services.runtime.errors import FailedPrecondition
+from services.runtime import faults
+from services.runtime.database import Reader
+from services.runtime.errors import DomainError, FailedPrecondition, reason_of
 from services.runtime.logging import get_logger
 from services.runtime.principal import current_principal
 from services.runtime.serving import Context
 from services.sandbox import retention
-from services.sandbox.agent_server import AgentServer
+from services.sandbox.agent_server import AgentError, AgentServer
 from services.sandbox.commands import CommandResult, Running, result, run, start
 from services.sandbox.follower import Ground
+from services.sandbox.records import Place
+from services.sandbox.reports import Reports
 from services.sandbox.status_sync import StatusSync
 from services.sandbox.store import SandboxStore
 
 log = get_logger(__name__)
 
 _INSTALL_SECONDS = 10
+_REPORT_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,7 @@ class SandboxServicer(sandbox_pb2_grpc.SandboxServiceServicer):
     store: SandboxStore
     ground: Ground
     sync: StatusSync
+    reports: Reports
 
     async def CreateSandbox(
         self, request: sandbox_pb2.CreateSandboxRequest, context: Context
@@ -45,7 +50,16 @@ class SandboxServicer(sandbox_pb2_grpc.SandboxServiceServicer):
         sandbox = await self.ground.machines.create(
             request.sandbox_id, request.task_id, organization_id, request.provider
         )
-        return sandbox_pb2.CreateSandboxResponse(workspace=sandbox.workspace)
+        await self._report(sandbox.id, sandbox.task_id)
+        return sandbox_pb2.CreateSandboxResponse()
+
+    async def _report(self, sandbox_id: str, task_id: str) -> None:
+        """Tell which agents a sandbox knows. It is of use without."""
+        try:
+            async with asyncio.timeout(_REPORT_SECONDS):
+                await self.ground.machines.use(sandbox_id, partial(self.reports.tell, sandbox_id, task_id))
+        except (DomainError, AgentError, TimeoutError) as error:
+            log.warning("agents not reported", sandbox=sandbox_id, reason=reason_of(error))
 
     async def DestroySandbox(
         self, request: sandbox_pb2.DestroySandboxRequest, context: Context
@@ -81,7 +95,7 @@ class SandboxServicer(sandbox_pb2_grpc.SandboxServiceServicer):
 
         made = await self.ground.machines.use(request.sandbox_id, put)
         if made.end.exit_code:
-            raise FailedPrecondition(ERROR_REASON_FILE_NOT_WRITTEN, made.stderr)
+            raise FailedPrecondition(ERROR_REASON_FILE_NOT_WRITTEN, made.stderr, path=request.path)
         return sandbox_pb2.PutFileResponse()
 
     async def OpenSession(
@@ -89,28 +103,34 @@ class SandboxServicer(sandbox_pb2_grpc.SandboxServiceServicer):
     ) -> sandbox_pb2.OpenSessionResponse:
         """Start an agent and open a session with it, once."""
         ground = self.ground
-        wanted = (request.sandbox_id, request.agent, request.model)
-        sandbox = await ground.database.read(self.store.present, request.sandbox_id)
+        place = await ground.database.read(self._place, request)
         async with ground.lanes.hold(request.session_id):
             record = await ground.database.read(ground.sessions.find, request.session_id)
             if record is not None:
-                has = (record.sandbox_id, record.agent, record.model)
-                if record.acp_session_id and not record.closing and has == wanted:
+                if record.acp_session_id and not record.closing and record.place == place:
                     return sandbox_pb2.OpenSessionResponse()
                 if record.works:
-                    raise FailedPrecondition(ERROR_REASON_SESSION_WORKING, "the agent works")
+                    words = "the agent works"
+                    raise FailedPrecondition(ERROR_REASON_SESSION_WORKING, words, session_id=record.session_id)
                 if record.process or record.acp_session_id or record.ending:
                     await ground.agents.end(record)
-            begun = await ground.database.write(
-                ground.sessions.reopen, request.session_id, wanted[0], sandbox.task_id, *wanted[1:]
-            )
+            begun = await ground.database.write(ground.sessions.reopen, place)
+            faults.reached("session begun")
             try:
                 await ground.agents.start(begun)
             except BaseException:
                 self.sync.wake(request.session_id)  # which sees to it that nothing of the agent stays
                 raise
+            faults.reached("agent noted")
             await ground.database.write(ground.sessions.stand_idle, request.session_id)
+            faults.reached("session idle")
         return sandbox_pb2.OpenSessionResponse()
+
+    def _place(self, tx: Reader, request: sandbox_pb2.OpenSessionRequest) -> Place:
+        sandbox = self.store.present(tx, request.sandbox_id)
+        organization_id = self.store.organization(tx, sandbox.id)
+        named = (request.agent, request.model, request.mode)
+        return Place(request.session_id, sandbox.id, sandbox.task_id, organization_id, *named)
 
     async def StartTurn(self, request: sandbox_pb2.StartTurnRequest, context: Context) -> sandbox_pb2.StartTurnResponse:
         """Record the prompt, once per turn."""
@@ -127,16 +147,16 @@ class SandboxServicer(sandbox_pb2_grpc.SandboxServiceServicer):
         self.sync.wake(request.session_id)
         return sandbox_pb2.CancelTurnResponse()
 
-    async def AnswerPermission(
-        self, request: sandbox_pb2.AnswerPermissionRequest, context: Context
-    ) -> sandbox_pb2.AnswerPermissionResponse:
+    async def AnswerInput(
+        self, request: sandbox_pb2.AnswerInputRequest, context: Context
+    ) -> sandbox_pb2.AnswerInputResponse:
         """Record the first answer. One that nobody waits for any more is dropped."""
-        given = (request.session_id, request.entry_id, request.option_id, request.user_id)
-        if await self.ground.database.write(self.ground.sessions.answer, *given):
+        given = (request.session_id, request.input_request_id, request.answer, request.answered_by)
+        if await self.ground.database.write(self.ground.sessions.questions.answer, *given):
             self.sync.wake(request.session_id)
         else:
-            log.info("answer dropped", session=request.session_id, entry=request.entry_id)
-        return sandbox_pb2.AnswerPermissionResponse()
+            log.info("answer dropped", session=request.session_id, request=request.input_request_id)
+        return sandbox_pb2.AnswerInputResponse()
 
     async def CloseSession(
         self, request: sandbox_pb2.CloseSessionRequest, context: Context

@@ -12,7 +12,7 @@ from services.runtime.logging import get_logger
 from services.runtime.retry import Backoff
 from services.runtime.signal import Signal
 from services.sandbox.follower import FLUSH_SECONDS, Follower, Ground
-from services.sandbox.sessions import Overtaken, SessionRecord
+from services.sandbox.records import Overtaken, SessionRecord
 
 log = get_logger(__name__)
 

@@ -3,14 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from branchline.v1.common_pb2 import ENTITY_KIND_SANDBOX, Failure
+from branchline.v1.errors_pb2 import ERROR_REASON_SANDBOX_GONE
 from branchline.v1.sandboxes_pb2 import (
-    SANDBOX_STATUS_DESTROYED,
-    SANDBOX_STATUS_DESTROYING,
-    SANDBOX_STATUS_RUNNING,
+    SANDBOX_STATE_DESTROYED,
+    SANDBOX_STATE_DESTROYING,
+    SANDBOX_STATE_RUNNING,
     Sandbox,
-    SandboxStatus,
+    SandboxState,
 )
-from branchline.v1.vocabulary_pb2 import ENTITY_KIND_SANDBOX, ERROR_REASON_SANDBOX_GONE
 from sqlalchemy import bindparam, select, update
 
 from services.runtime.clock import Clock
@@ -20,30 +21,38 @@ from services.runtime.spine.outbox import Mark, Outbox
 from services.runtime.spine.resources import Resources
 from services.sandbox.tables import sandboxes
 
-GONE = (SANDBOX_STATUS_DESTROYING, SANDBOX_STATUS_DESTROYED)
+GONE = (SANDBOX_STATE_DESTROYING, SANDBOX_STATE_DESTROYED)
 
 SANDBOXES = Resources(
     sandboxes,
     Sandbox,
     ENTITY_KIND_SANDBOX,
-    lambda sandbox: {"id": sandbox.id, "task_id": sandbox.task_id, "status": sandbox.status},
-    own=("organization_id",),
+    lambda sandbox: {"id": sandbox.id, "task_id": sandbox.task_id, "state": sandbox.state},
+    own=("organization_id", "workspace"),
 )
-_THERE = SANDBOXES.by(where=[sandboxes.c.status != SANDBOX_STATUS_DESTROYED])
-_DESTROYED = Statement(select(sandboxes.c.id).where(sandboxes.c.status == SANDBOX_STATUS_DESTROYED))
+_THERE = SANDBOXES.by(where=[sandboxes.c.state != SANDBOX_STATE_DESTROYED])
+_DESTROYED = Statement(select(sandboxes.c.id).where(sandboxes.c.state == SANDBOX_STATE_DESTROYED))
 _ACTIVE = Statement(
     select(sandboxes.c.payload)
     .where(
         sandboxes.c.task_id == bindparam("task"),
         sandboxes.c.organization_id == bindparam("organization"),
-        sandboxes.c.status != SANDBOX_STATUS_DESTROYING,
-        sandboxes.c.status != SANDBOX_STATUS_DESTROYED,
+        sandboxes.c.state != SANDBOX_STATE_DESTROYING,
+        sandboxes.c.state != SANDBOX_STATE_DESTROYED,
     )
     .order_by(sandboxes.c.id.desc())
     .limit(1)
 )
 _PLACE = Statement(
     update(sandboxes).where(sandboxes.c.id == bindparam("sandbox")).values(organization_id=bindparam("organization"))
+)
+
+
+_WORKSPACE = Statement(
+    update(sandboxes).where(sandboxes.c.id == bindparam("sandbox")).values(workspace=bindparam("directory"))
+)
+_OWN = Statement(
+    select(sandboxes.c.organization_id, sandboxes.c.workspace).where(sandboxes.c.id == bindparam("sandbox"))
 )
 
 
@@ -61,9 +70,19 @@ class SandboxStore:
     def present(self, tx: Reader, sandbox_id: str) -> Sandbox:
         """Return a sandbox; raise NotFound, or FailedPrecondition if it is destroyed or being destroyed."""
         sandbox = SANDBOXES.get(tx, sandbox_id)
-        if sandbox.status in GONE:
+        if sandbox.state in GONE:
             raise FailedPrecondition(ERROR_REASON_SANDBOX_GONE, f"the sandbox {sandbox_id} is destroyed")
         return sandbox
+
+    def organization(self, tx: Reader, sandbox_id: str) -> str:
+        """Return the organization of a sandbox; empty if it is not known."""
+        row = tx.row(_OWN, {"sandbox": sandbox_id})
+        return row.organization_id if row is not None else ""
+
+    def workspace(self, tx: Reader, sandbox_id: str) -> str:
+        """Return the directory of a sandbox's working tree; empty if its machine was never made."""
+        row = tx.row(_OWN, {"sandbox": sandbox_id})
+        return row.workspace if row is not None else ""
 
     def active(self, tx: Reader, task_id: str, organization_id: str) -> Sandbox | None:
         """Return the newest sandbox of a task that is not gone, or None."""
@@ -91,7 +110,7 @@ class SandboxStore:
         """
         if SANDBOXES.find(tx, sandbox_id) is not None:
             return False
-        return SANDBOXES.put(tx, Sandbox(id=sandbox_id, status=SANDBOX_STATUS_DESTROYED, revision=1))
+        return SANDBOXES.put(tx, Sandbox(id=sandbox_id, state=SANDBOX_STATE_DESTROYED, revision=1))
 
     def started(self, tx: Tx, sandbox_id: str, isolation: str, workspace: str) -> None:
         """Note that a machine runs. Raise FailedPrecondition if it is destroyed meanwhile."""
@@ -99,31 +118,34 @@ class SandboxStore:
 
         def change(sandbox: Sandbox) -> None:
             sandbox.isolation = isolation
-            sandbox.workspace = workspace
-            self._stand(sandbox, SANDBOX_STATUS_RUNNING, "")
+            self._stand(sandbox, SANDBOX_STATE_RUNNING, None)
 
         self._change(tx, sandbox_id, change)
+        tx.change(_WORKSPACE, {"sandbox": sandbox_id, "directory": workspace})
 
-    def move(self, tx: Tx, sandbox_id: str, status: SandboxStatus.ValueType, reason: str = "") -> bool:
+    def move(self, tx: Tx, sandbox_id: str, state: SandboxState.ValueType, failure: Failure | None = None) -> bool:
         """Change where a sandbox stands; return False where it does not.
 
         One that is being destroyed will only be destroyed.
         """
 
         def change(sandbox: Sandbox) -> None:
-            if sandbox.status == SANDBOX_STATUS_DESTROYED:
+            if sandbox.state == SANDBOX_STATE_DESTROYED:
                 return
-            if sandbox.status == SANDBOX_STATUS_DESTROYING and status != SANDBOX_STATUS_DESTROYED:
+            if sandbox.state == SANDBOX_STATE_DESTROYING and state != SANDBOX_STATE_DESTROYED:
                 return
-            self._stand(sandbox, status, reason)
+            self._stand(sandbox, state, failure)
 
         return self._change(tx, sandbox_id, change)
 
-    def _stand(self, sandbox: Sandbox, status: SandboxStatus.ValueType, reason: str) -> None:
-        if (sandbox.status, sandbox.status_reason) != (status, reason):
-            sandbox.status = status
-            sandbox.status_reason = reason
-            sandbox.status_time.CopyFrom(self.clock.timestamp())
+    def _stand(self, sandbox: Sandbox, state: SandboxState.ValueType, failure: Failure | None) -> None:
+        if sandbox.state == state and sandbox.failure == (failure or Failure()):
+            return
+        sandbox.state = state
+        sandbox.ClearField("failure")
+        if failure is not None:
+            sandbox.failure.CopyFrom(failure)
+        sandbox.state_time.CopyFrom(self.clock.timestamp())
 
     def _change(self, tx: Tx, sandbox_id: str, change: Callable[[Sandbox], None]) -> bool:
         sandbox = SANDBOXES.take(tx, sandbox_id)

@@ -8,12 +8,16 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from branchline.v1.common_pb2 import FAILURE_REASON_SANDBOX_LOST
+
+from services.runtime.failures import failed
 from services.runtime.logging import get_logger
 from services.runtime.retry import Backoff
 from services.sandbox.agent_server import AgentError, AgentEvent, Unreachable
 from services.sandbox.link import AgentLink
 from services.sandbox.machines import Machines
 from services.sandbox.providers.base import Condition
+from services.sandbox.reasons import exited
 from services.sandbox.turn import Turn
 
 log = get_logger(__name__)
@@ -54,11 +58,12 @@ class EventStream:
             except Unreachable as error:
                 log.info("event stream broke", session=self.link.record.session_id, reason=str(error))
                 if (await self.machines.look(self.link.record.sandbox_id)).condition is Condition.GONE:
-                    self.turn.agent_gone("the machine stopped in mid-turn; send a message to go on")
+                    words = "the machine stopped in mid-turn; send a message to go on"
+                    self.turn.agent_gone(failed(FAILURE_REASON_SANDBOX_LOST, words))
             except AgentError as error:
                 self._refusals += 1
                 if self._refusals >= _REFUSALS:
-                    self.turn.agent_gone(f"the agent was lost: {error}")
+                    self.turn.agent_gone(exited(f"the agent was lost: {error}"))
             if not self.turn.over:
                 await asyncio.sleep(backoff.next_seconds())
         self.heard()

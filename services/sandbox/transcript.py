@@ -1,40 +1,123 @@
 """Turns what an agent says (ACP session updates) into transcript entries. Pure.
 
 Chunks of a message are put together while they arrive. A long message runs over several entries, so that no entry
-is rewritten as it grows without end.
+is rewritten as it grows without end. An entry whose blobs are yet to be stored ends once they are, or are given up.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from branchline.v1 import sessions_pb2
-from branchline.v1.sessions_pb2 import PermissionOption, TranscriptEntry
+from branchline.v1 import transcripts_pb2 as transcripts
+from branchline.v1.common_pb2 import Actor, BlobReference
+from branchline.v1.transcripts_pb2 import (
+    AgentMessage,
+    Notice,
+    NoticeKind,
+    Plan,
+    PlanStep,
+    PlanStepPriority,
+    PlanStepState,
+    ToolCall,
+    ToolCallState,
+    TranscriptEntry,
+    TurnEnd,
+)
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from services.sandbox.members import member, members
+from services.runtime.actors import agent_actor, system_actor
+from services.sandbox import tool_calls
+from services.sandbox.members import member, members, text_of
+from services.sandbox.outputs import (
+    MOST_WHOLES,
+    WHOLE_BYTES,
+    Shown,
+    Whole,
+    block_text,
+    block_whole,
+    bounded,
+    outputs_of,
+    text_shown,
+    with_blobs,
+)
+from services.sandbox.structs import to_struct
+from services.sandbox.words import head
 
 ENTRY_CHARACTERS = 4096
-OUTPUT_BYTES = 16 * 1024
 
-_WORD_CHARACTERS = 256
-_MOST_OPTIONS = 32
+_ID_BYTES = 256
+_STEP_BYTES = 1024
+_NOTICE_BYTES = 4096
+_MOST_STEPS = 100
+_MOST_ENDED = 32
+_STREAM_CHARACTERS = WHOLE_BYTES
 
-_CHUNKS = {
-    "agent_message_chunk": sessions_pb2.TRANSCRIPT_ENTRY_KIND_AGENT_MESSAGE,
-    "agent_thought_chunk": sessions_pb2.TRANSCRIPT_ENTRY_KIND_REASONING,
+_CHUNKS = {"agent_message_chunk": "agent_message", "agent_thought_chunk": "reasoning"}
+_MESSAGES = tuple(_CHUNKS.values())
+
+_STEP_STATES: Mapping[str, PlanStepState.ValueType] = {
+    "pending": transcripts.PLAN_STEP_STATE_PENDING,
+    "in_progress": transcripts.PLAN_STEP_STATE_RUNNING,
+    "completed": transcripts.PLAN_STEP_STATE_COMPLETED,
 }
-_PLAN_MARKS = {"completed": "[x]", "in_progress": "[~]"}
-_ENDED_TOOL_STATES = frozenset({"completed", "failed"})
+_PRIORITIES: Mapping[str, PlanStepPriority.ValueType] = {
+    "high": transcripts.PLAN_STEP_PRIORITY_HIGH,
+    "medium": transcripts.PLAN_STEP_PRIORITY_MEDIUM,
+    "low": transcripts.PLAN_STEP_PRIORITY_LOW,
+}
+
+NO_NEWS = frozenset(
+    {
+        "available_commands_update",
+        "config_option_update",
+        "current_mode_update",
+        "session_info_update",
+        "usage_update",
+        "user_message_chunk",
+    }
+)
+"""Updates that are known and say nothing that a transcript shows, or that others look at."""
+
+INTERRUPTED = transcripts.TOOL_CALL_STATE_INTERRUPTED
+SYSTEM = "sandbox"
 
 
 @dataclass(slots=True)
 class Draft:
-    """An entry that may still change, and the tool call that it shows."""
+    """An entry that may still change."""
 
     entry: TranscriptEntry
     number: int
-    tool_call_id: str = ""
+    key: str = ""
+    """What it is known by to the agent: the id of a tool call or of a message."""
+
+    shown: list[Shown] = field(default_factory=list[Shown])
+    """A tool call's outputs."""
+    stream: str = ""
+    """What a terminal of the tool call has shown, beside the outputs."""
+    stream_omitted: int = 0
+    wholes: list[Whole] = field(default_factory=list[Whole])
+    """What a message showed beside words."""
+
+    @property
+    def kind(self) -> str | None:
+        """Which content it has."""
+        return self.entry.WhichOneof("content")
+
+    @property
+    def message(self) -> AgentMessage:
+        """The message that it is."""
+        return getattr(self.entry, self.kind or _MESSAGES[0])
+
+    @property
+    def call(self) -> ToolCall:
+        """The tool call that it is."""
+        return self.entry.tool_call
+
+    @property
+    def unstored(self) -> list[Whole]:
+        """What it could not hold."""
+        return [*self.wholes, *(whole for one in self.shown for whole in one.wholes)]
 
 
 @dataclass(slots=True)
@@ -47,67 +130,117 @@ class TranscriptBuilder:
     count: int
     now: Callable[[], Timestamp]
     open: dict[str, Draft] = field(default_factory=dict[str, Draft])
+    root: str = ""
+    """The working tree, absolute; paths in it are told relative to it."""
     changed: dict[str, Draft] = field(default_factory=dict[str, Draft])
+    waiting: dict[str, Draft] = field(default_factory=dict[str, Draft])
+    """Entries that have come to their end but for their blobs."""
+    _ended: dict[str, Draft] = field(default_factory=dict[str, Draft])
+    """The newest tool calls that ended: some agents say more of them all the same."""
 
-    def update(self, update: dict[str, Any]) -> None:
-        """Take one `session/update` of the agent. Kinds that say nothing to people are passed over."""
-        kind = update.get("sessionUpdate")
+    def __post_init__(self) -> None:
+        """Go on after a restart: what had ended but for its blobs has ended without them."""
+        for draft in list(self.open.values()):
+            draft.shown = [Shown(output) for output in draft.call.outputs]
+            ended_call = draft.kind == "tool_call" and draft.call.state not in tool_calls.OPEN
+            if ended_call or (draft.kind in _MESSAGES and draft.number < self.count):
+                self._end(draft)
+
+    def update(self, update: Mapping[str, Any]) -> None:
+        """Take one `session/update` of the agent. What is not known is kept as it is."""
+        kind = text_of(update, "sessionUpdate")
         if kind in _CHUNKS:
-            self._chunk(_CHUNKS[kind], content_text(member(update, "content")))
+            self._chunk(_CHUNKS[kind], update)
         elif kind in ("tool_call", "tool_call_update"):
             self._tool_call(update)
         elif kind == "plan":
             self._plan(update)
+        elif kind == "plan_update" and members(member(update, "plan"), "entries"):
+            self._plan(member(update, "plan"))
+        elif kind not in NO_NEWS:
+            self.unknown(kind, update)
 
-    def permission(self, params: dict[str, Any]) -> TranscriptEntry:
-        """Take a permission request; return its entry."""
+    def unknown(self, what: str, told: Any) -> None:
+        """Keep something that the agent sent and that is not known, or makes no sense, as it is."""
+        words = f"The agent sent something that is not known here: {what}".removesuffix(": ")
+        self.notice(transcripts.NOTICE_KIND_UNKNOWN_UPDATE, words, told)
+
+    def question(self, request_id: Callable[[int], str]) -> TranscriptEntry:
+        """Begin the entry that shows that the agent waits for an answer; the id is made of the entry's number."""
         self.seal_messages()
-        call = member(params, "toolCall")
-        draft = self._begin(sessions_pb2.TRANSCRIPT_ENTRY_KIND_PERMISSION)
-        draft.entry.text = cut(str(call.get("title") or "The agent asks for permission"))
-        draft.entry.state = "pending"
-        for option in members(params, "options")[:_MOST_OPTIONS]:
-            option_id, name = str(option.get("optionId", "")), str(option.get("name", ""))
-            if option_id and len(option_id) <= _WORD_CHARACTERS:  # one that is cut could not be answered with
-                draft.entry.options.append(PermissionOption(id=option_id, name=name[:_WORD_CHARACTERS]))
-        return draft.entry
+        entry = TranscriptEntry(input_request_id=request_id(self.count + 1))
+        return self._begin(entry).entry
 
-    def note(self, kind: sessions_pb2.TranscriptEntryKind.ValueType, text: str, state: str = "") -> None:
-        """Add an entry that is complete at once."""
-        draft = self._begin(kind)
-        draft.entry.text = cut(text)
-        draft.entry.state = state[:_WORD_CHARACTERS]
-        self._seal(draft)
+    def call_of(self, update: Mapping[str, Any]) -> ToolCall:
+        """Return a tool call as a request for permission tells it, with what was said of it before."""
+        call = ToolCall(tool_call_id=tool_calls.call_id(update), state=transcripts.TOOL_CALL_STATE_PENDING)
+        known = self._open_call(call.tool_call_id)
+        if known is not None:
+            call.CopyFrom(known.call)
+        tool_calls.describe(call, update, self.root)
+        if isinstance(update.get("content"), list):
+            del call.outputs[:]
+            call.outputs.extend(one.output for one in outputs_of(members(update, "content"), self.root))
+        return call
 
-    def answer(self, entry_id: str, state: str, user_id: str) -> None:
-        """Close a permission request with its answer."""
+    def notice(self, kind: NoticeKind.ValueType, text: str, update: Any = None, *, by_agent: bool = False) -> None:
+        """Add something that people should know: what Branchline says, or the agent, such as with an update."""
+        notice = Notice(kind=kind, text=head(text, _NOTICE_BYTES))
+        if update is not None:
+            notice.update.CopyFrom(to_struct(update))
+        actor = None if by_agent or update is not None else system_actor(SYSTEM)
+        self._end(self._begin(TranscriptEntry(notice=notice), actor))
+
+    def end_turn(self, end: TurnEnd) -> None:
+        """Add the end of the turn."""
+        self._end(self._begin(TranscriptEntry(turn_end=end)))
+
+    def settle(self, entry_id: str) -> None:
+        """Close a question."""
         draft = self.open.get(entry_id)
         if draft is not None:
-            draft.entry.state = state
-            draft.entry.user_id = user_id
-            self._seal(draft)
+            self._end(draft)
 
     def seal_messages(self) -> None:
         """Close the message that streams; what follows begins a new one."""
         for draft in list(self.open.values()):
-            if draft.entry.kind in _CHUNKS.values():
+            if draft.kind in _MESSAGES:
                 self._seal(draft)
 
     @property
     def calls_open(self) -> bool:
         """Whether a tool call has not ended."""
-        return any(draft.tool_call_id for draft in self.open.values())
+        return any(draft.kind == "tool_call" for draft in self.open.values())
 
-    def seal_others(self, abandoned: str) -> None:
+    def seal_others(self) -> None:
         """Close what turns before this one left open."""
         for draft in list(self.open.values()):
             if draft.entry.turn != self.turn:
-                self._abandon(draft, abandoned)
+                self._abandon(draft, INTERRUPTED)
 
-    def seal_all(self, abandoned: str) -> None:
-        """Close everything; what had not ended gets the given state."""
+    def seal_all(self, abandoned: ToolCallState.ValueType) -> None:
+        """Close everything; tool calls that had not ended get the given state."""
         for draft in list(self.open.values()):
             self._abandon(draft, abandoned)
+
+    def stored(self, entry_id: str, wholes: Sequence[Whole], blobs: Sequence[BlobReference | None]) -> None:
+        """Put the blobs in which its `unstored` were stored into an entry that waits for them, and close it."""
+        draft = self.waiting.get(entry_id)
+        if draft is None or draft.unstored != list(wholes):
+            return
+        if draft.kind == "tool_call":
+            draft.shown = with_blobs(draft.shown, blobs)
+            _put_outputs(draft)
+        else:
+            draft.message.blobs.extend(blob for blob in blobs if blob is not None)
+            lost = [whole.words for whole, blob in zip(draft.wholes, blobs, strict=True) if blob is None]
+            draft.message.text += "".join(lost)
+        self._end(draft)
+
+    def give_up_blobs(self) -> None:
+        """Close what waits for its blobs without them."""
+        for entry_id, draft in list(self.waiting.items()):
+            self.stored(entry_id, draft.unstored, [None] * len(draft.unstored))
 
     def take_changed(self) -> list[Draft]:
         """Return copies of the entries that changed since the last call, each with its next revision."""
@@ -116,111 +249,150 @@ class TranscriptBuilder:
             draft.entry.revision += 1
             entry = TranscriptEntry()
             entry.CopyFrom(draft.entry)
-            taken.append(Draft(entry, draft.number, draft.tool_call_id))
+            taken.append(Draft(entry, draft.number, draft.key))
         self.changed.clear()
         return taken
 
-    def _chunk(self, kind: sessions_pb2.TranscriptEntryKind.ValueType, text: str) -> None:
+    def _chunk(self, kind: str, update: Mapping[str, Any]) -> None:
+        block = member(update, "content")
+        text = block_text(block)
         if not text:
             return
-        draft = next((draft for draft in self.open.values() if draft.entry.kind == kind), None)
-        if draft is None:
+        message_id = head(text_of(update, "messageId"), _ID_BYTES)
+        draft = next((draft for draft in self.open.values() if draft.kind == kind), None)
+        if draft is None or (message_id and draft.key != message_id):
             self.seal_messages()
-            draft = self._begin(kind)
-            draft.entry.message_id = draft.entry.id
+            draft = self._begin_message(kind, message_id, "", 1)
+        whole = block_whole(block) if len(draft.wholes) < MOST_WHOLES else None
+        if whole is not None:
+            draft.wholes.append(whole)
+            return
         while text:
-            room = ENTRY_CHARACTERS - len(draft.entry.text)
-            draft.entry.text += text[:room]
+            room = ENTRY_CHARACTERS - len(draft.message.text)
+            draft.message.text += text[:room]
             text = text[room:]
             self.changed[draft.entry.id] = draft
             if text:
-                message_id = draft.entry.message_id
+                first, part = draft.message.message_id, draft.message.part
                 self._seal(draft)
-                draft = self._begin(kind)
-                draft.entry.message_id = message_id
+                draft = self._begin_message(kind, message_id, first, part + 1)
 
-    def _tool_call(self, update: dict[str, Any]) -> None:
-        call_id = str(update.get("toolCallId", ""))[:_WORD_CHARACTERS]
-        draft = next((draft for draft in self.open.values() if draft.tool_call_id == call_id), None)
+    def _begin_message(self, kind: str, key: str, first: str, part: int) -> Draft:
+        entry = TranscriptEntry()
+        getattr(entry, kind).part = part
+        draft = self._begin(entry, key=key)
+        draft.message.message_id = first or draft.entry.id
+        return draft
+
+    def _tool_call(self, update: Mapping[str, Any]) -> None:
+        key = tool_calls.call_id(update)
+        draft, late = self._open_call(key), False
+        if draft is None and update.get("sessionUpdate") == "tool_call_update":
+            draft = self._ended.get(key)
+            late = draft is not None
         if draft is None:
             self.seal_messages()
-            draft = self._begin(sessions_pb2.TRANSCRIPT_ENTRY_KIND_TOOL_CALL, call_id)
-            draft.entry.state = "pending"
-        if update.get("title"):
-            draft.entry.text = cut(str(update["title"]))
-        if update.get("status"):
-            draft.entry.state = str(update["status"])[:_WORD_CHARACTERS]
-        output = tool_output(update)
-        if output:
-            draft.entry.output = cut(output)
+            call = ToolCall(tool_call_id=key, state=transcripts.TOOL_CALL_STATE_PENDING)
+            draft = self._begin(TranscriptEntry(tool_call=call), key=key)
+        state = draft.call.state
+        tool_calls.describe(draft.call, update, self.root)
+        if isinstance(update.get("content"), list):
+            draft.shown = outputs_of(members(update, "content"), self.root)
+            _put_outputs(draft)
+        for streamed in ("terminal_output", "terminal_output_delta"):
+            self._stream(draft, member(member(update, "_meta"), streamed).get("data"))
         self.changed[draft.entry.id] = draft
-        if draft.entry.state in _ENDED_TOOL_STATES:
+        if late:
+            if draft.call.state in tool_calls.OPEN:  # it has ended, whatever is said
+                draft.call.state = state
+            if draft.entry.id not in self.waiting or not draft.unstored:
+                self._end(draft)
+        elif draft.call.state not in tool_calls.OPEN:
             self._seal(draft)
 
-    def _plan(self, update: dict[str, Any]) -> None:
-        kind = sessions_pb2.TRANSCRIPT_ENTRY_KIND_PLAN
-        draft = next((draft for draft in self.open.values() if draft.entry.kind == kind), None) or self._begin(kind)
-        lines = [
-            f"{_PLAN_MARKS.get(str(step.get('status')), '[ ]')} {step.get('content', '')}"
-            for step in members(update, "entries")
+    def _stream(self, draft: Draft, data: object) -> None:
+        """Add to what a terminal of the agent's has shown."""
+        if not isinstance(data, str) or not data:
+            return
+        draft.stream += data
+        left_out = draft.stream[:-_STREAM_CHARACTERS]
+        draft.stream = draft.stream[-_STREAM_CHARACTERS:]
+        draft.stream_omitted += len(left_out.encode())
+        _put_outputs(draft)
+
+    def _plan(self, update: Mapping[str, Any]) -> None:
+        draft = next((draft for draft in self.open.values() if draft.kind == "plan"), None)
+        if draft is None:
+            draft = self._begin(TranscriptEntry(plan=Plan()))
+        steps = [
+            PlanStep(
+                text=head(text_of(step, "content"), _STEP_BYTES),
+                state=_STEP_STATES.get(text_of(step, "status"), transcripts.PLAN_STEP_STATE_UNSPECIFIED),
+                priority=_PRIORITIES.get(text_of(step, "priority"), transcripts.PLAN_STEP_PRIORITY_UNSPECIFIED),
+            )
+            for step in members(update, "entries")[:_MOST_STEPS]
         ]
-        draft.entry.text = cut("\n".join(lines))
+        draft.entry.plan.CopyFrom(Plan(steps=steps))
         self.changed[draft.entry.id] = draft
 
-    def _begin(self, kind: sessions_pb2.TranscriptEntryKind.ValueType, tool_call_id: str = "") -> Draft:
+    def _open_call(self, key: str) -> Draft | None:
+        return next((draft for draft in self.open.values() if draft.kind == "tool_call" and draft.key == key), None)
+
+    def _begin(self, entry: TranscriptEntry, actor: Actor | None = None, key: str = "") -> Draft:
+        """Add an entry that holds its content."""
         self.count += 1
-        entry = TranscriptEntry(
-            id=f"ent_{self.session_id.removeprefix('ses_')}_{self.count}",
-            session_id=self.session_id,
-            task_id=self.task_id,
-            kind=kind,
-            streaming=True,
-            turn=self.turn,
-            create_time=self.now(),
-        )
-        draft = Draft(entry, self.count, tool_call_id)
+        entry.id = f"ent_{self.session_id.removeprefix('ses_')}_{self.count}"
+        entry.session_id = self.session_id
+        entry.task_id = self.task_id
+        entry.turn = self.turn
+        entry.actor.CopyFrom(actor or agent_actor(self.session_id))
+        entry.create_time.CopyFrom(self.now())
+        draft = Draft(entry, self.count, key)
         self.open[entry.id] = draft
         self.changed[entry.id] = draft
         return draft
 
-    def _abandon(self, draft: Draft, state: str) -> None:
-        if draft.entry.state and draft.entry.state not in _ENDED_TOOL_STATES:
-            draft.entry.state = state
+    def _abandon(self, draft: Draft, state: ToolCallState.ValueType) -> None:
+        if draft.kind == "tool_call" and draft.call.state in tool_calls.OPEN:
+            draft.call.state = state
         self._seal(draft)
 
     def _seal(self, draft: Draft) -> None:
-        draft.entry.streaming = False
+        """Close an entry, now or once its blobs are stored."""
+        if draft.stream:
+            draft.shown = bounded([*draft.shown, text_shown(draft.stream, draft.stream_omitted)])
+            draft.stream = ""
+        if not draft.unstored:
+            self._end(draft)
+            return
         self.open.pop(draft.entry.id, None)
+        self.waiting[draft.entry.id] = draft
         self.changed[draft.entry.id] = draft
+        self._remember(draft)
+
+    def _end(self, draft: Draft) -> None:
+        if not draft.entry.HasField("end_time"):
+            draft.entry.end_time.CopyFrom(self.now())
+        draft.wholes.clear()
+        draft.shown = [Shown(one.output) for one in draft.shown]
+        self.open.pop(draft.entry.id, None)
+        self.waiting.pop(draft.entry.id, None)
+        self.changed[draft.entry.id] = draft
+        self._remember(draft)
+
+    def _remember(self, draft: Draft) -> None:
+        if draft.kind != "tool_call":
+            return
+        self._ended.pop(draft.key, None)
+        self._ended[draft.key] = draft
+        if len(self._ended) > _MOST_ENDED:
+            del self._ended[next(iter(self._ended))]
 
 
-def content_text(content: dict[str, Any]) -> str:
-    """Return the words of an ACP content block."""
-    kind = content.get("type")
-    if kind == "text":
-        return str(content.get("text", ""))
-    if kind == "resource_link":
-        return str(content.get("uri", ""))
-    if kind == "resource":
-        resource = member(content, "resource")
-        return str(resource.get("text") or resource.get("uri") or "")
-    return f"[{kind}]" if kind else ""
-
-
-def tool_output(update: dict[str, Any]) -> str:
-    """Return the result of a tool call in words."""
-    parts: list[str] = []
-    for block in members(update, "content"):
-        if block.get("type") == "content":
-            parts.append(content_text(member(block, "content")))
-        elif block.get("type") == "diff":
-            parts.append(f"{block.get('path', '')}\n{block.get('newText', '')}")
-    return "\n".join(part for part in parts if part)
-
-
-def cut(text: str) -> str:
-    """Cut a text to `OUTPUT_BYTES`, keeping its end, where commands say how they fared."""
-    data = text.encode()
-    if len(data) <= OUTPUT_BYTES:
-        return text
-    return "[…]\n" + data[-OUTPUT_BYTES:].decode(errors="ignore")
+def _put_outputs(draft: Draft) -> None:
+    """Write what is shown of a tool call into its entry."""
+    shown = draft.shown
+    if draft.stream:
+        shown = bounded([*shown, text_shown(draft.stream, draft.stream_omitted)])
+    del draft.call.outputs[:]
+    draft.call.outputs.extend(one.output for one in shown)

@@ -4,12 +4,16 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from branchline.v1.common_pb2 import FAILURE_REASON_AGENT_SILENT, FAILURE_REASON_TIMED_OUT
+
+from services.runtime.failures import failed
 from services.runtime.logging import get_logger
 from services.runtime.signal import Signal
 from services.sandbox.agent_server import AgentError, Unreachable
 from services.sandbox.control import Control
 from services.sandbox.limits import Limits
 from services.sandbox.link import AgentLink, new_mark
+from services.sandbox.reasons import exited
 from services.sandbox.turn import Turn
 
 log = get_logger(__name__)
@@ -56,14 +60,16 @@ class Watchdog:
         turn, limits = self.turn, self.limits
         if self.wall_time() - turn.record.turn_time > limits.turn_seconds:
             hours = limits.turn_seconds / 3600
-            turn.fail(f"the turn took longer than {hours:g} hours", end_first=True)
+            words = f"the turn took longer than {hours:g} hours"
+            turn.fail(failed(FAILURE_REASON_TIMED_OUT, words), end_first=True)
         cancelled = self.control.cancel_time
         if cancelled is not None and now - cancelled > limits.cancel_seconds:
             turn.give_up()
         if turn.busy:
             self.heard()
         elif self._probed is not None and now - self._probed > limits.answer_seconds:
-            turn.fail("agent silent", end_first=True)
+            words = f"the agent said nothing for {now - self._heard:.0f} seconds and was ended"
+            turn.fail(failed(FAILURE_REASON_AGENT_SILENT, words), end_first=True)
         elif self._probed is None and now - self._heard > limits.silence_seconds:
             self._probed = now
             await self._ask()
@@ -90,6 +96,6 @@ class Watchdog:
         except AgentError as error:
             self._refusals += 1
             if self._refusals >= _REFUSALS:
-                self.turn.agent_gone(f"the agent is gone: {error}")
+                self.turn.agent_gone(exited(f"the agent is gone: {error}"))
         except Unreachable:
             pass  # the stream finds out what became of the machine

@@ -22,6 +22,9 @@ class Machine:
     isolation: str
     """How the machine is kept apart from the host, such as "bubblewrap" or "none"."""
 
+    python: str = "python3"
+    """The Python (3.9 or newer) inside the machine that supervises processes."""
+
     vouched: Callable[[], bool] | None = field(default=None, compare=False)
     """Says, blocking, whether the one who listens at the URL now is this machine's. Asked before anything is said on a
     new connection; None where nobody else can listen there."""

@@ -148,7 +148,12 @@ def _ptrace(request: int, server: int, data: int) -> None:
 
 def arguments() -> list[str]:
     """Return the command that runs this program. Besides the interpreter it needs `sys.base_prefix`."""
-    return [os.path.realpath(sys.executable), "-I", "-S", "-c", Path(__file__).read_text()]
+    return [interpreter(), "-I", "-S", "-c", Path(__file__).read_text()]
+
+
+def interpreter() -> str:
+    """Return the interpreter that sandboxes have."""
+    return os.path.realpath(sys.executable)
 
 
 def plan(**given: Any) -> bytes:

@@ -218,7 +218,8 @@ class LocalProvider:
             return None
         if not answer.is_success:
             return None
-        return Machine(url, known.token, str(self._root / sandbox_id / "home"), known.isolation, vouched)
+        home = str(self._root / sandbox_id / "home")
+        return Machine(url, known.token, home, known.isolation, launcher.interpreter(), vouched)
 
     async def _answering(self, sandbox_id: str, known: _Known, server: asyncio.subprocess.Process) -> Machine | None:
         """Wait until the server answers; none if it ends before, or takes too long."""
