@@ -1,149 +1,302 @@
-"""A thin client: one channel, the bearer token on every call, and watches that survive reconnects."""
+"""Clients of a Branchline server: `AsyncClient` for `async` code, `Client` for plain code.
 
-import asyncio
-import random
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+    async with AsyncClient("127.0.0.1:7700", token) as client:
+        session = client.session()                       # sees what it has changed itself
+        created = await session.tasks.create_task(CreateTaskRequest(repository_id=..., prompt=Prompt(text=...)))
+        async with session.watch_task(created.task.id) as view:
+            await view.wait_for(lambda view: view.task.activity == TASK_ACTIVITY_IDLE, timeout_seconds=600)
 
-import grpc
+Calls that fail raise `BranchlineError`. A command without a `request_id` gets one, so that it can be repeated safely;
+it is repeated while the server cannot be reached, until the call's time is over.
+"""
 
-from branchline.v1 import (
-    history_pb2,
-    history_pb2_grpc,
-    organizations_pb2,
-    organizations_pb2_grpc,
-    repositories_pb2_grpc,
-    sandboxes_pb2_grpc,
-    sessions_pb2_grpc,
-    tasks_pb2,
-    tasks_pb2_grpc,
-    users_pb2_grpc,
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, Generic, Protocol, Self, TypeVar
+
+from google.protobuf.message import Message
+
+from branchline.bridge import Bridge
+from branchline.calls import Caller, open_channel
+from branchline.services import (
+    AgentService,
+    AsyncAgentService,
+    AsyncBlobService,
+    AsyncFileService,
+    AsyncHistoryService,
+    AsyncOrganizationService,
+    AsyncProcessService,
+    AsyncRepositoryService,
+    AsyncSecretService,
+    AsyncServerService,
+    AsyncSessionService,
+    AsyncTaskService,
+    AsyncUserService,
+    BlobService,
+    FileService,
+    HistoryService,
+    OrganizationService,
+    ProcessService,
+    RepositoryService,
+    SecretService,
+    ServerService,
+    SessionService,
+    TaskService,
+    UserService,
 )
-from branchline.v1.watches_pb2 import WatchFrame
+from branchline.v1.common_pb2 import EntityKind
+from branchline.v1.history_pb2 import HistoryChange, HistoryFilter, WatchHistoryRequest
+from branchline.v1.organizations_pb2 import OrganizationChange, WatchOrganizationRequest
+from branchline.v1.tasks_pb2 import TaskChange, TaskFilter, TranscriptSelection, WatchTaskRequest
+from branchline.views import Connect, HistoryView, OrganizationView, TaskView, View
 
-_SILENCE_SECONDS = 30.0
-_MESSAGE_BYTES = 4 * 1024 * 1024  # the gateway sends no larger one
-_RETRY_SECONDS = (0.1, 5.0)
-_TRANSIENT = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED})
-_OPTIONS = (
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.max_receive_message_length", _MESSAGE_BYTES),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-    ("grpc.use_local_subchannel_pool", 1),  # a connection of its own: the gateway bounds what one carries at once
-)
+CALL_SECONDS = 30.0
+"""How long a call may take where its caller does not say."""
 
 
-class Client:
-    """Everything that the gateway offers, as typed stubs.
+class Page(Protocol):
+    """An answer that is one page of a list."""
 
-    Failed calls raise `grpc.aio.AioRpcError`; its status carries `google.rpc` details.
-    """
+    @property
+    def next_page_token(self) -> str:
+        """Token of the next page; empty on the last."""
+        ...
 
-    def __init__(self, address: str, token: str) -> None:
-        interceptors = [_UnaryBearer(token), _StreamBearer(token)]
-        self.channel = grpc.aio.insecure_channel(address, options=_OPTIONS, interceptors=interceptors)
-        self.organizations = organizations_pb2_grpc.OrganizationServiceStub(self.channel)
-        self.repositories = repositories_pb2_grpc.RepositoryServiceStub(self.channel)
-        self.tasks = tasks_pb2_grpc.TaskServiceStub(self.channel)
-        self.sessions = sessions_pb2_grpc.SessionServiceStub(self.channel)
-        self.sandboxes = sandboxes_pb2_grpc.SandboxServiceStub(self.channel)
-        self.users = users_pb2_grpc.UserServiceStub(self.channel)
-        self.history = history_pb2_grpc.HistoryServiceStub(self.channel)
 
-    async def __aenter__(self) -> "Client":
+Q = TypeVar("Q", bound=Message)
+P = TypeVar("P", bound=Page)
+T = TypeVar("T")
+
+
+class AsyncClient:
+    """A connection to a server."""
+
+    def __init__(
+        self, address: str, token: str = "", *, timeout_seconds: float = CALL_SECONDS, caller: Caller | None = None
+    ) -> None:
+        """`address` is the gateway's, such as "127.0.0.1:7700"; without a token only open methods answer."""
+        self._owns = caller is None
+        self.caller: Caller = caller or Caller(open_channel(address), token, timeout_seconds)
+        self.agents = AsyncAgentService(self.caller)
+        self.blobs = AsyncBlobService(self.caller)
+        self.files = AsyncFileService(self.caller)
+        self.history = AsyncHistoryService(self.caller)
+        self.organizations = AsyncOrganizationService(self.caller)
+        self.processes = AsyncProcessService(self.caller)
+        self.repositories = AsyncRepositoryService(self.caller)
+        self.secrets = AsyncSecretService(self.caller)
+        self.server = AsyncServerService(self.caller)
+        self.sessions = AsyncSessionService(self.caller)
+        self.tasks = AsyncTaskService(self.caller)
+        self.users = AsyncUserService(self.caller)
+
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def close(self) -> None:
-        """Close the channel."""
-        await self.channel.close()
+        """Close the connection. A session's is its client's."""
+        if self._owns:
+            await self.caller.channel.close()
 
-    def watch_organization(self, organization_id: str, resume_token: str = "") -> AsyncIterator[WatchFrame]:
-        """Watch an organization for ever, through reconnects."""
+    def session(self) -> "AsyncClient":
+        """Return a client over the same connection whose reads see what was changed through it."""
+        return AsyncClient("", caller=self.caller.consistently())
 
-        def connect(token: str) -> Any:
-            request = organizations_pb2.WatchOrganizationRequest(organization_id=organization_id, resume_token=token)
-            return self.organizations.WatchOrganization(request)
+    def watch_organization(
+        self,
+        organization_id: str,
+        *,
+        kinds: Iterable[EntityKind.ValueType] = (),
+        tasks: TaskFilter | None = None,
+        resume_token: str = "",
+        heartbeat: timedelta | None = None,
+    ) -> OrganizationView:
+        """Watch an organization, to be used with `async with`."""
+        request = WatchOrganizationRequest(organization_id=organization_id, kinds=kinds, tasks=tasks)
+        return OrganizationView(_connect(self.organizations.watch_organization, request, heartbeat), resume_token)
 
-        return _watch(connect, resume_token)
-
-    def watch_task(self, task_id: str, session_id: str = "", resume_token: str = "") -> AsyncIterator[WatchFrame]:
-        """Watch a task, or one session of it, for ever, through reconnects."""
-
-        def connect(token: str) -> Any:
-            request = tasks_pb2.WatchTaskRequest(task_id=task_id, session_id=session_id, resume_token=token)
-            return self.tasks.WatchTask(request)
-
-        return _watch(connect, resume_token)
+    def watch_task(
+        self,
+        task_id: str,
+        *,
+        transcripts: TranscriptSelection | None = None,
+        resume_token: str = "",
+        heartbeat: timedelta | None = None,
+    ) -> TaskView:
+        """Watch a task, to be used with `async with`."""
+        request = WatchTaskRequest(task_id=task_id, transcripts=transcripts)
+        return TaskView(_connect(self.tasks.watch_task, request, heartbeat), resume_token)
 
     def watch_history(
-        self, organization_id: str, task_id: str = "", resume_token: str = ""
-    ) -> AsyncIterator[WatchFrame]:
-        """Watch an organization's feed for ever, through reconnects."""
+        self,
+        organization_id: str,
+        *,
+        events: HistoryFilter | None = None,
+        resume_token: str = "",
+        heartbeat: timedelta | None = None,
+    ) -> HistoryView:
+        """Watch an organization's feed, to be used with `async with`."""
+        request = WatchHistoryRequest(organization_id=organization_id, filter=events)
+        return HistoryView(_connect(self.history.watch_history, request, heartbeat), resume_token)
 
-        def connect(token: str) -> Any:
-            request = history_pb2.WatchHistoryRequest(
-                organization_id=organization_id, task_id=task_id, resume_token=token
-            )
-            return self.history.WatchHistory(request)
 
-        return _watch(connect, resume_token)
+class Client:
+    """A connection to a server, for plain code: as `AsyncClient`, but each call waits."""
+
+    def __init__(
+        self,
+        address: str,
+        token: str = "",
+        *,
+        timeout_seconds: float = CALL_SECONDS,
+        bridge: Bridge | None = None,
+        client: AsyncClient | None = None,
+    ) -> None:
+        """`address` is the gateway's, such as "127.0.0.1:7700"; without a token only open methods answer."""
+        self._bridge = bridge or Bridge()
+        self._client = client or self._bridge.run(_opened(address, token, timeout_seconds))
+        self._owns = bridge is None
+        caller = self._client.caller
+        self.agents = AgentService(caller, self._bridge)
+        self.blobs = BlobService(caller, self._bridge)
+        self.files = FileService(caller, self._bridge)
+        self.history = HistoryService(caller, self._bridge)
+        self.organizations = OrganizationService(caller, self._bridge)
+        self.processes = ProcessService(caller, self._bridge)
+        self.repositories = RepositoryService(caller, self._bridge)
+        self.secrets = SecretService(caller, self._bridge)
+        self.server = ServerService(caller, self._bridge)
+        self.sessions = SessionService(caller, self._bridge)
+        self.tasks = TaskService(caller, self._bridge)
+        self.users = UserService(caller, self._bridge)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection. A session's is its client's."""
+        if self._owns:
+            self._bridge.run(self._client.close())
+            self._bridge.close()
+
+    def session(self) -> "Client":
+        """Return a client over the same connection whose reads see what was changed through it."""
+        return Client("", bridge=self._bridge, client=self._client.session())
+
+    def watch_organization(
+        self,
+        organization_id: str,
+        *,
+        kinds: Iterable[EntityKind.ValueType] = (),
+        tasks: TaskFilter | None = None,
+        resume_token: str = "",
+        heartbeat: timedelta | None = None,
+    ) -> "Watched[OrganizationView, OrganizationChange]":
+        """Watch an organization, to be used with `with`."""
+        view = self._client.watch_organization(
+            organization_id, kinds=kinds, tasks=tasks, resume_token=resume_token, heartbeat=heartbeat
+        )
+        return Watched(self._bridge, view)
+
+    def watch_task(
+        self,
+        task_id: str,
+        *,
+        transcripts: TranscriptSelection | None = None,
+        resume_token: str = "",
+        heartbeat: timedelta | None = None,
+    ) -> "Watched[TaskView, TaskChange]":
+        """Watch a task, to be used with `with`."""
+        view = self._client.watch_task(task_id, transcripts=transcripts, resume_token=resume_token, heartbeat=heartbeat)
+        return Watched(self._bridge, view)
+
+    def watch_history(
+        self,
+        organization_id: str,
+        *,
+        events: HistoryFilter | None = None,
+        resume_token: str = "",
+        heartbeat: timedelta | None = None,
+    ) -> "Watched[HistoryView, HistoryChange]":
+        """Watch an organization's feed, to be used with `with`."""
+        view = self._client.watch_history(
+            organization_id, events=events, resume_token=resume_token, heartbeat=heartbeat
+        )
+        return Watched(self._bridge, view)
 
 
-async def _watch(connect: Callable[[str], Any], resume_token: str) -> AsyncIterator[WatchFrame]:
-    """Yield frames; after a break, or a silence without heartbeats, go on from the last resume token."""
-    pause, longest = _RETRY_SECONDS
+V = TypeVar("V", bound=View[Any])
+C = TypeVar("C")
+
+
+class Watched(Generic[V, C]):
+    """A view in the hands of plain code. The view itself is followed in a thread of its own and may always be read."""
+
+    def __init__(self, bridge: Bridge, view: V) -> None:
+        self._bridge = bridge
+        self.view = view
+        """What is watched, as it is now."""
+
+    def __enter__(self) -> Self:
+        self._bridge.run(self.view.__aenter__())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bridge.run(self.view.close())
+
+    def wait_for(self, holds: Callable[[V], bool], timeout_seconds: float | None = None) -> V:
+        """Wait until the view is complete and something holds of it. See `View.wait_for`."""
+        return self._bridge.run(self.view.wait_for(holds, timeout_seconds))
+
+    def changes(self) -> Iterator[C]:
+        """Yield what is held, then what changes. See `View.changes`."""
+        return self._bridge.iterate(self.view.changes())
+
+
+async def _opened(address: str, token: str, seconds: float) -> AsyncClient:
+    """Open a client within the loop that will use it."""
+    return AsyncClient(address, token, timeout_seconds=seconds)
+
+
+def _connect(call: Callable[[Any], Any], request: Any, heartbeat: timedelta | None) -> Connect:
+    if heartbeat is not None:
+        request.heartbeat_interval.FromTimedelta(heartbeat)
+
+    def connect(resume_token: str) -> Any:
+        begun = type(request)()
+        begun.CopyFrom(request)
+        begun.resume_token = resume_token
+        return call(begun)
+
+    return connect
+
+
+async def pages(call: Callable[[Q], Awaitable[P]], request: Q, items: Callable[[P], Sequence[T]]) -> AsyncIterator[T]:
+    """Yield the items of all pages, such as `pages(client.tasks.list_tasks, request, lambda page: page.tasks)`."""
+    wanted = type(request)()
+    wanted.CopyFrom(request)
     while True:
-        call = connect(resume_token)
-        try:
-            while True:
-                async with asyncio.timeout(_SILENCE_SECONDS):
-                    response = await call.read()
-                if response is grpc.aio.EOF:
-                    break
-                pause = _RETRY_SECONDS[0]
-                resume_token = response.frame.resume_token or resume_token
-                yield response.frame
-        except grpc.aio.AioRpcError as error:
-            if error.code() not in _TRANSIENT:
-                raise
-        except TimeoutError:
-            pass
-        finally:
-            call.cancel()
-        await asyncio.sleep(random.uniform(pause / 2, pause))
-        pause = min(pause * 2, longest)
+        page = await call(wanted)
+        for item in items(page):
+            yield item
+        if not page.next_page_token:
+            return
+        setattr(wanted, "page_token", page.next_page_token)  # noqa: B010 - every request of a list has one
 
 
-def _with_bearer(details: grpc.aio.ClientCallDetails, token: str) -> grpc.aio.ClientCallDetails:
-    metadata = grpc.aio.Metadata(*(details.metadata or ()))
-    metadata.add("authorization", f"Bearer {token}")
-    return grpc.aio.ClientCallDetails(
-        method=details.method,
-        timeout=details.timeout,
-        metadata=metadata,
-        credentials=details.credentials,
-        wait_for_ready=details.wait_for_ready,
-    )
-
-
-class _UnaryBearer(grpc.aio.UnaryUnaryClientInterceptor):
-    def __init__(self, token: str) -> None:
-        self._token = token
-
-    async def intercept_unary_unary(
-        self, continuation: Callable[..., Any], client_call_details: grpc.aio.ClientCallDetails, request: Any
-    ) -> Any:
-        return await continuation(_with_bearer(client_call_details, self._token), request)
-
-
-class _StreamBearer(grpc.aio.UnaryStreamClientInterceptor):
-    def __init__(self, token: str) -> None:
-        self._token = token
-
-    async def intercept_unary_stream(
-        self, continuation: Callable[..., Any], client_call_details: grpc.aio.ClientCallDetails, request: Any
-    ) -> Any:
-        return await continuation(_with_bearer(client_call_details, self._token), request)
+def all_pages(call: Callable[[Q], P], request: Q, items: Callable[[P], Sequence[T]]) -> Iterator[T]:
+    """Yield the items of all pages, for plain code."""
+    wanted = type(request)()
+    wanted.CopyFrom(request)
+    while True:
+        page = call(wanted)
+        yield from items(page)
+        if not page.next_page_token:
+            return
+        setattr(wanted, "page_token", page.next_page_token)  # noqa: B010 - every request of a list has one
