@@ -1,14 +1,13 @@
 """How commands call: the gateway as any client, the services as the installation's operator."""
 
 import os
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from branchline.client import Client
-from branchline.v1 import users_pb2
+from branchline import AsyncClient
+from branchline.v1.users_pb2 import GetCurrentUserRequest
 
 from cli.installation import Installation, known_installation
 from cli.settings import SettingsError, load_settings, read_token
@@ -18,12 +17,7 @@ from services.runtime.principal import OPERATOR, Signer
 
 S = TypeVar("S")
 
-Job = Callable[[Client, str], Awaitable[int | None]]
-
-
-def request_id() -> str:
-    """Make an id for a command."""
-    return uuid.uuid4().hex
+Job = Callable[[AsyncClient, str], Awaitable[int | None]]
 
 
 def run_as_client(data_dir: Path, job: Job) -> None:
@@ -31,24 +25,18 @@ def run_as_client(data_dir: Path, job: Job) -> None:
     run(_as_client(data_dir, job))
 
 
+def address() -> str:
+    """Return where the gateway is."""
+    return os.environ.get("BRANCHLINE_ADDRESS", "127.0.0.1:7700")
+
+
 async def _as_client(data_dir: Path, job: Job) -> int | None:
-    address = os.environ.get("BRANCHLINE_ADDRESS", "127.0.0.1:7700")
     token = os.environ.get("BRANCHLINE_TOKEN") or read_token(data_dir)
     if not token:
         raise SettingsError("set BRANCHLINE_TOKEN, or name the data folder of a running `branchline up`")
-    async with Client(address, token) as client:
-        me = await client.users.WhoAmI(users_pb2.WhoAmIRequest())
-        return await job(client, me.memberships[0].organization_id if me.memberships else "")
-
-
-async def pages(call: Callable[[Any], Awaitable[Any]], request: Any) -> AsyncIterator[Any]:
-    """Yield a list's answers, page by page."""
-    while True:
-        answer = await call(request)
-        yield answer
-        if not answer.next_page_token:
-            return
-        request.page_token = answer.next_page_token
+    async with AsyncClient(address(), token) as client:
+        me = await client.users.get_current_user(GetCurrentUserRequest())
+        return await job(client.session(), me.memberships[0].organization_id if me.memberships else "")
 
 
 def operated(data_dir: Path) -> Installation:

@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 from cli.terminal import DEFAULT_DATA, DataDir, console, run
 
-_GROUPS = ("github", "history", "member", "org", "outbox", "repo", "task", "token")
+_GROUPS = ("call", "github", "history", "member", "org", "outbox", "repo", "task", "token")
 
 
 class _Commands(TyperGroup):

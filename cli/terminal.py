@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import grpc
 import typer
 import uvloop
+from branchline import BranchlineError
+from branchline.v1.errors_pb2 import ErrorReason
 from google.protobuf.json_format import MessageToJson
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
@@ -34,6 +36,15 @@ def run(main: Coroutine[Any, Any, int | None]) -> None:
         raise typer.Exit(2) from error
     except grpc.aio.AioRpcError as error:
         print_failure(error)
+        raise typer.Exit(1) from error
+    except BranchlineError as error:
+        errors.print(
+            f"[red]{error.code.name}[/red] {ErrorReason.Name(error.reason).removeprefix('ERROR_REASON_')}:", end=" "
+        )
+        errors.print(error.message, markup=False)
+        facts = {name: value for name, value in error.metadata.items() if value not in error.message}
+        if facts:
+            errors.print(*(f"{name}: {value}" for name, value in facts.items()), sep=", ", style="dim", markup=False)
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
         raise typer.Exit(130) from None

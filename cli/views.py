@@ -1,45 +1,86 @@
 """What people see in the terminal."""
 
+import asyncio
 from collections.abc import Iterable, Mapping
 
-from branchline.client import Client
-from branchline.v1 import sessions_pb2, watches_pb2
-from branchline.v1.history_pb2 import HistoryEvent
+from branchline import AsyncClient, TaskView
+from branchline.v1.history_pb2 import EventKind, HistoryEvent
 from branchline.v1.repositories_pb2 import Repository
-from branchline.v1.sessions_pb2 import TranscriptEntry, TranscriptEntryKind
-from branchline.v1.tasks_pb2 import GetTaskResponse, ProvisioningStage, Task, TaskStatus, TaskSummary
-from branchline.v1.vocabulary_pb2 import ENTITY_KIND_TASK, ENTITY_KIND_TRANSCRIPT_ENTRY, EventKind
+from branchline.v1.sandboxes_pb2 import Sandbox
+from branchline.v1.sessions_pb2 import Session, SessionState
+from branchline.v1.tasks_pb2 import (
+    TASK_ACTIVITY_FAILED,
+    TASK_ACTIVITY_IDLE,
+    TASK_STATE_ACTIVE,
+    TASK_STATE_ARCHIVED,
+    TASK_STATE_FAILED,
+    TASK_STATE_KILLED,
+    ProvisioningStage,
+    Task,
+    TaskActivity,
+    TaskState,
+    TaskSummary,
+)
+from branchline.v1.transcripts_pb2 import (
+    InputRequest,
+    NoticeKind,
+    PlanStepState,
+    StopReason,
+    ToolCall,
+    ToolCallState,
+    TranscriptEntry,
+)
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-_COLOURS = {"running": "green", "error": "red", "waiting": "yellow", "idle": "cyan", "provisioning": "blue"}
+_COLOURS = {"running": "green", "failed": "red", "waiting": "yellow", "idle": "cyan", "provisioning": "blue"}
 _MARKS = {
-    sessions_pb2.TRANSCRIPT_ENTRY_KIND_USER_MESSAGE: "[bold blue]you[/bold blue]   ",
-    sessions_pb2.TRANSCRIPT_ENTRY_KIND_AGENT_MESSAGE: "[green]agent[/green] ",
-    sessions_pb2.TRANSCRIPT_ENTRY_KIND_REASONING: "[dim]think[/dim] ",
-    sessions_pb2.TRANSCRIPT_ENTRY_KIND_TOOL_CALL: "[magenta]tool[/magenta]  ",
-    sessions_pb2.TRANSCRIPT_ENTRY_KIND_PLAN: "[cyan]plan[/cyan]  ",
-    sessions_pb2.TRANSCRIPT_ENTRY_KIND_PERMISSION: "[yellow]asks[/yellow]  ",
-    sessions_pb2.TRANSCRIPT_ENTRY_KIND_STATUS: "[dim]state[/dim] ",
-    sessions_pb2.TRANSCRIPT_ENTRY_KIND_ERROR: "[red]error[/red] ",
+    "user_message": "[bold blue]you[/bold blue]   ",
+    "agent_message": "[green]agent[/green] ",
+    "reasoning": "[dim]think[/dim] ",
+    "tool_call": "[magenta]tool[/magenta]  ",
+    "plan": "[cyan]plan[/cyan]  ",
+    "input_request_id": "[yellow]asks[/yellow]  ",
+    "turn_end": "[dim]end[/dim]   ",
+    "notice": "[dim]note[/dim]  ",
 }
+_STEP_MARKS = {PlanStepState.PLAN_STEP_STATE_COMPLETED: "[x]", PlanStepState.PLAN_STEP_STATE_RUNNING: "[~]"}
+_OUTPUT_LINES = 8
 
 
-def status_words(task: Task | TaskSummary) -> str:
-    """Return a task's status with its stage, in colour."""
-    name = TaskStatus.Name(task.status).removeprefix("TASK_STATUS_").lower()
+def state_name(task: Task | TaskSummary) -> str:
+    """Return what a task does, or where it is in its life, in a word such as "running"."""
+    if task.state == TASK_STATE_ACTIVE:
+        return TaskActivity.Name(task.activity).removeprefix("TASK_ACTIVITY_").lower()
+    return TaskState.Name(task.state).removeprefix("TASK_STATE_").lower()
+
+
+def state_words(task: Task | TaskSummary) -> str:
+    """Return a task's state with its stage, in colour."""
+    name = state_name(task)
     stage = ProvisioningStage.Name(task.stage).removeprefix("PROVISIONING_STAGE_").lower() if task.stage else ""
     colour = _COLOURS.get(name, "white")
     return f"[{colour}]{name}[/{colour}]" + (f" ({stage})" if stage else "")
 
 
+def is_settled(task: Task) -> bool:
+    """Say whether nothing goes on in a task by itself."""
+    ended = task.state in (TASK_STATE_FAILED, TASK_STATE_ARCHIVED, TASK_STATE_KILLED)
+    return ended or task.activity in (TASK_ACTIVITY_IDLE, TASK_ACTIVITY_FAILED)
+
+
+def is_failed(task: Task) -> bool:
+    """Say whether a task, or its last turn, failed."""
+    return task.state == TASK_STATE_FAILED or task.activity == TASK_ACTIVITY_FAILED
+
+
 def task_table(tasks: Iterable[TaskSummary]) -> Table:
     """Return the sidebar as a table."""
-    table = Table("task", "status", "branch", "commit", "title", box=None)
+    table = Table("task", "state", "branch", "commit", "title", box=None)
     for task in tasks:
-        table.add_row(task.id, status_words(task), task.branch, task.head_commit[:12], escape(task.title))
+        table.add_row(task.id, state_words(task), task.branch, task.head_commit[:12], escape(task.title))
     return table
 
 
@@ -47,35 +88,74 @@ def repository_table(repositories: Iterable[Repository]) -> Table:
     """Return the catalogue as a table."""
     table = Table("repository", "name", "live tasks", "url", box=None)
     for one in repositories:
-        table.add_row(one.id, one.full_name, str(one.live_task_count), one.remote_url)
+        table.add_row(one.id, one.display_name, str(one.live_task_count), one.remote_url)
     return table
 
 
-def task_details(answer: GetTaskResponse) -> Table:
+def task_details(task: Task, sessions: Iterable[Session], sandboxes: Iterable[Sandbox]) -> Table:
     """Return a workbench as a table."""
-    task = answer.task
     table = Table(box=None, show_header=False)
     table.add_row("task", task.id)
     table.add_row("title", escape(task.title))
     table.add_row("branch", task.branch)
-    table.add_row("status", status_words(task) + (f": {escape(task.status_reason)}" if task.status_reason else ""))
+    table.add_row("state", state_words(task) + failure_words(task))
     table.add_row("commit", task.head_commit)
-    for session in answer.sessions:
-        status = sessions_pb2.SessionStatus.Name(session.status).removeprefix("SESSION_STATUS_").lower()
-        table.add_row("session", f"{session.id} {escape(session.name)} ({session.agent}): {status}")
-    for sandbox in answer.sandboxes:
+    for session in sessions:
+        state = SessionState.Name(session.state).removeprefix("SESSION_STATE_").lower()
+        table.add_row("session", f"{session.id} {escape(session.display_name)} ({session.agent}): {state}")
+    for sandbox in sandboxes:
         table.add_row("sandbox", f"{sandbox.id} {sandbox.provider}, isolation {sandbox.isolation}")
     return table
 
 
-def print_entry(console: Console, entry: TranscriptEntry) -> None:
+def failure_words(task: Task) -> str:
+    """Return why a task failed, behind a colon; nothing if it did not."""
+    if not task.HasField("failure"):
+        return ""
+    return f": {escape(task.failure.message)}" + (
+        f"\n{escape(task.failure.output_tail)}" if task.failure.output_tail else ""
+    )
+
+
+def print_entry(console: Console, entry: TranscriptEntry, asked: Mapping[str, InputRequest] | None = None) -> None:
     """Print a transcript entry that is complete."""
-    mark = _MARKS.get(entry.kind, TranscriptEntryKind.Name(entry.kind))
-    state = f" [dim]({escape(entry.state)})[/dim]" if entry.state else ""
-    console.print(f"  {mark}{escape(entry.text.rstrip())}{state}")
-    if entry.output:
-        for line in entry.output.rstrip().splitlines()[-8:]:
+    kind = entry.WhichOneof("content") or ""
+    console.print(f"  {_MARKS.get(kind, '')}{_words(entry, kind, asked or {})}")
+    if kind == "tool_call":
+        for line in _output(entry.tool_call).rstrip().splitlines()[-_OUTPUT_LINES:]:
             console.print(f"        [dim]{escape(line)}[/dim]")
+
+
+def _words(entry: TranscriptEntry, kind: str, asked: Mapping[str, InputRequest]) -> str:
+    if kind == "user_message":
+        return escape(entry.user_message.text.rstrip())
+    if kind in ("agent_message", "reasoning"):
+        return escape(getattr(entry, kind).text.rstrip())
+    if kind == "tool_call":
+        state = ToolCallState.Name(entry.tool_call.state).removeprefix("TOOL_CALL_STATE_").lower()
+        return f"{escape(entry.tool_call.title)} [dim]({state})[/dim]"
+    if kind == "plan":
+        return escape("\n        ".join(f"{_STEP_MARKS.get(one.state, '[ ]')} {one.text}" for one in entry.plan.steps))
+    if kind == "turn_end":
+        reason = StopReason.Name(entry.turn_end.reason).removeprefix("STOP_REASON_").lower().replace("_", " ")
+        failed = entry.turn_end.HasField("failure")
+        return f"[red]{escape(entry.turn_end.failure.message)}[/red]" if failed else f"[dim]{reason}[/dim]"
+    if kind == "notice":
+        words = NoticeKind.Name(entry.notice.kind).removeprefix("NOTICE_KIND_").lower().replace("_", " ")
+        return escape(entry.notice.text or words)
+    request = asked.get(entry.input_request_id)
+    return escape(_asked_words(request)) if request is not None else entry.input_request_id
+
+
+def _asked_words(request: InputRequest) -> str:
+    if request.HasField("question"):
+        return f"{request.question.text} [{request.id}]"
+    options = ", ".join(f"{one.id}: {one.display_name}" for one in request.permission.options)
+    return f"{request.permission.tool_call.title} [{request.id}] ({options})"
+
+
+def _output(call: ToolCall) -> str:
+    return "\n".join(one.text or one.diff.path or one.uri or one.blob.display_name for one in call.outputs)
 
 
 def event_words(event: HistoryEvent) -> str:
@@ -97,28 +177,27 @@ class TranscriptPrinter:
         self._shown: dict[str, int] = {}
         self._open = ""
 
-    def show(self, entry: TranscriptEntry) -> None:
+    def show(self, entry: TranscriptEntry, asked: Mapping[str, InputRequest]) -> None:
         """Take a new state of an entry."""
-        if entry.kind == sessions_pb2.TRANSCRIPT_ENTRY_KIND_AGENT_MESSAGE:
+        kind = entry.WhichOneof("content")
+        if kind == "agent_message":
             self._stream(entry)
-            return
-        asks = entry.kind == sessions_pb2.TRANSCRIPT_ENTRY_KIND_PERMISSION
-        if (not entry.streaming or asks) and self._shown.get(entry.id) != entry.revision:
+        elif (entry.HasField("end_time") or kind == "input_request_id") and entry.id not in self._shown:
             self._break()
-            self._shown[entry.id] = entry.revision
-            print_entry(self._console, entry)
+            self._shown[entry.id] = 1
+            print_entry(self._console, entry, asked)
 
     def _stream(self, entry: TranscriptEntry) -> None:
-        shown = self._shown.get(entry.id, 0)
-        if shown >= len(entry.text):
+        shown, text = self._shown.get(entry.id, 0), entry.agent_message.text
+        if shown >= len(text):
             return
         if self._open != entry.id:
             self._break()
-            self._console.print(f"  {_MARKS[entry.kind]}", end="")
+            self._console.print(f"  {_MARKS['agent_message']}", end="")
             self._open = entry.id
-        self._console.print(escape(entry.text[shown:].replace("\n", "\n        ")), end="", highlight=False)
-        self._shown[entry.id] = len(entry.text)
-        if not entry.streaming:
+        self._console.print(escape(text[shown:].replace("\n", "\n        ")), end="", highlight=False)
+        self._shown[entry.id] = len(text)
+        if entry.HasField("end_time"):
             self._break()
 
     def _break(self) -> None:
@@ -127,41 +206,40 @@ class TranscriptPrinter:
             self._open = ""
 
 
-async def follow_task(console: Console, client: Client, task_id: str, *, until_idle: bool) -> Task:
-    """Print a task's status changes and transcript as the gateway's watch brings them."""
-    printer = TranscriptPrinter(console)
-    task, worked, shown = Task(), False, ""
-    async for frame in client.watch_task(task_id):
-        for change in frame.changes:
-            if change.kind == ENTITY_KIND_TRANSCRIPT_ENTRY:
-                printer.show(TranscriptEntry.FromString(change.resource.value))
-            if change.kind == ENTITY_KIND_TASK:
-                task = Task.FromString(change.resource.value)
-                worked = worked or bool(task.active_sandbox_id)
-                words = status_words(task)
-                if words != shown:
-                    reason = f": {escape(task.status_reason)}" if task.status_reason else ""
-                    console.print(f"[bold]▸[/bold] {words}{reason}")
-                    shown = words
-        settled = TaskStatus.Name(task.status).removeprefix("TASK_STATUS_") in ("IDLE", "ERROR", "KILLED", "ARCHIVED")
-        if until_idle and settled and frame.kind != watches_pb2.WATCH_FRAME_KIND_SNAPSHOT:
-            return task
-    return task
+async def follow(console: Console, view: TaskView) -> None:
+    """Print a task's changes of state and its transcripts as its view brings them, for ever."""
+    printer, shown = TranscriptPrinter(console), ""
+    async for change in view.changes():
+        if change.HasField("transcript_entry"):
+            printer.show(change.transcript_entry, view.input_requests)
+        if change.HasField("task"):
+            words = state_words(change.task)
+            if words != shown:
+                console.print(f"[bold]▸[/bold] {words}{failure_words(change.task)}")
+                shown = words
 
 
-async def follow_sidebar(console: Console, client: Client, organization_id: str) -> None:
+async def follow_task(console: Console, client: AsyncClient, task_id: str, *, until_settled: bool) -> Task:
+    """Print what happens in a task; with `until_settled` return it once nothing goes on in it."""
+    async with client.watch_task(task_id) as view:
+        following = asyncio.create_task(follow(console, view))
+        try:
+            if not until_settled:
+                await following
+            await view.wait_for(lambda view: is_settled(view.task))
+            await asyncio.sleep(0)  # what came with the last frame is printed
+            return view.task
+        finally:
+            following.cancel()
+
+
+async def follow_sidebar(console: Console, client: AsyncClient, organization_id: str) -> None:
     """Show the sidebar and keep it up to date."""
-    tasks: dict[str, TaskSummary] = {}
-    with Live(console=console, refresh_per_second=10) as live:
-        async for frame in client.watch_organization(organization_id):
-            if frame.kind == watches_pb2.WATCH_FRAME_KIND_RESET:
-                tasks.clear()
-            for change in frame.changes:
-                if change.kind == ENTITY_KIND_TASK and change.deleted:
-                    tasks.pop(change.id, None)
-                elif change.kind == ENTITY_KIND_TASK:
-                    tasks[change.id] = TaskSummary.FromString(change.resource.value)
-            live.update(task_table(sorted(tasks.values(), key=lambda task: -task.update_time.ToNanoseconds())))
+    async with client.watch_organization(organization_id) as view:
+        with Live(console=console, refresh_per_second=10) as live:
+            async for _ in view.changes():
+                tasks = sorted(view.tasks.values(), key=lambda task: -task.update_time.ToNanoseconds())
+                live.update(task_table(tasks))
 
 
 def print_welcome(console: Console, addresses: Mapping[str, str], organization_id: str, token: str) -> None:

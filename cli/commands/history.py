@@ -4,12 +4,12 @@ import sys
 from typing import Annotated
 
 import typer
-from branchline.client import Client
+from branchline import AsyncClient, pages
 from branchline.v1 import history_pb2
 from google.protobuf.json_format import MessageToJson
 
 from cli import views
-from cli.calls import pages, run_as_client
+from cli.calls import run_as_client
 from cli.terminal import DEFAULT_DATA, DataDir, console
 
 app = typer.Typer()
@@ -23,16 +23,18 @@ def history(
 ) -> None:
     """Show what happened."""
 
-    async def job(client: Client, organization_id: str) -> None:
-        request = history_pb2.ListHistoryRequest(
-            organization_id=organization_id, task_id=task, oldest_first=json, page_size=1000 if json else 50
+    async def job(client: AsyncClient, organization_id: str) -> None:
+        request = history_pb2.ListHistoryEventsRequest(
+            organization_id=organization_id,
+            filter=history_pb2.HistoryFilter(task_ids=[task] if task else []),
+            order_by="sequence" if json else "sequence desc",
+            page_size=1000 if json else 50,
         )
         if not json:
-            for event in reversed((await client.history.ListHistory(request)).events):
+            for event in reversed((await client.history.list_history_events(request)).events):
                 views.print_event(console, event)
             return
-        async for page in pages(client.history.ListHistory, request):
-            for event in page.events:
-                sys.stdout.write(MessageToJson(event, indent=None) + "\n")
+        async for event in pages(client.history.list_history_events, request, lambda page: page.events):
+            sys.stdout.write(MessageToJson(event, indent=None) + "\n")
 
     run_as_client(data_dir, job)

@@ -3,9 +3,10 @@
 from typing import Annotated
 
 import typer
-from branchline.client import Client
+from branchline import AsyncClient, pages
 from branchline.v1 import users_pb2
-from branchline.v1.organizations_pb2 import ROLE_UNSPECIFIED, ROLE_VIEWER
+from branchline.v1.roles_pb2 import ROLE_VIEWER
+from branchline.v1.users_pb2 import TokenScope
 from branchline_internal.organization.v1 import organization_pb2
 from branchline_internal.organization.v1.organization_pb2_grpc import OrganizationServiceStub
 
@@ -22,10 +23,11 @@ def create(
     data_dir: DataDir = DEFAULT_DATA,
 ) -> None:
     """Create an API token of yours; it is shown this once."""
-    limit = ROLE_VIEWER if read_only else ROLE_UNSPECIFIED
+    scope = TokenScope(role=ROLE_VIEWER) if read_only else None
 
-    async def job(client: Client, _organization_id: str) -> None:
-        answer = await client.users.CreateApiToken(users_pb2.CreateApiTokenRequest(name=name, role_limit=limit))
+    async def job(client: AsyncClient, _organization_id: str) -> None:
+        request = users_pb2.CreateApiTokenRequest(display_name=name, scope=scope)
+        answer = await client.users.create_api_token(request)
         console.print(f"{answer.api_token.id}: [bold]{answer.secret}[/bold]", soft_wrap=True)
 
     run_as_client(data_dir, job)
@@ -35,10 +37,10 @@ def create(
 def list_tokens(data_dir: DataDir = DEFAULT_DATA) -> None:
     """List your API tokens."""
 
-    async def job(client: Client, _organization_id: str) -> None:
-        answer = await client.users.ListApiTokens(users_pb2.ListApiTokensRequest())
-        for token in answer.api_tokens:
-            console.print(f"{token.id}  {token.name}", markup=False)
+    async def job(client: AsyncClient, _organization_id: str) -> None:
+        request = users_pb2.ListApiTokensRequest()
+        async for token in pages(client.users.list_api_tokens, request, lambda page: page.api_tokens):
+            console.print(f"{token.id}  {token.display_name}", markup=False)
 
     run_as_client(data_dir, job)
 
@@ -47,8 +49,8 @@ def list_tokens(data_dir: DataDir = DEFAULT_DATA) -> None:
 def revoke(token_id: str, data_dir: DataDir = DEFAULT_DATA) -> None:
     """End an API token of yours."""
 
-    async def job(client: Client, _organization_id: str) -> None:
-        await client.users.RevokeApiToken(users_pb2.RevokeApiTokenRequest(token_id=token_id))
+    async def job(client: AsyncClient, _organization_id: str) -> None:
+        await client.users.revoke_api_token(users_pb2.RevokeApiTokenRequest(api_token_id=token_id))
         console.print(f"{token_id} revoked")
 
     run_as_client(data_dir, job)
