@@ -26,28 +26,24 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from branchline.v1 import (
-    organizations_pb2,
-    sandboxes_pb2,
-    sessions_pb2,
-    sessions_pb2_grpc,
-    tasks_pb2,
-    tasks_pb2_grpc,
-)
-from branchline.v1.organizations_pb2 import ROLE_MEMBER
-from branchline.v1.tasks_pb2 import TASK_STATUS_IDLE, Task
-from branchline_internal.organization.v1 import organization_pb2, organization_pb2_grpc
+from branchline.v1 import organizations_pb2, sessions_pb2, sessions_pb2_grpc, tasks_pb2, tasks_pb2_grpc
+from branchline.v1.common_pb2 import Prompt
+from branchline.v1.roles_pb2 import ROLE_MEMBER
+from branchline.v1.sessions_pb2 import WHEN_BUSY_QUEUE, SessionOptions
+from branchline.v1.tasks_pb2 import TASK_ACTIVITY_IDLE, Task
 from branchline_internal.spine.v1 import push_pb2, push_pb2_grpc
 from google.protobuf.message import Message
 
 from cli.installation import SERVICES
 from services.runtime.client import open_channel
-from services.runtime.principal import OPERATOR, Signer
+from services.runtime.principal import Signer
 from tests.bench.child import Child
 from tests.bench.floor import GET, HANG, OPTIONS, PUSH, PUT, STREAM, WATCH
 from tests.bench.installation import Installed, a_task, installed, task_id
 from tests.bench.pipelines import Floor, floor
 from tests.bench.result import NOISE, Figures, Options, Row, latencies
+from tests.support.client import Client
+from tests.support.processes import execute
 from tests.support.stack import eventually, request_id
 
 _OTHERS = 8
@@ -163,8 +159,8 @@ async def _messages(field: Field) -> AsyncGenerator[None, None]:
                 request_id=request_id(),
                 task_id=field.task.id,
                 session_id=field.task.sessions[0].id,
-                text="say something",
-                queue=True,
+                prompt=Prompt(text="say something"),
+                when_busy=WHEN_BUSY_QUEUE,
             )
         )
 
@@ -173,9 +169,7 @@ async def _messages(field: Field) -> AsyncGenerator[None, None]:
 
 
 async def _in_sandbox(field: Field, script: str) -> None:
-    await field.installation.client.sandboxes.RunCommand(
-        sandboxes_pb2.RunCommandRequest(task_id=field.task.id, command=["sh", "-c", script])
-    )
+    await execute(field.installation.client, field.task.id, "sh", "-c", script)
 
 
 @asynccontextmanager
@@ -494,7 +488,11 @@ async def _plain_caller(low: Floor, stack: AsyncExitStack, number: int) -> tuple
 
 async def _ready_task(installation: Installed, repository_id: str) -> Task:
     request = tasks_pb2.CreateTaskRequest(
-        request_id=request_id(), repository_id=repository_id, text="say hello", agent="mock", hold_prompt=True
+        request_id=request_id(),
+        repository_id=repository_id,
+        prompt=Prompt(text="say hello"),
+        session=SessionOptions(agent="mock"),
+        hold_prompt=True,
     )
     made = (await installation.client.tasks.CreateTask(request)).task
     return await _until_idle(installation, made, 0)
@@ -502,7 +500,7 @@ async def _ready_task(installation: Installed, repository_id: str) -> Task:
 
 async def _first_turn(installation: Installed, task: Task) -> None:
     request = sessions_pb2.SendMessageRequest(
-        request_id=request_id(), task_id=task.id, session_id=task.sessions[0].id, text="say hello"
+        request_id=request_id(), task_id=task.id, session_id=task.sessions[0].id, prompt=Prompt(text="say hello")
     )
     await installation.client.sessions.SendMessage(request)
     await _until_idle(installation, task, 1)
@@ -510,9 +508,11 @@ async def _first_turn(installation: Installed, task: Task) -> None:
 
 async def _until_idle(installation: Installed, task: Task, turn: int) -> Task:
     async def look() -> Task | None:
-        answer = await installation.client.tasks.GetTask(tasks_pb2.GetTaskRequest(task_id=task.id))
-        idle = answer.task.status == TASK_STATUS_IDLE and answer.sessions and answer.sessions[0].turn >= turn
-        return answer.task if idle else None
+        listed = await installation.client.sessions.ListSessions(sessions_pb2.ListSessionsRequest(task_id=task.id))
+        if not listed.sessions or listed.sessions[0].turn < turn:  # it is told no later than the task
+            return None
+        found = (await installation.client.tasks.GetTask(tasks_pb2.GetTaskRequest(task_id=task.id))).task
+        return found if found.activity == TASK_ACTIVITY_IDLE else None
 
     return await eventually(look)
 
@@ -520,15 +520,16 @@ async def _until_idle(installation: Installed, task: Task, turn: int) -> Task:
 async def _caller(installation: Installed, stack: AsyncExitStack, task: Task) -> tuple[Call, Call]:
     """Return the calls of a person of the other organization: read its task, rename the task's session."""
     email = f"{request_id()}@example.com"
-    adding = organizations_pb2.AddMemberRequest(
-        request_id=request_id(),
-        organization_id=installation.other_organization_id,
-        email=email,
-        display_name="Someone",
-        role=ROLE_MEMBER,
+    inviting = organizations_pb2.InviteMemberRequest(
+        request_id=request_id(), organization_id=installation.other_organization_id, email=email, role=ROLE_MEMBER
     )
-    await installation.client.organizations.AddMember(adding)
-    metadata = (("authorization", f"Bearer {await _token(installation, email)}"),)
+    invited = await installation.client.organizations.InviteMember(inviting)
+    accepting = organizations_pb2.AcceptInvitationRequest(
+        request_id=request_id(), code=invited.code, display_name="Someone", email=email
+    )
+    async with Client(installation.address) as newcomer:
+        accepted = await newcomer.organizations.AcceptInvitation(accepting)
+    metadata = (("authorization", f"Bearer {accepted.secret}"),)
     channel = await stack.enter_async_context(
         grpc.aio.insecure_channel(installation.address, options=OPTIONS + _OWN_CONNECTION)
     )
@@ -538,21 +539,10 @@ async def _caller(installation: Installed, stack: AsyncExitStack, task: Task) ->
     numbers = itertools.count()
 
     def write() -> Awaitable[object]:
-        request = sessions_pb2.RenameSessionRequest(
-            request_id=request_id(), task_id=task.id, session_id=task.sessions[0].id, name=f"Name {next(numbers)}"
+        request = sessions_pb2.UpdateSessionRequest(
+            request_id=request_id(),
+            session=sessions_pb2.Session(id=task.sessions[0].id, task_id=task.id, display_name=f"Name {next(numbers)}"),
         )
-        return sessions.RenameSession(request, metadata=metadata)
+        return sessions.UpdateSession(request, metadata=metadata)
 
     return (lambda: tasks.GetTask(reading, metadata=metadata)), write
-
-
-async def _token(installation: Installed, email: str) -> str:
-    """Have the operator issue a token."""
-    key = installation.processes.environment["BRANCHLINE_SIGNING_KEY"]
-    channel = open_channel(installation.address_of("organization"), Signer(key, OPERATOR))
-    stub: Any = organization_pb2_grpc.OrganizationServiceStub(channel)  # pyright: ignore[reportArgumentType]
-    request = organization_pb2.IssueTokenRequest(email=email, name="bench")
-    try:
-        return (await stub.IssueToken(request)).api_token
-    finally:
-        await channel.close()

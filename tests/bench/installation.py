@@ -8,14 +8,15 @@ from typing import Any
 
 import grpc
 import psutil
-from branchline.client import Client
 from branchline.v1 import organizations_pb2, repositories_pb2, tasks_pb2
+from branchline.v1.common_pb2 import Prompt
 from branchline.v1.tasks_pb2 import Task
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.runtime.client import CHANNEL_OPTIONS
 from tests.bench.child import Child, child
 from tests.bench.seed import seed_organization, seed_repository
+from tests.support.client import Client
 from tests.support.process import Processes, own_processes
 from tests.support.stack import make_remote, request_id
 
@@ -38,9 +39,10 @@ def a_task(organization_id: str, repository_id: str, number: int) -> Task:
         organization_id=organization_id,
         repository_id=repository_id,
         title=f"Mend the thing number {number * 7919 % 100_003} that nobody wanted",
-        text="Please mend the thing. " * 6,
+        prompt=Prompt(text="Please mend the thing. " * 6),
         branch=f"fix/mend-the-thing-number-{number}",
-        status=tasks_pb2.TASK_STATUS_IDLE,
+        state=tasks_pb2.TASK_STATE_ACTIVE,
+        activity=tasks_pb2.TASK_ACTIVITY_IDLE,
         owner_user_id="usr_" + "0" * 32,
         active_sandbox_id="sbx_" + "0" * 32,
         sandbox_provider="local",
@@ -49,7 +51,7 @@ def a_task(organization_id: str, repository_id: str, number: int) -> Task:
     )
     task.create_time.FromSeconds(1_700_000_000 + number)
     task.update_time.FromSeconds(1_700_000_000 + number * 31 % 1_000_003)
-    task.sessions.add(id="ses_" + "0" * 32, name="Session 1", agent="mock")
+    task.sessions.add(id="ses_" + "0" * 32, display_name="Session 1", agent="mock")
     return task
 
 
@@ -144,10 +146,10 @@ async def _furnished(processes: Processes, stack: AsyncExitStack, services: Sequ
     remotes = processes.folder / "remotes"
     repositories: list[str] = []
     for owner in (organization_id, other.organization.id):
-        request = repositories_pb2.AddRepositoryRequest(
+        request = repositories_pb2.CreateRepositoryRequest(
             request_id=request_id(), organization_id=owner, remote_url=f"file://{make_remote(remotes)}"
         )
-        repositories.append((await client.repositories.AddRepository(request)).repository.id)
+        repositories.append((await client.repositories.CreateRepository(request)).repository.id)
     token = (processes.folder / "data" / "token").read_text()
     return Installed(processes, client, token, organization_id, repositories[0], other.organization.id, repositories[1])
 

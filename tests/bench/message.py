@@ -5,7 +5,7 @@ import gc
 import statistics
 from pathlib import Path
 
-from branchline.v1.tasks_pb2 import TASK_STATUS_IDLE
+from branchline.v1.tasks_pb2 import TASK_ACTIVITY_IDLE
 
 from services.runtime.database import Database
 from tests.bench.result import Options, Row, within
@@ -34,7 +34,7 @@ async def statements(options: Options, folder: Path) -> list[Row]:
 async def _one_message(stack: Stack, repository_id: str) -> tuple[int, int]:
     task = await stack.ready_task(repository_id)
     await stack.send(task, "say hello")
-    await stack.until(task.id, TASK_STATUS_IDLE, turn=1)
+    await stack.until(task.id, activity=TASK_ACTIVITY_IDLE, turn=1)
     before = await _quiet()
     await stack.send(task, _SILENT)
     after = await _quiet()

@@ -51,8 +51,8 @@ class Ours:
             stub: Any = organizations_pb2_grpc.OrganizationServiceStub(channel)
             request = organizations_pb2.WatchOrganizationRequest(organization_id=self._installation.organization_id)
             async for response in stub.WatchOrganization(request, metadata=self._installation.metadata):
-                for change in response.frame.changes:
-                    self.seen(change.id, change.revision)
+                for change in response.changes:
+                    self.seen(change.task.id, change.task.revision)
 
 
 @asynccontextmanager

@@ -12,13 +12,8 @@ from typing import Any
 
 import grpc
 import psutil
-from branchline.v1 import (
-    organizations_pb2,
-    organizations_pb2_grpc,
-    tasks_pb2,
-    tasks_pb2_grpc,
-)
-from branchline.v1.watches_pb2 import WATCH_FRAME_KIND_SYNCED
+from branchline.v1 import organizations_pb2, organizations_pb2_grpc, tasks_pb2, tasks_pb2_grpc
+from branchline.v1.watches_pb2 import FRAME_KIND_SYNCED
 
 from tests.bench.floor import GET, OPTIONS
 from tests.bench.installation import Installed, installed, task_id
@@ -59,10 +54,9 @@ async def page(options: Options, folder: Path) -> list[Row]:
     few = min(_FEW, options.tasks // 5)
     async with installed(folder, options.tasks, few) as installation, connected(installation.address) as channel:
         stub: Any = tasks_pb2_grpc.TaskServiceStub(channel)
-        sorts: list[tuple[str, Any]] = list(tasks_pb2.TaskSort.items())
-        for (word, sort), middle in itertools.product(sorts, (False, True)):
+        for order, middle in itertools.product(("update_time desc", "create_time desc", "title"), (False, True)):
             large, small = [
-                await _page_call(stub, installation, owner, sort, count // 2 if middle else 0)
+                await _page_call(stub, installation, owner, order, count // 2 if middle else 0)
                 for owner, count in (
                     (installation.organization_id, options.tasks),
                     (installation.other_organization_id, few),
@@ -70,15 +64,14 @@ async def page(options: Options, folder: Path) -> list[Row]:
             ]
             count = options.samples // 10
             rounds = await interleave(options.rounds, partial(timed, small, count), partial(timed, large, count))
-            order = word.removeprefix("TASK_SORT_").lower().replace("unspecified", "newest_change")
             name = f"page of {_PAGE} of {options.tasks} tasks, {order}, {'middle' if middle else 'first'}"
             rows += against(name, "ms", rounds["p50"], 2.0)
     return rows
 
 
-async def _page_call(stub: Any, installation: Installed, organization_id: str, sort: Any, skip: int) -> Call:
+async def _page_call(stub: Any, installation: Installed, organization_id: str, order: str, skip: int) -> Call:
     """Return a call for the page that comes after so many tasks."""
-    request = tasks_pb2.ListTasksRequest(organization_id=organization_id, sort=sort, page_size=_LARGEST_PAGE)
+    request = tasks_pb2.ListTasksRequest(organization_id=organization_id, order_by=order, page_size=_LARGEST_PAGE)
     skipped = 0
     while skipped < skip:
         request.page_size = min(_LARGEST_PAGE, skip - skipped)
@@ -123,10 +116,10 @@ async def _open(channel: Any, installation: Installed, organization_id: str) -> 
     first, count = 0.0, 0
     call = stub.WatchOrganization(request, metadata=installation.metadata)
     async for response in call:
-        if response.frame.changes and not first:
+        if response.changes and not first:
             first = time.perf_counter() - began
-        count += len(response.frame.changes)
-        if response.frame.kind == WATCH_FRAME_KIND_SYNCED:
+        count += len(response.changes)
+        if response.header.kind == FRAME_KIND_SYNCED:
             break
     call.cancel()
     with contextlib.suppress(asyncio.CancelledError):

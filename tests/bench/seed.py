@@ -37,7 +37,7 @@ async def seed_organization(repository: Child, tasks: Sequence[Task]) -> None:
 
 def _add(tx: Tx, workbench: Workbench, tasks: Sequence[Task]) -> None:
     for task in tasks:
-        workbench.add(tx, task, Session(id=f"ses_{task.id[5:]}", task_id=task.id, name="Session 1", revision=1))
+        workbench.add(tx, task, Session(id=f"ses_{task.id[5:]}", task_id=task.id, display_name="Session 1", revision=1))
 
 
 def _chunks(tasks: Sequence[Task]) -> Iterator[Sequence[Task]]:

@@ -5,8 +5,7 @@ from collections.abc import AsyncGenerator
 
 import pytest
 import pytest_asyncio
-from branchline.v1 import tasks_pb2
-from branchline.v1 import vocabulary_pb2 as words
+from branchline.v1 import errors_pb2, tasks_pb2
 from branchline.v1.tasks_pb2 import Task
 from sqlalchemy import func, select
 
@@ -109,7 +108,7 @@ async def test_a_command_that_was_refused_or_could_not_call_out_may_be_tried_aga
         made = work.inside(tx, title)
         if refusals:
             refusals.pop()
-            raise FailedPrecondition(words.ERROR_REASON_NOT_FOUND, "not yet")
+            raise FailedPrecondition(errors_pb2.ERROR_REASON_RESOURCE_NOT_FOUND, "not yet")
         return made
 
     async def fail() -> str:

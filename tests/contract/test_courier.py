@@ -7,10 +7,10 @@ from contextlib import asynccontextmanager
 
 import grpc
 import pytest
-from branchline.v1 import vocabulary_pb2 as words
+from branchline.v1 import errors_pb2
+from branchline.v1.errors_pb2 import ErrorReason
 from branchline.v1.sessions_pb2 import Session
 from branchline.v1.tasks_pb2 import Task
-from branchline.v1.vocabulary_pb2 import ErrorReason
 from grpc_status import rpc_status
 
 from services.runtime.clock import Clock
@@ -23,12 +23,12 @@ from services.runtime.spine.outbox import Mark, Outbox, OutboxRow
 from tests.support.edges import cancelled, eventually
 
 OF_THE_RECEIVER = (
-    words.ERROR_REASON_NOT_READY,
-    words.ERROR_REASON_DRAINING,
-    words.ERROR_REASON_OVERLOADED,
-    words.ERROR_REASON_INDEX_UNREACHABLE,
-    words.ERROR_REASON_DATABASE_BUSY,
-    words.ERROR_REASON_DATABASE_UNAVAILABLE,
+    errors_pb2.ERROR_REASON_NOT_READY,
+    errors_pb2.ERROR_REASON_DRAINING,
+    errors_pb2.ERROR_REASON_OVERLOADED,
+    errors_pb2.ERROR_REASON_INDEX_UNREACHABLE,
+    errors_pb2.ERROR_REASON_DATABASE_BUSY,
+    errors_pb2.ERROR_REASON_DATABASE_UNAVAILABLE,
 )
 
 
@@ -54,7 +54,7 @@ def as_called(error: DomainError) -> grpc.aio.AioRpcError:
 
 
 def unreachable() -> grpc.aio.AioRpcError:
-    return as_called(Unavailable(words.ERROR_REASON_SANDBOX_UNREACHABLE, "its machine does not answer"))
+    return as_called(Unavailable(errors_pb2.ERROR_REASON_SANDBOX_UNREACHABLE, "its machine does not answer"))
 
 
 @asynccontextmanager

@@ -54,9 +54,10 @@ CARRIED: dict[tuple[str, str], Sequence[type[Message]]] = {
     ),
     ("task", "sandbox"): (
         sandbox_pb2.CancelTurnRequest,
-        sandbox_pb2.AnswerPermissionRequest,
+        sandbox_pb2.AnswerInputRequest,
         sandbox_pb2.CloseSessionRequest,
         sandbox_pb2.DestroySandboxRequest,
+        sandbox_pb2.ForgetTaskRequest,
     ),
     ("task", "workflow"): (),
 }

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from branchline.v1 import watches_pb2
 from branchline.v1.tasks_pb2 import Task
-from branchline.v1.watches_pb2 import WatchFrame
 from branchline_internal.spine.v1 import push_pb2
+from branchline_internal.spine.v1.push_pb2 import WatchFrame
 from google.protobuf.any_pb2 import Any as AnyState
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -117,7 +117,8 @@ class Watcher:
             self.view = dict(view)
 
     async def _watch(self) -> None:
-        wanted = Watch(TOPIC, parse_resume_token(self.token, TOPIC), heartbeat_seconds=0.02)
+        begin = parse_resume_token(self.token, TOPIC)
+        wanted = Watch(TOPIC, position=begin.position, heartbeat_seconds=0.02)
         async for frame in watch(Source(self.coordinator.index), wanted):
             await self.reads.wait()
             self._take(frame)
@@ -127,14 +128,14 @@ class Watcher:
                 self.remembered.append((self.token, dict(self.view)))
 
     def _take(self, frame: WatchFrame) -> None:
-        if frame.kind == watches_pb2.WATCH_FRAME_KIND_RESET:
+        if frame.kind == watches_pb2.FRAME_KIND_RESET:
             self.view.clear()
             self.token = ""
-        self.synced = self.synced or frame.kind == watches_pb2.WATCH_FRAME_KIND_SYNCED
+        self.synced = self.synced or frame.kind == watches_pb2.FRAME_KIND_SYNCED
         for change in frame.changes:
             if change.revision < self.view.get(change.id, (0, False))[0]:
                 self.wrong.append(f"{change.id} went back to revision {change.revision}")
-            self.view[change.id] = (change.revision, change.deleted)
+            self.view[change.id] = (change.revision, change.type == watches_pb2.CHANGE_TYPE_DELETED)
 
     async def _check(self, position: int) -> None:
         """What is not newer than the position must have been delivered."""

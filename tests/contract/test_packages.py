@@ -1,4 +1,4 @@
-"""The public contract stands alone: nothing internal is in its files, its messages or its distribution.."""
+"""The public contract stands alone: nothing internal is in its files, its messages or its distribution. Item 7."""
 
 from importlib import import_module
 from pathlib import Path
@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[2]
 PUBLIC = ROOT / "protos" / "public"
 SDK = ROOT / "sdk"
 ALLOWED = ("branchline/v1/", "buf/validate/", "google/")
+GO_PACKAGE = "github.com/branchline/branchline/sdk/go/branchline/v1;branchlinev1"
 TEXTS = {".py", ".pyi", ".ts", ".js", ".json", ".toml", ".md"}
 
 NAMES = [path.relative_to(PUBLIC) for path in sorted(PUBLIC.rglob("*.proto"))]
@@ -27,6 +28,11 @@ def test_a_public_file_imports_nothing_internal(name: Path) -> None:
 
     assert not [one for one in imported(file) if not one.startswith(ALLOWED)]
     assert file.package == "branchline.v1"
+
+
+@pytest.mark.parametrize("name", NAMES, ids=str)
+def test_a_public_file_says_what_it_is_in_go(name: Path) -> None:  # without it Go's plugin makes nothing
+    assert f'option go_package = "{GO_PACKAGE}";' in (PUBLIC / name).read_text()
 
 
 def test_all_that_is_public_is_in_the_package_branchline_v1() -> None:

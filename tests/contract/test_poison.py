@@ -11,8 +11,9 @@ from branchline.v1.history_pb2 import HistoryEvent
 from branchline.v1.organizations_pb2 import GithubStatus
 from branchline.v1.repositories_pb2 import Repository
 from branchline.v1.sandboxes_pb2 import Sandbox
-from branchline.v1.sessions_pb2 import Session, TranscriptEntry
+from branchline.v1.sessions_pb2 import Session
 from branchline.v1.tasks_pb2 import Task, TaskSummary
+from branchline.v1.transcripts_pb2 import TranscriptEntry
 from branchline.v1.users_pb2 import User, UserTaskState
 from branchline_internal.github_data.v1.github_data_pb2 import GithubRepository
 from branchline_internal.sandbox.v1.sandbox_pb2 import AgentSession

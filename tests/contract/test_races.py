@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from branchline.v1 import organizations_pb2, sandboxes_pb2
+from branchline.v1.common_pb2 import Prompt
 from branchline.v1.organizations_pb2 import Organization
 from branchline.v1.repositories_pb2 import Branch, Repository
 from branchline.v1.sandboxes_pb2 import Sandbox
@@ -19,7 +20,7 @@ from branchline.v1.users_pb2 import Draft, User, UserTaskState
 from branchline_internal.github_data.v1.github_data_pb2 import GithubRepository
 from branchline_internal.repository.v1.repository_pb2 import EnsureRepositoryRequest
 from branchline_internal.spine.v1.push_pb2 import PushEntry, PushRequest
-from cryptography.fernet import Fernet
+from branchline_internal.user.v1.user_pb2 import DraftState
 from sqlalchemy import MetaData, select
 
 from services.github_data.store import GithubStore
@@ -43,9 +44,9 @@ from services.runtime.spine.tables import outbox as outbox_table
 from services.sandbox.store import SANDBOXES, SandboxStore
 from services.sandbox.tables import metadata as sandbox_metadata
 from services.user.accounts import USERS, Accounts
-from services.user.cipher import Cipher
+from services.user.drafts import Drafts
 from services.user.tables import metadata as user_metadata
-from services.user.task_states import Change, TaskStates
+from services.user.task_states import TaskStates
 from tests.support.databases import Databases
 from tests.support.edges import TASK, metadata, tasks
 
@@ -90,21 +91,45 @@ async def test_two_first_states_of_a_task_are_both_kept(
     key = UserTaskState(user_id="u", organization_id="o", task_id="t", session_id="s")
     async with opened(databases, user_metadata) as database:
         states = TaskStates(Outbox(database, Clock()), Clock())
-        look_together(TaskStates, "_state")
+        look_together(TaskStates, "take")
+
+        def change(tx: Tx, wanted: UserTaskState) -> None:
+            state = states.take(tx, key)
+            state.MergeFrom(wanted)
+            states.save(tx, state)
+
         await asyncio.gather(
-            database.write(states.change, key, Change(open_session_id="s")),
-            database.write(states.change, key, Change(draft=Draft(text="half"))),
+            database.write(change, UserTaskState(open_session_id="s")),
+            database.write(change, UserTaskState(unread=True)),
         )
-        held = await database.write(states.change, key, Change())
+        held = await database.write(states.take, key)
         (marked,) = await database.read(lambda tx: tx.rows(_MARKED))
 
-    assert (held.open_session_id, held.draft.text, held.revision) == ("s", "half", 3)
+    assert (held.open_session_id, held.unread, held.revision) == ("s", True, 2)
     assert UserTaskState.FromString(marked.payload) == held
+
+
+async def test_two_first_drafts_of_a_message_have_two_revisions(
+    databases: Databases, look_together: Callable[[type, str], None]
+) -> None:
+    async with opened(databases, user_metadata) as database:
+        drafts = Drafts(Outbox(database, Clock()), Clock())
+        look_together(Tx, "value")
+        written = await asyncio.gather(
+            *(
+                database.write(drafts.set, "u", "o", Draft(task_id="t", session_id="s", prompt=Prompt(text=text)))
+                for text in ("one", "other")
+            )
+        )
+        (marked,) = await database.read(lambda tx: tx.rows(_MARKED))
+
+    assert sorted(draft.revision for draft in written) == [1, 2]
+    assert DraftState.FromString(marked.payload).draft == max(written, key=lambda draft: draft.revision)
 
 
 async def test_a_person_is_made_once(databases: Databases, look_together: Callable[[type, str], None]) -> None:
     async with opened(databases, user_metadata) as database:
-        accounts = Accounts(Outbox(database, Clock()), Clock(), Cipher(Fernet.generate_key().decode()))
+        accounts = Accounts(Outbox(database, Clock()), Clock())
         look_together(Held, "find")
         made = await asyncio.gather(
             *(database.write(accounts.create, User(id="u", display_name=name)) for name in ("one", "other"))
@@ -127,7 +152,7 @@ async def test_a_repository_that_is_added_and_imported_at_once_is_one(
         reported = GithubRepository(organization_id=organization.id, github_id=7, clone_url=url, revision=1)
         entry = PushEntry(id="7", revision=1)
         entry.state.Pack(reported)
-        given = Repository(organization_id=organization.id, full_name="a/b", remote_url=url)
+        given = Repository(organization_id=organization.id, display_name="a/b", remote_url=url)
         look_together(Repositories, "of_url")
         added, refused = await asyncio.gather(
             database.write(stores.repositories.add, given),
@@ -167,9 +192,9 @@ async def test_two_reports_of_a_new_repository_import_it_once(
 async def test_what_two_first_words_say_of_a_repository_is_all_kept(
     databases: Databases, look_together: Callable[[type, str], None]
 ) -> None:
-    first = EnsureRepositoryRequest(repository=Repository(id="r", organization_id="o", full_name="old", revision=1))
+    first = EnsureRepositoryRequest(repository=Repository(id="r", organization_id="o", display_name="old", revision=1))
     second = EnsureRepositoryRequest(
-        repository=Repository(id="r", organization_id="o", full_name="new", revision=1),
+        repository=Repository(id="r", organization_id="o", display_name="new", revision=1),
         github=True,
         github_revision=4,
         branches=[Branch(name="main")],
@@ -191,12 +216,12 @@ async def test_a_sandbox_is_either_made_or_buried_and_told_so(
     async with opened(databases, sandbox_metadata) as database:
         store = SandboxStore(Outbox(database, Clock()), Clock())
         look_together(Held, "find")
-        sandbox = Sandbox(id="s", task_id="t", status=sandboxes_pb2.SANDBOX_STATUS_CREATING)
+        sandbox = Sandbox(id="s", task_id="t", state=sandboxes_pb2.SANDBOX_STATE_CREATING)
         _, buried = await asyncio.gather(database.write(store.add, sandbox, "o"), database.write(store.bury, "s"))
         held = await database.read(SANDBOXES.get, "s")
         marked = await database.read(lambda tx: tx.rows(_MARKED))
 
-    assert (held.status == sandboxes_pb2.SANDBOX_STATUS_DESTROYED) == buried
+    assert (held.state == sandboxes_pb2.SANDBOX_STATE_DESTROYED) == buried
     assert [Sandbox.FromString(row.payload) for row in marked] == ([] if buried else [held])
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from branchline.v1.common_pb2 import ENTITY_KIND_TASK
 from branchline.v1.tasks_pb2 import Task
-from branchline.v1.vocabulary_pb2 import ENTITY_KIND_TASK
 from sqlalchemy import BigInteger, Column, LargeBinary, MetaData, String, Table
 
 from services.runtime.database import Database, Tx, open_database

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from branchline.v1.common_pb2 import ENTITY_KIND_HISTORY_EVENT
 from branchline.v1.history_pb2 import HistoryEvent
 from branchline.v1.organizations_pb2 import Organization
 from branchline.v1.users_pb2 import User
-from branchline.v1.vocabulary_pb2 import ENTITY_KIND_HISTORY_EVENT
 
 from services.organization.feed import FORGOTTEN_AT_ONCE
 from services.organization.stores import Stores, open_stores
@@ -25,7 +25,7 @@ async def caught_up(stores: Stores, scope: str, position: Position | None = None
 
 def found(tx: Tx, stores: Stores, days: tuple[int, ...]) -> str:
     organization = Organization(slug="acme", display_name="Acme")
-    organization.settings.history_retention_days = 7
+    organization.settings.history_retention.FromSeconds(7 * DAY_SECONDS)
     stores.organizations.found(tx, organization, User(id="usr_1", display_name="One"))
     events: list[HistoryEvent] = []
     for sequence, old in enumerate(days, start=1):

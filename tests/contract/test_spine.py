@@ -10,9 +10,11 @@ from typing import Any, cast
 
 import grpc
 import pytest
-from branchline.v1 import vocabulary_pb2 as words
+from branchline.v1 import errors_pb2
+from branchline.v1.common_pb2 import Consistency
 from branchline.v1.sessions_pb2 import Session
 from branchline.v1.tasks_pb2 import Task
+from branchline.v1.watches_pb2 import CHANGE_TYPE_DELETED
 from branchline_internal.admin.v1 import admin_pb2
 from branchline_internal.spine.v1 import push_pb2, push_pb2_grpc
 from google.protobuf.any_pb2 import Any as AnyState
@@ -23,7 +25,7 @@ from sqlalchemy import select
 from services.runtime.admin import AdminServicer
 from services.runtime.clock import Clock
 from services.runtime.database import Database, DatabaseUnavailable, Reader, Statement, open_database
-from services.runtime.errors import DeadlineExceeded, FailedPrecondition, ResourceExhausted, Unavailable
+from services.runtime.errors import FailedPrecondition, ResourceExhausted, Unavailable
 from services.runtime.principal import OPERATOR, Principal, bind_principal
 from services.runtime.spine import outbox as outbox_module
 from services.runtime.spine.chunks import PART_BYTES
@@ -31,7 +33,7 @@ from services.runtime.spine.courier import BatchCourier, Courier
 from services.runtime.spine.index import Entry, Index, IndexTable
 from services.runtime.spine.ingest import Ingest, RejectedEntryError
 from services.runtime.spine.outbox import COORDINATOR, STATE_BYTES, Mark, Outbox, OutboxRow
-from services.runtime.spine.tokens import consistency_token, parse_consistency_token
+from services.runtime.spine.tokens import consistency_token, parse_consistency
 from tests.support.databases import Databases
 from tests.support.edges import TASK, Child, Coordinator, Proxy, cancelled, eventually, metadata, running_child, tasks
 
@@ -241,7 +243,7 @@ async def test_large_states_travel_in_small_batches(
 
 async def test_a_state_that_no_edge_could_carry_is_refused_where_it_is_made(database: Database) -> None:  # F22
     outbox = Outbox(database, Clock())
-    large = Mark("t", 1, Task(id="t", text="x" * STATE_BYTES))
+    large = Mark("t", 1, Task(id="t", title="x" * STATE_BYTES))
 
     with pytest.raises(ResourceExhausted):
         await database.write(outbox.mark, [mark("a", 1), large])
@@ -531,11 +533,11 @@ async def test_what_is_refused_is_parked_at_once_and_what_fails_after_some_attem
     async def deliver(row: OutboxRow) -> None:
         tries[row.entity_id] = tries.get(row.entity_id, 0) + 1
         if row.entity_id == "refused":
-            raise FailedPrecondition(words.ERROR_REASON_NOT_FOUND, "never")
+            raise FailedPrecondition(errors_pb2.ERROR_REASON_RESOURCE_NOT_FOUND, "never")
         if row.entity_id == "poison":
             raise ValueError("a bug")
         if row.entity_id == "away" and tries["away"] < 5:
-            raise Unavailable(words.ERROR_REASON_OVERLOADED, "not now")
+            raise Unavailable(errors_pb2.ERROR_REASON_OVERLOADED, "not now")
 
     async with carrying(Courier(outbox, "below", deliver, attempts=3)):
         names = ("refused", "poison", "away", "fine")
@@ -556,8 +558,11 @@ async def both(outbox: Outbox, *, parked_count: int) -> bool:
 async def test_a_batch_courier_keeps_the_order_and_parks_the_one_to_blame(database: Database) -> None:
     outbox = Outbox(database, Clock())
     got: list[str] = []
-    fails = {"refused": FailedPrecondition(words.ERROR_REASON_NOT_FOUND, "no"), "poison": ValueError("a bug")}
-    outage = [Unavailable(words.ERROR_REASON_OVERLOADED, "not now")] * 4
+    fails = {
+        "refused": FailedPrecondition(errors_pb2.ERROR_REASON_RESOURCE_NOT_FOUND, "no"),
+        "poison": ValueError("a bug"),
+    }
+    outage = [Unavailable(errors_pb2.ERROR_REASON_OVERLOADED, "not now")] * 4
 
     async def deliver(rows: Any) -> None:
         if outage:
@@ -664,7 +669,7 @@ async def test_a_snapshot_read_page_by_page_while_rows_change_and_are_forgotten_
         for change in page.changes:
             assert change.revision >= view.get(change.id, 0)
             view[change.id] = change.revision
-            if change.deleted:
+            if change.type == CHANGE_TYPE_DELETED:
                 del view[change.id]
         pages += 1
         if pages == 3:
@@ -694,11 +699,12 @@ async def test_a_consistency_token_waits_for_its_revision_in_the_callers_scope_a
     databases: Databases,
 ) -> None:  # F31
     database, index = await opened_index(databases)
-    point = parse_consistency_token(consistency_token([(TASK, "a", 2)]))
+    token = consistency_token([(TASK, "a", 2)])
+    point = parse_consistency(Consistency(at_least_as_fresh=[token])).point
     await database.write(index.put, entry("a", 7, "org_2"))
     await database.write(index.put, entry("a", 1))
 
-    with pytest.raises(DeadlineExceeded) as refused:
+    with pytest.raises(Unavailable) as refused:
         await index.await_point(point, SCOPE, "user", 0.3)
     waiting = asyncio.create_task(index.await_point(point, SCOPE, "user", 10))
     await asyncio.sleep(0.02)
@@ -709,5 +715,7 @@ async def test_a_consistency_token_waits_for_its_revision_in_the_callers_scope_a
         await index.await_point(point, "org_2", "user", 10)
     await database.close()
 
-    assert "7" not in str(refused.value)
-    assert "org_2" not in str(refused.value)
+    assert refused.value.reason == "INDEX_BEHIND"
+    told = f"{refused.value} {refused.value.metadata}"
+    assert "7" not in told
+    assert "org_2" not in told

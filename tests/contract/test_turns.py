@@ -3,12 +3,13 @@
 import asyncio
 import time
 from collections.abc import Callable
+from typing import Any
 
 from branchline.v1 import users_pb2
+from branchline.v1.common_pb2 import Prompt
 from branchline.v1.repositories_pb2 import Repository
-from branchline.v1.users_pb2 import User, UserTaskState
+from branchline.v1.users_pb2 import Draft, User, UserPreferences, UserTaskState
 from branchline_internal.repository.v1.repository_pb2 import EnsureRepositoryRequest
-from cryptography.fernet import Fernet
 
 from services.repository.deletion import Deletion
 from services.repository.store import REPOSITORIES, RepositoryStore
@@ -21,10 +22,10 @@ from services.runtime.spine.commands import Commands
 from services.runtime.spine.index import Index
 from services.runtime.spine.outbox import Outbox
 from services.user.accounts import USERS, Accounts
-from services.user.cipher import Cipher
+from services.user.drafts import Drafts
 from services.user.public import PublicUserServicer
 from services.user.tables import metadata as user_tables
-from services.user.task_states import Change, TaskStates
+from services.user.task_states import TaskStates
 from tests.support.databases import Databases
 
 
@@ -61,23 +62,40 @@ async def test_what_a_person_changes_in_two_places_is_kept(databases: Databases)
     database = open_database(databases.make(user_tables))
     await database.start()
     outbox, clock = Outbox(database, Clock()), Clock()
-    accounts, states = Accounts(outbox, clock, Cipher(Fernet.generate_key().decode())), TaskStates(outbox, clock)
-    await database.write(accounts.create, User(id="usr_1"))
-    servicer = PublicUserServicer(database, Commands(database, clock), accounts, states)
-    bind_principal(Principal(user_id="usr_1"))
+    accounts, states = Accounts(outbox, clock), TaskStates(outbox, clock)
+    servicer = PublicUserServicer(Commands(database, clock), accounts, states, Drafts(outbox, clock))
+    await database.write(accounts.create, User(id="usr_1", display_name="Ada"))
+    bind_principal(Principal(user_id="usr_1", organization_id="org_1"))
     key = UserTaskState(user_id="usr_1", organization_id="org_1", task_id="task_1", session_id="ses_1")
 
-    def change(change: Change) -> Callable[[Tx], UserTaskState]:
-        return lambda tx: states.change(tx, UserTaskState.FromString(key.SerializeToString()), change)
+    def change(**wanted: Any) -> Callable[[Tx], object]:
+        given = UserTaskState(task_id=key.task_id, session_id=key.session_id, **wanted)
+        request = users_pb2.UpdateUserTaskStateRequest(user_task_state=given)
+        return lambda tx: servicer._update_state(tx, request)  # pyright: ignore[reportPrivateUsage]
 
-    await database.write(change(Change()))
-    await beside(database, change(Change(unread=True)), change(Change(open_session_id="ses_2")))
-    state = await database.write(change(Change()))
-    preferences = [users_pb2.UpdatePreferencesRequest(request_id=name) for name in ("one", "two")]
-    update = servicer._update  # pyright: ignore[reportPrivateUsage]
-    await beside(database, lambda tx: update(tx, preferences[0]), lambda tx: update(tx, preferences[1]))
+    def write(text: str) -> Callable[[Tx], object]:
+        draft = Draft(task_id=key.task_id, session_id=key.session_id, prompt=Prompt(text=text))
+        request = users_pb2.UpdateDraftRequest(draft=draft)
+        return lambda tx: servicer._update_draft(tx, request)  # pyright: ignore[reportPrivateUsage]
+
+    def prefer(**wanted: Any) -> Callable[[Tx], object]:
+        request = users_pb2.UpdateUserRequest(user=User(**wanted))
+        return lambda tx: servicer._update(tx, request)  # pyright: ignore[reportPrivateUsage]
+
+    await database.write(change(open_session_id="ses_1"))
+    await beside(database, change(unread=True), change(open_session_id="ses_2"))
+    await beside(database, write("half"), change(open_session_id="ses_3"))
+    await beside(database, write("half a"), write("half a word"))
+    state = await database.write(states.take, key)
+    preferences = UserPreferences(default_agent="mock")
+    await beside(database, prefer(display_name="Ada L."), prefer(preferences=preferences))
 
     user = await database.read(USERS.get, "usr_1")
     await database.close()
-    assert (state.unread, state.open_session_id) == (True, "ses_2")
-    assert user.revision == 3
+    assert (state.unread, state.open_session_id, state.HasField("draft_time"), state.revision) == (
+        True,
+        "ses_3",
+        True,
+        7,
+    )
+    assert (user.display_name, user.preferences, user.revision) == ("Ada L.", preferences, 3)

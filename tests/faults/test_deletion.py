@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 from branchline.v1 import repositories_pb2, tasks_pb2
-from branchline.v1.vocabulary_pb2 import ENTITY_KIND_REPOSITORY, ENTITY_KIND_TASK
 
 from tests.faults.test_kills import Books, settled
-from tests.faults.test_restart import COUNT, create_task, send, some_words, until
+from tests.faults.test_restart import COUNT, IDLE, create_task, send, some_words, until
 from tests.support.people import insist
 from tests.support.process import SERVICES, own_processes
 from tests.support.stack import eventually
@@ -28,13 +27,15 @@ async def test_a_repository_is_deleted_with_its_tasks_though_all_are_killed_in_i
         await processes.start("bootstrap", "bootstrap", "--agent", "mock")
         client, organization_id = await processes.client(stack)
         task = await create_task(client, organization_id, tmp_path, "go")
-        task = await until(client, task.id, tasks_pb2.TASK_STATUS_IDLE)
+        task = await until(client, task.id, IDLE)
         await create_task(client, organization_id, tmp_path, "go", hold=False)
         view = View("organization", client.watch_organization(organization_id)).open()
         stack.push_async_callback(view.close)
         await send(client, task, COUNT)
         await eventually(lambda: some_words(client, task))
-        doomed = repositories_pb2.DeleteRepositoryRequest(request_id=uuid.uuid4().hex, repository_id=task.repository_id)
+        doomed = repositories_pb2.DeleteRepositoryRequest(
+            request_id=str(uuid.uuid4()), repository_id=task.repository_id
+        )
 
         assert await insist(lambda: client.repositories.DeleteRepository(doomed, timeout=10)) is not None
         for names in (("repository", "task"), ("sandbox", "organization"), SERVICES):
@@ -53,7 +54,7 @@ async def test_a_repository_is_deleted_with_its_tasks_though_all_are_killed_in_i
         assert task.id not in {one.id for one in books.tasks()}
 
         async def told() -> bool:
-            repositories, tasks = view.of(ENTITY_KIND_REPOSITORY), view.of(ENTITY_KIND_TASK)
+            repositories, tasks = view.of("repository"), view.of("task")
             return len(repositories) == 1 and task.repository_id not in repositories and task.id not in tasks
 
         await eventually(told, 20)

@@ -15,8 +15,8 @@ from branchline_internal.sandbox.v1 import sandbox_pb2
 
 from tests.support.sandbox import SANDBOX, Room, eventually, sandbox_room
 
-IDLE, ERROR = sessions_pb2.SESSION_STATUS_IDLE, sessions_pb2.SESSION_STATUS_ERROR
-CLOSED = sessions_pb2.SESSION_STATUS_CLOSED
+IDLE, ERROR = sessions_pb2.SESSION_STATE_IDLE, sessions_pb2.SESSION_STATE_FAILED
+CLOSED = sessions_pb2.SESSION_STATE_CLOSED
 
 WORKING = {
     "thinks": "think hard\nwait 90",
@@ -77,7 +77,7 @@ async def closed(room: Room, *sessions: str) -> None:
     """Wait until the coordinator was told that sessions are closed."""
 
     def look() -> bool:
-        newest = {state.session_id: state.status for state in room.coordinator.sessions}
+        newest = {state.session_id: state.state for state in room.coordinator.sessions}
         return all(newest.get(session) == CLOSED for session in sessions)
 
     await eventually(look, room.log)
@@ -92,7 +92,7 @@ async def next_turns(room: Room) -> None:
     """Give every session its next turn; each is done, by one agent of its own."""
     await asyncio.gather(*(room.prompt(2, "say again", phase) for phase in PHASES))
     for phase in PHASES:
-        assert (await room.ended(2, phase)).status == IDLE, phase
+        assert (await room.ended(2, phase)).state == IDLE, phase
     assert len(room.agents()) == len(PHASES)
 
 

@@ -16,14 +16,21 @@ import pytest
 import pytest_asyncio
 from branchline.v1 import sandboxes_pb2 as machine_pb2
 from branchline.v1 import sessions_pb2
+from branchline.v1 import transcripts_pb2 as transcripts
+from branchline.v1.common_pb2 import (
+    FAILURE_REASON_AGENT_EXITED,
+    FAILURE_REASON_AGENT_SILENT,
+    FAILURE_REASON_SANDBOX_LOST,
+    FAILURE_REASON_TIMED_OUT,
+)
 from branchline_internal.sandbox.v1 import sandbox_pb2
 
 from services.sandbox.providers.processes import is_root
 from tests.support.sandbox import SANDBOX, SESSION, Room, eventually, sandbox_room
 
-IDLE, ERROR = sessions_pb2.SESSION_STATUS_IDLE, sessions_pb2.SESSION_STATUS_ERROR
-WAITING, RUNNING = sessions_pb2.SESSION_STATUS_WAITING, sessions_pb2.SESSION_STATUS_RUNNING
-CLOSED = sessions_pb2.SESSION_STATUS_CLOSED
+IDLE, ERROR = sessions_pb2.SESSION_STATE_IDLE, sessions_pb2.SESSION_STATE_FAILED
+WAITING, RUNNING = sessions_pb2.SESSION_STATE_WAITING, sessions_pb2.SESSION_STATE_RUNNING
+CLOSED = sessions_pb2.SESSION_STATE_CLOSED
 SLOW = "\n".join(f"say word{number}\nwait 0.1" for number in range(1, 16))
 SLOW_WORDS = "".join(f"word{number}\n" for number in range(1, 16)) + "Done.\n"
 
@@ -50,11 +57,11 @@ async def test_a_turn_is_done_and_brings_the_commit_at_the_tip(room: Room) -> No
 
     ended = await room.turn(1, "say hello there\nwrite a.txt: a\ncommit A")
 
-    assert ended.status == IDLE, ended
+    assert ended.state == IDLE, ended
     head = await room.execute("cd workspace && git rev-parse HEAD")
     assert ended.head_commit == head.stdout.strip()
     assert room.coordinator.said().startswith("hello there\n")
-    assert [state.status for state in room.coordinator.sessions] == [IDLE]
+    assert [state.state for state in room.coordinator.sessions] == [IDLE, IDLE]  # once opened, and at the end
 
 
 @pytest.mark.parametrize("turn", [1, 2])
@@ -67,7 +74,7 @@ async def test_a_kill_exactly_before_the_prompt_is_posted_loses_no_turn(room: Ro
     await room.prompt(turn, "append done.txt: done\nsay last")
     await restarted(room)
 
-    assert (await room.ended(turn)).status == IDLE
+    assert (await room.ended(turn)).state == IDLE
     assert await room.file("done.txt") == "done\n"
     assert room.coordinator.said().count("last\n") == 1
 
@@ -80,7 +87,7 @@ async def test_a_prompt_that_may_have_arrived_is_worked_on_once(room: Room, text
     await room.prompt(1, text)
     await restarted(room)
 
-    assert (await room.ended(1)).status == IDLE
+    assert (await room.ended(1)).state == IDLE
     assert await room.file("done.txt") == "done\n"
     assert room.coordinator.said().count("last\n") == 1
 
@@ -94,9 +101,9 @@ async def test_a_prompt_that_arrived_is_not_sent_again_while_the_agent_thinks(ro
     await room.kill()
     await room.start()
 
-    assert (await room.ended(1)).status == IDLE
+    assert (await room.ended(1)).state == IDLE
     assert await room.file("done.txt") == "done\n"
-    assert "cancelled" not in room.coordinator.states()
+    assert room.coordinator.stop_reasons() == [transcripts.STOP_REASON_END_TURN]
 
 
 async def test_a_kill_between_the_end_of_a_turn_and_its_commit_loses_nothing(room: Room) -> None:  # F18
@@ -106,7 +113,7 @@ async def test_a_kill_between_the_end_of_a_turn_and_its_commit_loses_nothing(roo
     await room.prompt(1, SLOW)
     await restarted(room)
 
-    assert (await room.ended(1)).status == IDLE
+    assert (await room.ended(1)).state == IDLE
     assert room.coordinator.said() == SLOW_WORDS
 
 
@@ -138,10 +145,11 @@ async def test_an_ordinary_stop_at_any_moment_of_a_turn_loses_nothing(
     assert room.coordinator.ended(1) is None
     await room.start()
 
-    assert (await room.ended(1)).status == (ERROR if "fail" in text else IDLE)
+    assert (await room.ended(1)).state == (ERROR if "fail" in text else IDLE)
     assert room.coordinator.said().startswith("word1\n")
     assert text != SLOW or room.coordinator.said() == SLOW_WORDS
-    assert len([state for state in room.coordinator.sessions if state.status in {IDLE, ERROR}]) == 1
+    assert len([state for state in room.coordinator.sessions if state.turn and state.state in {IDLE, ERROR}]) == 1
+    assert len(room.coordinator.shown("turn_end")) == 1
 
 
 async def test_a_kill_in_mid_turn_loses_and_doubles_no_word(room: Room) -> None:  # SES-7
@@ -153,7 +161,7 @@ async def test_a_kill_in_mid_turn_loses_and_doubles_no_word(room: Room) -> None:
     await room.kill()
     await room.start()
 
-    assert (await room.ended(1)).status == IDLE
+    assert (await room.ended(1)).state == IDLE
     assert room.coordinator.said() == SLOW_WORDS
 
 
@@ -167,7 +175,7 @@ async def test_an_agent_that_ends_its_turn_while_the_service_is_stopped_is_heard
     await asyncio.sleep(3)  # the agent ends meanwhile
     await room.start()
 
-    assert (await room.ended(1)).status == IDLE
+    assert (await room.ended(1)).state == IDLE
     assert room.coordinator.said() == SLOW_WORDS
 
 
@@ -181,8 +189,9 @@ async def test_what_the_ring_of_the_server_forgot_is_counted_in_the_transcript(r
     await asyncio.sleep(4)
     await room.start()
 
-    assert (await room.ended(1)).status == IDLE
-    notes = [entry.text for entry in room.coordinator.entries.values() if entry.state == "messages_lost"]
+    assert (await room.ended(1)).state == IDLE
+    notices = [entry.notice for entry in room.coordinator.shown("notice")]
+    notes = [notice.text for notice in notices if notice.kind == transcripts.NOTICE_KIND_EVENTS_LOST]
     said = room.coordinator.said().count("word ")
     assert len(notes) == 1
     lost = int(notes[0].partition(" ")[0])
@@ -203,7 +212,7 @@ async def test_a_machine_that_is_paused_for_six_seconds_goes_on_with_its_agent(r
     server.resume()
 
     assert (await looking).exit_code == 0
-    assert (await room.ended(1)).status == IDLE
+    assert (await room.ended(1)).state == IDLE
     assert room.coordinator.said() == f"begun\n{SLOW_WORDS}"
     assert {agent.pid for agent in room.agents()} == agents
 
@@ -224,7 +233,7 @@ async def test_a_stream_that_is_half_open_is_given_up(room: Room) -> None:  # F2
 
         proxy.freeze()  # what is open stays open, and nothing comes
 
-        assert (await room.ended(1)).status == IDLE
+        assert (await room.ended(1)).state == IDLE
         assert room.coordinator.said() == f"begun\n{SLOW_WORDS}"
 
 
@@ -238,8 +247,8 @@ async def test_a_wish_to_cancel_outlives_a_kill(room: Room) -> None:  # F20
         await room.cancel(1)
     await restarted(room)
 
-    assert (await room.ended(1)).status == IDLE
-    assert "cancelled" in room.coordinator.states()
+    assert (await room.ended(1)).state == IDLE
+    assert room.coordinator.stop_reasons() == [transcripts.STOP_REASON_CANCELLED]
 
 
 @limits(cancel_seconds=1.0)
@@ -253,10 +262,10 @@ async def test_an_agent_that_does_not_obey_is_ended_with_all_it_started(room: Ro
 
     await room.cancel(1)
 
-    assert (await room.ended(1)).status == IDLE
+    assert (await room.ended(1)).state == IDLE
     assert not room.agents()
     assert not room.processes("sleep 300")
-    assert (await room.turn(2, "say again")).status == IDLE
+    assert (await room.turn(2, "say again")).state == IDLE
 
 
 @limits(silence_seconds=1.0, answer_seconds=1.0)
@@ -271,9 +280,9 @@ async def test_a_silent_agent_is_probed_and_ended(room: Room) -> None:
 
     ended = await room.ended(1)
 
-    assert (ended.status, ended.status_reason) == (ERROR, "agent silent")
+    assert (ended.state, ended.failure.reason) == (ERROR, FAILURE_REASON_AGENT_SILENT)
     assert not psutil.wait_procs(silent, timeout=1)[1]
-    assert (await room.turn(2, "say again")).status == IDLE
+    assert (await room.turn(2, "say again")).state == IDLE
 
 
 @limits(silence_seconds=0.5, answer_seconds=1.0)
@@ -281,7 +290,7 @@ async def test_an_agent_that_only_thinks_gives_a_sign_of_life_and_is_left_alone(
     await room.start()
     await room.open()
 
-    assert (await room.turn(1, "wait 4\nsay thought")).status == IDLE
+    assert (await room.turn(1, "wait 4\nsay thought")).state == IDLE
 
 
 @limits(turn_seconds=3.0)
@@ -293,8 +302,8 @@ async def test_a_turn_ends_after_its_time_whatever_it_does(room: Room) -> None:
 
     ended = await room.ended(2)
 
-    assert ended.status == ERROR
-    assert "took longer" in ended.status_reason
+    assert ended.state == ERROR
+    assert ended.failure.reason == FAILURE_REASON_TIMED_OUT
     await eventually(lambda: not room.processes("echo x"))
 
 
@@ -303,8 +312,8 @@ async def test_a_turn_that_ends_in_error_leaves_no_agent_behind(room: Room) -> N
     await room.open()
     await room.prompt(1, "run (sleep 301 >/dev/null 2>&1 &)\nfail broken")
 
-    assert (await room.ended(1)).status == ERROR
-    assert (await room.turn(2, "say again")).status == IDLE
+    assert (await room.ended(1)).state == ERROR
+    assert (await room.turn(2, "say again")).state == IDLE
 
     assert len(room.agents()) == 1
     assert not room.processes("sleep 301")
@@ -316,9 +325,10 @@ async def test_an_agent_that_dies_ends_the_turn_with_its_code(room: Room) -> Non
 
     ended = await room.turn(1, "die 3")
 
-    assert ended.status == ERROR
-    assert "exit code 3" in ended.status_reason
-    assert (await room.turn(2, "say again")).status == IDLE
+    assert ended.state == ERROR
+    assert ended.failure.reason == FAILURE_REASON_AGENT_EXITED
+    assert "exit code 3" in ended.failure.message
+    assert (await room.turn(2, "say again")).state == IDLE
 
 
 async def test_an_agent_that_ends_while_it_starts_is_told_at_once_with_its_code(tmp_path: Path) -> None:  # SES-8
@@ -339,7 +349,7 @@ async def test_an_agent_that_died_between_turns_is_replaced(room: Room) -> None:
     for agent in room.agents():
         agent.kill()
 
-    assert (await room.turn(2, "append done.txt: done")).status == IDLE
+    assert (await room.turn(2, "append done.txt: done")).state == IDLE
     assert await room.file("done.txt") == "done\n"
 
 
@@ -352,10 +362,11 @@ async def test_permission_is_asked_answered_and_the_turn_goes_on(room: Room) -> 
     await room.answer(asked.id, "allow")
     await room.answer(asked.id, "reject")  # late, and dropped
 
-    assert (await room.ended(1)).status == IDLE
+    assert (await room.ended(1)).state == IDLE
     assert "allowed\n" in room.coordinator.said()
-    assert [state.status for state in room.coordinator.sessions] == [WAITING, RUNNING, IDLE]
-    assert room.coordinator.entries[asked.id].state == "answered: allow"
+    assert [state.state for state in room.coordinator.sessions] == [IDLE, WAITING, RUNNING, IDLE]
+    told = room.coordinator.requests[asked.id]
+    assert (told.state, told.answer.option_id) == (transcripts.INPUT_REQUEST_STATE_ANSWERED, "allow")
 
 
 async def test_an_answer_that_was_given_is_shown_though_the_service_dies_in_it(room: Room) -> None:
@@ -369,9 +380,10 @@ async def test_an_answer_that_was_given_is_shown_though_the_service_dies_in_it(r
     await asyncio.sleep(1)  # the agent ends its turn meanwhile
     await room.start()
 
-    assert (await room.ended(1)).status == IDLE
-    assert room.coordinator.entries[question.id].state == "answered: allow"
-    assert room.coordinator.entries[question.id].user_id
+    assert (await room.ended(1)).state == IDLE
+    told = room.coordinator.requests[question.id]
+    assert (told.state, told.answer.option_id) == (transcripts.INPUT_REQUEST_STATE_ANSWERED, "allow")
+    assert told.answered_by.user_id == "usr_1"
 
 
 async def test_an_open_question_is_cancelled_with_its_turn_and_late_answers_are_dropped(room: Room) -> None:
@@ -383,8 +395,8 @@ async def test_an_open_question_is_cancelled_with_its_turn_and_late_answers_are_
     await room.cancel(1)
     await room.answer(asked.id, "allow")
 
-    assert (await room.ended(1)).status == IDLE
-    assert room.coordinator.entries[asked.id].state == "cancelled"
+    assert (await room.ended(1)).state == IDLE
+    assert room.coordinator.requests[asked.id].state == transcripts.INPUT_REQUEST_STATE_CANCELLED
     assert (await room.execute("ls workspace/forbidden.txt")).exit_code != 0
 
 
@@ -395,11 +407,11 @@ async def test_a_closed_session_has_no_agent_left_when_it_says_so(room: Room) ->
     close = sandbox_pb2.CloseSessionRequest(session_id=SESSION)
 
     await asyncio.gather(*(room.stub.CloseSession(close, timeout=5) for _ in range(3)))
-    await eventually(lambda: [state for state in room.coordinator.sessions if state.status == CLOSED])
+    await eventually(lambda: [state for state in room.coordinator.sessions if state.state == CLOSED])
 
     assert not room.agents()
     assert not room.processes("sleep 302")
-    assert (await room.turn(2, "say reopened")).status == IDLE
+    assert (await room.turn(2, "say reopened")).state == IDLE
 
 
 @limits(head_seconds=1.0)
@@ -411,7 +423,7 @@ async def test_git_that_hangs_does_not_hold_up_the_end_of_a_turn(room: Room) -> 
     await room.prompt(1, "say done")
     ended = await room.ended(1, seconds=15)
 
-    assert (ended.status, ended.head_commit) == (IDLE, "")
+    assert (ended.state, ended.head_commit) == (IDLE, "")
 
 
 async def test_nothing_that_an_agent_says_makes_a_large_entity(room: Room) -> None:  # F22
@@ -422,7 +434,7 @@ async def test_nothing_that_an_agent_says_makes_a_large_entity(room: Room) -> No
     asked = await room.question()
     await room.answer(asked.id, "reject")
 
-    assert (await room.ended(1)).status == IDLE
+    assert (await room.ended(1)).state == IDLE
     assert room.coordinator.largest < 64 * 1024
 
 
@@ -434,9 +446,10 @@ async def test_destroying_a_sandbox_ends_the_turns_in_it(room: Room) -> None:  #
 
     await room.stub.DestroySandbox(sandbox_pb2.DestroySandboxRequest(sandbox_id=SANDBOX), timeout=30)
 
-    assert (await room.ended(1)).status == ERROR
+    ended = await room.ended(1)
+    assert (ended.state, ended.failure.reason) == (ERROR, FAILURE_REASON_SANDBOX_LOST)
     assert not room.processes("")
-    assert room.coordinator.sandboxes[-1].status == machine_pb2.SANDBOX_STATUS_DESTROYED
+    assert room.coordinator.sandboxes[-1].state == machine_pb2.SANDBOX_STATE_DESTROYED
 
 
 class Proxy:

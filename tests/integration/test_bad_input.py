@@ -1,24 +1,39 @@
 """What is refused, and how it is said: one code, one reason, the offending field or resource."""
 
 import asyncio
+import time
+from collections.abc import Awaitable
+from typing import Any
 
 import grpc
 import pytest
-from branchline.client import Client
 from branchline.v1 import (
     organizations_pb2,
     repositories_pb2,
+    roles_pb2,
+    secrets_pb2,
     sessions_pb2,
     tasks_pb2,
     users_pb2,
 )
+from branchline.v1.common_pb2 import (
+    ENTITY_KIND_TASK,
+    FAILURE_REASON_CLONE_FAILED,
+    FAILURE_REASON_GIT_CREDENTIALS_REFUSED,
+    Consistency,
+    Prompt,
+)
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.field_mask_pb2 import FieldMask
 
+from services.runtime.spine.tokens import consistency_token
+from tests.support.client import Client
 from tests.support.git_http import serve_git
 from tests.support.stack import Stack, eventually, failure, make_remote, request_id
 
 NOT_FOUND, INVALID = grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INVALID_ARGUMENT
-ERROR, IDLE = tasks_pb2.TASK_STATUS_ERROR, tasks_pb2.TASK_STATUS_IDLE
+FAILED, IDLE = tasks_pb2.TASK_STATE_FAILED, tasks_pb2.TASK_ACTIVITY_IDLE
+HI = Prompt(text="say hi")
 
 
 async def test_unknown_ids_are_not_found_by_name(stack: Stack) -> None:  # ORG-5
@@ -28,44 +43,46 @@ async def test_unknown_ids_are_not_found_by_name(stack: Stack) -> None:  # ORG-5
     task = await failure(tasks.GetTask(tasks_pb2.GetTaskRequest(task_id="task_x")))
 
     assert {one.code for one in (organization, repository, task)} == {NOT_FOUND}
-    assert {one.reason for one in (organization, repository, task)} == {"NOT_FOUND"}
+    assert {one.reason for one in (organization, repository, task)} == {"RESOURCE_NOT_FOUND"}
     assert [one.resource for one in (organization, repository, task)] == ["org_x", "repo_x", "task_x"]
 
 
 @pytest.mark.parametrize("token", ["", "wrong", "bl_wrong"])
 async def test_a_bad_token_is_unauthenticated(stack: Stack, token: str) -> None:  # API-6
     async with Client(stack.address, token) as client:
-        refused = await failure(client.users.WhoAmI(users_pb2.WhoAmIRequest()))
+        refused = await failure(client.users.GetCurrentUser(users_pb2.GetCurrentUserRequest()))
 
     assert refused.code == grpc.StatusCode.UNAUTHENTICATED
 
 
 async def test_a_token_for_reading_cannot_do_what_its_user_may(stack: Stack) -> None:  # USR-3
     repository_id = await stack.add_repository()
-    request = users_pb2.CreateApiTokenRequest(name="reader", role_limit=organizations_pb2.ROLE_VIEWER)
+    request = users_pb2.CreateApiTokenRequest(
+        display_name="reader", scope=users_pb2.TokenScope(role=roles_pb2.ROLE_VIEWER)
+    )
     made = await stack.client.users.CreateApiToken(request)
     async with Client(stack.address, made.secret) as reader:
         await reader.tasks.ListTasks(tasks_pb2.ListTasksRequest(organization_id=stack.organization_id))
         refused = await failure(
             reader.tasks.CreateTask(
-                tasks_pb2.CreateTaskRequest(request_id=request_id(), repository_id=repository_id, text="say hi")
+                tasks_pb2.CreateTaskRequest(request_id=request_id(), repository_id=repository_id, prompt=HI)
             )
         )
-        escalated = await failure(reader.users.CreateApiToken(users_pb2.CreateApiTokenRequest(name="more")))
+        escalated = await failure(reader.users.CreateApiToken(users_pb2.CreateApiTokenRequest(display_name="more")))
 
     assert refused.code == grpc.StatusCode.PERMISSION_DENIED
     assert escalated.reason == "TOKEN_LIMITED"
 
 
 async def test_a_revoked_token_ends_within_seconds(stack: Stack) -> None:  # USR-3
-    made = await stack.client.users.CreateApiToken(users_pb2.CreateApiTokenRequest(name="short"))
+    made = await stack.client.users.CreateApiToken(users_pb2.CreateApiTokenRequest(display_name="short"))
     async with Client(stack.address, made.secret) as client:
-        await client.users.WhoAmI(users_pb2.WhoAmIRequest())
-        await stack.client.users.RevokeApiToken(users_pb2.RevokeApiTokenRequest(token_id=made.api_token.id))
+        await client.users.GetCurrentUser(users_pb2.GetCurrentUserRequest())
+        await stack.client.users.RevokeApiToken(users_pb2.RevokeApiTokenRequest(api_token_id=made.api_token.id))
 
         async def ended():
             try:
-                await client.users.WhoAmI(users_pb2.WhoAmIRequest())
+                await client.users.GetCurrentUser(users_pb2.GetCurrentUserRequest())
             except grpc.aio.AioRpcError as error:
                 return error.code() == grpc.StatusCode.UNAUTHENTICATED
             return False
@@ -76,13 +93,13 @@ async def test_a_revoked_token_ends_within_seconds(stack: Stack) -> None:  # USR
 async def test_another_organizations_task_does_not_exist(stack: Stack) -> None:  # ORG-10
     task = await stack.ready_task()
     other = await stack.new_organization()
-    stranger, _ = await stack.new_member(organizations_pb2.ROLE_OWNER, organization_id=other)
+    stranger, _ = await stack.new_member(roles_pb2.ROLE_OWNER, organization_id=other)
 
     read = await failure(stranger.tasks.GetTask(tasks_pb2.GetTaskRequest(task_id=task.id)))
     sent = await failure(
         stranger.sessions.SendMessage(
             sessions_pb2.SendMessageRequest(
-                request_id=request_id(), task_id=task.id, session_id=task.sessions[0].id, text="say hi"
+                request_id=request_id(), task_id=task.id, session_id=(await stack.session(task.id)).id, prompt=HI
             )
         )
     )
@@ -95,12 +112,12 @@ async def test_another_organizations_task_does_not_exist(stack: Stack) -> None: 
 
 async def test_a_viewer_may_look_and_not_touch(stack: Stack) -> None:  # ORG-3
     repository_id = await stack.add_repository()
-    viewer, _ = await stack.new_member(organizations_pb2.ROLE_VIEWER)
+    viewer, _ = await stack.new_member(roles_pb2.ROLE_VIEWER)
 
     await viewer.tasks.ListTasks(tasks_pb2.ListTasksRequest(organization_id=stack.organization_id))
     refused = await failure(
         viewer.tasks.CreateTask(
-            tasks_pb2.CreateTaskRequest(request_id=request_id(), repository_id=repository_id, text="say hi")
+            tasks_pb2.CreateTaskRequest(request_id=request_id(), repository_id=repository_id, prompt=HI)
         )
     )
 
@@ -109,17 +126,19 @@ async def test_a_viewer_may_look_and_not_touch(stack: Stack) -> None:  # ORG-3
 
 @pytest.mark.parametrize("branch", ["a..b", "a b", "-x", "x.lock", "a//b", "a~1", "HEAD", "@{", "a/.b", "x."])
 async def test_a_name_that_git_refuses_is_invalid(stack: Stack, branch: str) -> None:  # REP-3
-    refused = await failure(stack.create_task(await stack.add_repository(), branch=branch))
+    refused = await failure(
+        stack.create_task(await stack.add_repository(), branch=tasks_pb2.BranchChoice(new_branch=branch))
+    )
 
-    assert (refused.code, refused.fields) == (INVALID, ["branch"])
+    assert (refused.code, refused.fields) == (INVALID, ["branch.new_branch"])
 
 
 @pytest.mark.parametrize("branch", ["a..b", "-x", "refs heads", "\n"])
 async def test_a_default_branch_that_git_refuses_is_invalid(stack: Stack, branch: str) -> None:  # REP-1
-    request = repositories_pb2.AddRepositoryRequest(
+    request = repositories_pb2.CreateRepositoryRequest(
         request_id=request_id(), organization_id=stack.organization_id, remote_url="https://h/x", default_branch=branch
     )
-    refused = await failure(stack.client.repositories.AddRepository(request))
+    refused = await failure(stack.client.repositories.CreateRepository(request))
 
     assert (refused.code, refused.fields) == (INVALID, ["default_branch"])
 
@@ -129,7 +148,7 @@ async def test_a_default_branch_that_git_refuses_is_invalid(stack: Stack, branch
     [
         organizations_pb2.OrganizationSettings(default_agent="../../bin/sh"),
         organizations_pb2.OrganizationSettings(default_sandbox_provider="X y"),
-        organizations_pb2.OrganizationSettings(idle_timeout_seconds=-5),
+        organizations_pb2.OrganizationSettings(idle_timeout=Duration(seconds=-5)),
         organizations_pb2.OrganizationSettings(default_model="m" * 129),
     ],
 )
@@ -138,8 +157,7 @@ async def test_settings_that_no_task_could_use_are_invalid(
 ) -> None:  # ORG-2
     request = organizations_pb2.UpdateOrganizationRequest(
         request_id=request_id(),
-        organization_id=stack.organization_id,
-        organization=organizations_pb2.Organization(settings=settings),
+        organization=organizations_pb2.Organization(id=stack.organization_id, settings=settings),
         update_mask=FieldMask(paths=["settings"]),
     )
     refused = await failure(stack.client.organizations.UpdateOrganization(request))
@@ -153,7 +171,7 @@ async def test_an_empty_or_huge_text_is_invalid(stack: Stack, text: str) -> None
     refused = await failure(stack.create_task(await stack.add_repository(), text))
 
     assert refused.code == INVALID
-    assert set(refused.fields) == {"text"}
+    assert set(refused.fields) == {"prompt.text"}
 
 
 @pytest.mark.parametrize(
@@ -163,7 +181,7 @@ async def test_a_url_that_is_no_remote_is_invalid(stack: Stack, url: str) -> Non
     refused = await failure(stack.add_repository(url=url))
 
     assert (refused.code, refused.fields) == (INVALID, ["remote_url"])
-    assert "secret" not in refused.message
+    assert "user:secret" not in refused.message
 
 
 async def test_the_same_url_twice_names_the_repository_that_has_it(stack: Stack) -> None:
@@ -178,47 +196,62 @@ async def test_the_same_url_twice_names_the_repository_that_has_it(stack: Stack)
 async def test_an_unreachable_remote_ends_in_error_with_gits_words_and_can_be_retried(stack: Stack) -> None:  # TSK-2
     remote = stack.remotes / "later.git"
     task = await stack.create_task(await stack.add_repository(remote), hold_prompt=True)
-    failed = await stack.until(task.id, ERROR)
+    failed = await stack.until(task.id, state=FAILED)
 
     make_remote(stack.remotes, "later")
-    await stack.client.tasks.RetryTask(tasks_pb2.RetryTaskRequest(request_id=request_id(), task_id=task.id))
-    await stack.until(task.id, IDLE)
+    await stack.client.tasks.RetryProvisioning(
+        tasks_pb2.RetryProvisioningRequest(request_id=request_id(), task_id=task.id)
+    )
+    await stack.until(task.id, activity=IDLE)
 
-    assert failed.status_reason.startswith("the repository could not be checked out:")
-    assert "does not exist" in failed.status_reason or "not appear to be a git repository" in failed.status_reason
+    assert failed.failure.reason == FAILURE_REASON_CLONE_FAILED
+    said = failed.failure.message + failed.failure.output_tail
+    assert "does not exist" in said or "not appear to be a git repository" in said
 
 
 async def test_wrong_credentials_end_in_error_with_gits_words_and_right_ones_help(stack: Stack) -> None:  # SBX-9
     remote = make_remote(stack.remotes)
     with serve_git(stack.remotes, "alice", "secret word") as host:
-        users = stack.client.users
-        wrong = users_pb2.SetGitCredentialRequest(host=host, username="alice", secret="guess")
-        await users.SetGitCredential(wrong)
+        made = await stack.client.secrets.CreateSecret(
+            secrets_pb2.CreateSecretRequest(
+                secret=secrets_pb2.Secret(git_credential=secrets_pb2.GitCredential(host=host, username="alice")),
+                value=b"guess",
+            )
+        )
         repository_id = await stack.add_repository(url=f"http://{host}/{remote.name}")
         task = await stack.create_task(repository_id, "write a.txt: a\ncommit A\npush", hold_prompt=True)
-        failed = await stack.until(task.id, ERROR)
+        failed = await stack.until(task.id, state=FAILED)
 
-        await users.SetGitCredential(
-            users_pb2.SetGitCredentialRequest(host=host, username="alice", secret="secret word")
+        await stack.client.secrets.UpdateSecret(
+            secrets_pb2.UpdateSecretRequest(
+                secret=secrets_pb2.Secret(id=made.secret.id),
+                value=b"secret word",
+            )
         )
-        await stack.client.tasks.RetryTask(tasks_pb2.RetryTaskRequest(request_id=request_id(), task_id=task.id))
-        await stack.until(task.id, IDLE)
+        await stack.client.tasks.RetryProvisioning(
+            tasks_pb2.RetryProvisioningRequest(request_id=request_id(), task_id=task.id)
+        )
+        await stack.until(task.id, activity=IDLE)
 
-    assert "Authentication failed" in failed.status_reason
-    assert "guess" not in failed.status_reason
+    said = failed.failure.message + failed.failure.output_tail
+    assert failed.failure.reason == FAILURE_REASON_GIT_CREDENTIALS_REFUSED
+    assert "Authentication failed" in said
+    assert "guess" not in str(failed)
 
 
 async def test_the_same_request_twice_makes_one_task(stack: Stack) -> None:  # API-3
     repository_id = await stack.add_repository()
     request = tasks_pb2.CreateTaskRequest(
-        request_id=request_id(), repository_id=repository_id, text="say hi", hold_prompt=True
+        request_id=request_id(), repository_id=repository_id, prompt=HI, hold_prompt=True
     )
 
     answers = await asyncio.gather(*(stack.client.tasks.CreateTask(request) for _ in range(5)))
     listed = await stack.client.tasks.ListTasks(
-        tasks_pb2.ListTasksRequest(organization_id=stack.organization_id, repository_id=repository_id)
+        tasks_pb2.ListTasksRequest(
+            organization_id=stack.organization_id, filter=tasks_pb2.TaskFilter(repository_ids=[repository_id])
+        )
     )
-    request.text = "say something else"
+    request.prompt.text = "say something else"
     reused = await failure(stack.client.tasks.CreateTask(request))
 
     assert len({answer.task.id for answer in answers}) == 1
@@ -230,10 +263,45 @@ async def test_only_a_task_in_error_is_retried(stack: Stack) -> None:  # TSK-1
     task = await stack.ready_task()
 
     refused = await failure(
-        stack.client.tasks.RetryTask(tasks_pb2.RetryTaskRequest(request_id=request_id(), task_id=task.id))
+        stack.client.tasks.RetryProvisioning(
+            tasks_pb2.RetryProvisioningRequest(request_id=request_id(), task_id=task.id)
+        )
     )
 
-    assert (refused.code, refused.metadata["status"]) == (grpc.StatusCode.FAILED_PRECONDITION, "idle")
+    assert (refused.code, refused.metadata["state"]) == (grpc.StatusCode.FAILED_PRECONDITION, "idle")
+
+
+async def test_a_read_that_cannot_be_fresh_enough_says_so_before_its_callers_deadline(stack: Stack) -> None:  # F31
+    task, tasks = await stack.ready_task(), stack.client.tasks
+    never = consistency_token([(ENTITY_KIND_TASK, task.id, 10**9)])
+    fresh = Consistency(at_least_as_fresh=[never])  # which would wait for ten seconds
+    watch: Any = tasks.WatchTask(tasks_pb2.WatchTaskRequest(task_id=task.id, consistency=fresh), timeout=5)
+    reads: list[Awaitable[Any]] = [
+        tasks.GetTask(tasks_pb2.GetTaskRequest(task_id=task.id, consistency=fresh), timeout=5),
+        tasks.ListTasks(
+            tasks_pb2.ListTasksRequest(organization_id=stack.organization_id, consistency=fresh), timeout=5
+        ),
+        watch.read(),
+    ]
+
+    refused = await asyncio.gather(*(failure(one) for one in reads))
+
+    assert {(one.code, one.reason) for one in refused} == {(grpc.StatusCode.UNAVAILABLE, "INDEX_BEHIND")}
+
+
+@pytest.mark.parametrize("seconds", [0, 1])
+async def test_a_read_waits_no_longer_than_its_caller_allows(stack: Stack, seconds: int) -> None:  # API-5
+    task = await stack.ready_task()
+    never = consistency_token([(ENTITY_KIND_TASK, task.id, 10**9)])
+    fresh = Consistency(at_least_as_fresh=[never], max_wait=Duration(seconds=seconds))
+    began = time.monotonic()
+
+    refused = await failure(
+        stack.client.tasks.GetTask(tasks_pb2.GetTaskRequest(task_id=task.id, consistency=fresh), timeout=30)
+    )
+
+    assert refused.reason == "INDEX_BEHIND"
+    assert seconds <= time.monotonic() - began < seconds + 3
 
 
 async def test_garbled_tokens_name_their_field(stack: Stack) -> None:  # API-4, API-5
@@ -249,7 +317,9 @@ async def test_garbled_tokens_name_their_field(stack: Stack) -> None:  # API-4, 
     )
     consistency = await failure(
         client.tasks.ListTasks(
-            tasks_pb2.ListTasksRequest(organization_id=organization_id, consistency_token="nonsense!")
+            tasks_pb2.ListTasksRequest(
+                organization_id=organization_id, consistency=Consistency(at_least_as_fresh=["nonsense!"])
+            )
         )
     )
     page = await failure(
@@ -261,7 +331,7 @@ async def test_garbled_tokens_name_their_field(stack: Stack) -> None:  # API-4, 
     assert [one.code for one in (resume, consistency, page)] == [INVALID] * 3
     assert [one.fields for one in (resume, consistency, page)] == [
         ["resume_token"],
-        ["consistency_token"],
+        ["consistency.at_least_as_fresh"],
         ["page_token"],
     ]
 

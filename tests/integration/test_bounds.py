@@ -5,6 +5,7 @@ deliveries. What is asked for is found by reflection, so a new list or watch is 
 """
 
 import asyncio
+import hashlib
 from collections import defaultdict
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
@@ -12,10 +13,18 @@ from functools import partial
 from typing import Any, cast
 
 import pytest_asyncio
-from branchline.client import Client
-from branchline.v1 import organizations_pb2, repositories_pb2, tasks_pb2, users_pb2, watches_pb2
-from branchline.v1.sessions_pb2 import Attachment
-from branchline.v1.users_pb2 import Draft
+from branchline.v1 import (
+    blobs_pb2,
+    organizations_pb2,
+    processes_pb2,
+    repositories_pb2,
+    roles_pb2,
+    sessions_pb2,
+    tasks_pb2,
+    users_pb2,
+    watches_pb2,
+)
+from branchline.v1.common_pb2 import Attachment, FileExcerpt, Prompt
 from branchline_internal.admin.v1 import admin_pb2
 from branchline_internal.admin.v1.admin_pb2_grpc import AdminServiceStub
 from branchline_internal.history.v1 import history_pb2
@@ -25,19 +34,25 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from cli.calls import operating
+from services.runtime.limits import COMMAND_BYTES, MESSAGE_BYTES, PAGE_BYTES
 from services.runtime.serving import Meter
-from services.runtime.spine.chunks import PART_BYTES
+from tests.support.client import Client
+from tests.support.processes import follow, start
 from tests.support.requests import good, reflected
 from tests.support.stack import Stack, eventually, request_id
 
 BYTES = 64 * 1024
 """Longest text of a task, a message or a draft."""
 
+EXCERPT = Attachment(file_excerpt=FileExcerpt(path="p" * 1024, start_line=1, end_line=2, text="e" * 15360))
+ATTACHED = [EXCERPT] * 16
+PROMPT_BYTES = BYTES + 16 * 16384
+
 AROUND_BYTES = 64 * 1024
 """What may stand around the payloads that are counted: ids, type names, numbers."""
 
 LONG_NAME = "\N{GRINNING FACE}" * 128
-TASKS = 24
+TASKS, REPOSITORIES, PROCESSES, QUEUED = 24, 420, 4, 6
 WATCHES = {"WatchOrganization", "WatchTask", "WatchHistory"}
 
 
@@ -48,9 +63,6 @@ class Meters:
     largest: dict[str, int] = field(default_factory=lambda: defaultdict[str, int](int))
     """Bytes of the largest message, by method and direction."""
 
-    many: dict[str, int] = field(default_factory=lambda: defaultdict[str, int](int))
-    """Most items that one message carried."""
-
     over: list[str] = field(default_factory=list[str])
 
     def measure(self, method: MethodDescriptor, data: bytes, answer: bool) -> None:
@@ -58,11 +70,11 @@ class Meters:
         name = f"{method.full_name} {'answers' if answer else 'takes'}"
         size = len(data)
         self.largest[name] = max(self.largest[name], size)
-        if size > BYTES:
-            kind = method.output_type if answer else method.input_type
-            count = items(GetMessageClass(kind).FromString(data))
-            self.many[name] = max(self.many[name], count)
-            if count > 1 and size > PART_BYTES + AROUND_BYTES:
+        if size > MESSAGE_BYTES:
+            self.over.append(f"{name} {size} bytes")
+        elif size > PAGE_BYTES + AROUND_BYTES:
+            count = items(GetMessageClass(method.output_type if answer else method.input_type).FromString(data))
+            if count > 1:
                 self.over.append(f"{name} {count} items in {size} bytes")
 
 
@@ -79,8 +91,13 @@ class Large:
     stack: Stack
     meters: Meters
     given: dict[str, Any]
-    before: dict[str, str]
+    before: dict[str, str] = field(default_factory=dict[str, str])
     """Resume token of each watch from before there was anything."""
+
+    async def begin_watch(self, method: MethodDescriptor) -> None:
+        """Watch until all is known, and remember where that was."""
+        seen = [answer async for answer in opening(self.stack.client, method, self.given)]
+        self.before[method.name] = seen[-1].header.resume_token
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -90,55 +107,92 @@ async def large(stack: Stack) -> AsyncGenerator[Large, None]:
     for service in stack.services.values():
         service.serving.meters.append(meter)
     home, stack.organization_id = stack.organization_id, await stack.new_organization()
-    given: dict[str, Any] = {"organization_id": stack.organization_id, "page_size": 1000}
     try:
-        given["repository_id"] = repository_id = await stack.add_repository()
-        task = await stack.ready_task(repository_id, agent="mock")
-        given |= {"task_id": task.id, "session_id": task.sessions[0].id}
-        methods = await asyncio.to_thread(reflected, stack.address)
-        before = {
-            one.name: [answer async for answer in opening(stack.client, one, given)][-1].frame.resume_token
-            for one in methods
-            if one.name in WATCHES
-        }
-        await fill(stack, repository_id, given["task_id"], given["session_id"])
-        yield Large(stack, meters, given, before)
+        filled = Large(stack, meters, {"organization_id": stack.organization_id, "page_size": 1000})
+        watches = {one.name: one for one in await asyncio.to_thread(reflected, stack.address) if one.name in WATCHES}
+        for name in ("WatchOrganization", "WatchHistory"):
+            await filled.begin_watch(watches[name])
+        repository_id = await stack.add_repository()
+        filled.given["repository_id"] = repository_id
+        filled.given["GetDraft.task_id"] = await fill_organization(stack, repository_id)
+        filled.given["blob_id"] = await upload(stack, bytes(range(256)) * 12_000)
+        task = await stack.ready_task(repository_id, session=sessions_pb2.SessionOptions(agent="mock"))
+        filled.given |= {"task_id": task.id, "session_id": (await stack.session(task.id)).id}
+        await filled.begin_watch(watches["WatchTask"])
+        filled.given["process_id"] = await fill_task(stack, task)
+        yield filled
     finally:
         stack.organization_id = home
         for service in stack.services.values():
             service.serving.meters.remove(meter)
 
 
-async def fill(stack: Stack, repository_id: str, task_id: str, session_id: str) -> None:
-    """Put as much as may be into tasks, drafts, a transcript, a working tree, and the lists of people and tokens."""
-    failing = {"sandbox_provider": "nowhere", "title": "\N{GRINNING FACE}" * 62, "agent": "mock"}
+async def fill_organization(stack: Stack, repository_id: str) -> str:
+    """Put as much as may be into tasks, drafts, and the lists of people, repositories and tokens; return a task."""
+    failing: Any = {
+        "sandbox": tasks_pb2.SandboxOptions(provider="nowhere"),
+        "title": "\N{GRINNING FACE}" * 62,
+        "session": sessions_pb2.SessionOptions(agent="mock"),
+    }
     texts = [f"say {number} " + "x" * (BYTES - 16) for number in range(TASKS)]
-    tasks = await asyncio.gather(*(stack.create_task(repository_id, text, **failing) for text in texts))
-    draft = Draft(text="d" * (BYTES - 1024))
-    states = [users_pb2.SetTaskStateRequest(task_id=task.id, draft=draft, unread=True) for task in tasks]
-    await asyncio.gather(*(stack.client.users.SetTaskState(state) for state in states))
-    await asyncio.gather(*(stack.until(task.id, tasks_pb2.TASK_STATUS_ERROR) for task in tasks))
+    tasks = [
+        (
+            await stack.client.tasks.CreateTask(
+                tasks_pb2.CreateTaskRequest(
+                    request_id=request_id(),
+                    repository_id=repository_id,
+                    prompt=Prompt(text=text, attachments=ATTACHED),
+                    **failing,
+                )
+            )
+        ).task
+        for text in texts
+    ]
+    for task in tasks:
+        draft = users_pb2.Draft(task_id=task.id, prompt=Prompt(text="d" * (BYTES - 1024)))
+        await stack.client.users.UpdateDraft(users_pb2.UpdateDraftRequest(draft=draft))
+        state = users_pb2.UserTaskState(task_id=task.id, unread=True)
+        await stack.client.users.UpdateUserTaskState(users_pb2.UpdateUserTaskStateRequest(user_task_state=state))
+    await asyncio.gather(*(stack.until(task.id, state=tasks_pb2.TASK_STATE_FAILED) for task in tasks))
     for _ in range(10):
-        email, role = f"{request_id()}@{'x' * 40}.example.com", organizations_pb2.ROLE_VIEWER
-        await stack.client.organizations.AddMember(
-            organizations_pb2.AddMemberRequest(
+        await stack.client.organizations.InviteMember(
+            organizations_pb2.InviteMemberRequest(
                 request_id=request_id(),
                 organization_id=stack.organization_id,
-                email=email,
-                display_name=LONG_NAME,
-                role=role,
+                email=f"{request_id()}@{'x' * 40}.example.com",
+                role=roles_pb2.ROLE_VIEWER,
             )
         )
-        await stack.client.repositories.AddRepository(
-            repositories_pb2.AddRepositoryRequest(
-                request_id=request_id(),
-                organization_id=stack.organization_id,
-                remote_url=f"https://example.invalid/{'u' * 1900}/{request_id()}.git",
-            )
-        )
-        await stack.client.users.CreateApiToken(users_pb2.CreateApiTokenRequest(name=LONG_NAME[:64]))
-    task = await stack.task(task_id)
-    attached = [Attachment(path=f"a/{'b' * 1000}", content="c" * (250 * 1024))]
+        await stack.client.users.CreateApiToken(users_pb2.CreateApiTokenRequest(display_name=LONG_NAME))
+    for _ in range(REPOSITORIES // 20):
+        await asyncio.gather(*(add_large_repository(stack) for _ in range(20)))
+    return tasks[0].id
+
+
+async def add_large_repository(stack: Stack) -> None:
+    request = repositories_pb2.CreateRepositoryRequest(
+        request_id=request_id(),
+        organization_id=stack.organization_id,
+        display_name="\N{GRINNING FACE}" * 200,
+        remote_url=f"https://example.invalid/{'u' * 1900}/{request_id()}.git",
+    )
+    await stack.client.repositories.CreateRepository(request)
+
+
+async def upload(stack: Stack, data: bytes) -> str:
+    """Upload a blob in as large parts as may be; return its id."""
+    blobs, whole = stack.client.blobs, hashlib.sha256(data).hexdigest()
+    which: dict[str, Any] = {"organization_id": stack.organization_id}
+    made = await blobs.CreateBlob(blobs_pb2.CreateBlobRequest(**which, size_bytes=len(data), sha256=whole))
+    which["blob_id"] = made.blob.id
+    for offset in range(0, len(data), PAGE_BYTES):
+        part = data[offset : offset + PAGE_BYTES]
+        await blobs.WriteBlob(blobs_pb2.WriteBlobRequest(**which, offset=offset, data=part))
+    return made.blob.id
+
+
+async def fill_task(stack: Stack, task: tasks_pb2.Task) -> str:
+    """Put as much as may be into a transcript, a working tree, a queue, and processes; return one of these."""
     texts = [
         "run head -c 40000 /dev/zero | tr '\\0' y",
         "repeat 2000 " + "many words ",
@@ -147,9 +201,23 @@ async def fill(stack: Stack, repository_id: str, task_id: str, session_id: str) 
         *["say " + "s" * (BYTES - 64)] * 4,
     ]
     for number, text in enumerate(texts):
-        await stack.send(task, text, attachments=attached)
-        await stack.until(task_id, tasks_pb2.TASK_STATUS_IDLE, turn=number + 1)
+        await stack.send(task, text, attachments=ATTACHED)
+        await stack.until(task.id, activity=tasks_pb2.TASK_ACTIVITY_IDLE, turn=number + 1)
+    second = await stack.client.sessions.CreateSession(
+        sessions_pb2.CreateSessionRequest(request_id=request_id(), task_id=task.id, display_name=LONG_NAME[:62])
+    )
+    await stack.send(task, "ask " + "q" * 8192, session_id=second.session.id)
+    await stack.send(task, "wait 600")
+    for number in range(QUEUED):
+        await stack.send(task, f"say {number}" + "w" * (BYTES - 64), attachments=ATTACHED)
+    command = ["sh", "-c", "head -c 3000000 /dev/zero", "-" * (COMMAND_BYTES - 64)]
+    environment = {f"{'V' * 100}{number}": "v" * 1024 for number in range(64)}
+    process = processes_pb2.Process()
+    for _ in range(PROCESSES):
+        process = await start(stack.client, task.id, *command, environment=environment)
+        await follow(stack.client, process)
     await eventually(partial(settled, stack))
+    return process.id
 
 
 async def settled(stack: Stack) -> bool:
@@ -174,7 +242,7 @@ async def opening(client: Client, method: MethodDescriptor, given: dict[str, Any
         call = cast("Any", client.channel).unary_stream(path, *coders)(request, timeout=60)
         async for answer in call:
             yield answer
-            if method.name in WATCHES and answer.frame.kind == watches_pb2.WATCH_FRAME_KIND_SYNCED:
+            if method.name in WATCHES and answer.header.kind == watches_pb2.FRAME_KIND_SYNCED:
                 break
         call.cancel()
         return
@@ -186,13 +254,12 @@ async def opening(client: Client, method: MethodDescriptor, given: dict[str, Any
         request.page_token = answer.next_page_token
 
 
-READS = ("List", "Get", "Watch", "WhoAmI", "Read", "Stat", "Run", "Stream")
+READS = ("List", "Get", "Watch", "Read")
 
 
 async def test_no_list_watch_page_batch_or_delivery_is_over_its_bound(large: Large) -> None:  # F22
     client, given = large.stack.client, {**large.given}
-    given |= {"command": ["sh", "-c", "head -c 3000000 /dev/zero"], "StatFile.path": "large.bin"}
-    given |= {"ReadFile.path": "large.bin", "ListFiles.path": "lots"}
+    given |= {"GetFile.path": "large.bin", "ReadFile.path": "large.bin", "ListFiles.path": "lots"}
     reads = [one for one in await asyncio.to_thread(reflected, large.stack.address) if one.name.startswith(READS)]
     answers: dict[str, list[Any]] = {}
     for method in reads:
@@ -205,10 +272,14 @@ async def test_no_list_watch_page_batch_or_delivery_is_over_its_bound(large: Lar
         answers["ExportEvents"] = [answer async for answer in cast("Any", history.ExportEvents(export))]
 
     assert not large.meters.over, "\n".join(large.meters.over)
-    assert len(reads) >= 18
+    assert len(reads) > 30
     cut = {name for name, found in answers.items() if len([one for one in found if items(one)]) > 1}
-    assert {"ListTranscript", "WatchTask", "WatchOrganization"} <= cut
-    assert {"WatchTask again", "WatchOrganization again"} <= cut
-    assert sum(one.ByteSize() for one in answers["WatchTask"]) > 2 * PART_BYTES
+    assert {"ListTranscriptEntries", "ListQueuedMessages", "ListRepositories"} <= cut
+    assert {"WatchTask", "WatchOrganization", "WatchTask again", "WatchOrganization again"} <= cut
+    assert sum(one.ByteSize() for one in answers["WatchTask"]) > 2 * PAGE_BYTES
+    [found] = answers["GetProcess"]
+    kept = found.process.output_bytes - found.process.kept_offset
+    assert sum(len(one.output.data) for one in answers["WatchProcess"]) == kept > 10 * BYTES
     for name in ("spine.v1.PushService.Push", "task.v1.TaskService.CreateTask", "sandbox.v1.SandboxService.StartTurn"):
-        assert large.meters.largest[f"branchline.internal.{name} takes"] > BYTES - 1024, dict(large.meters.largest)
+        taken = large.meters.largest[f"branchline.internal.{name} takes"]
+        assert taken > PROMPT_BYTES, dict(large.meters.largest)

@@ -63,7 +63,7 @@ async def test_grpcurl_lists_creates_and_watches_without_protos(stack: Stack) ->
     added = json.loads(
         await grpcurl(
             stack,
-            "RepositoryService/AddRepository",
+            "RepositoryService/CreateRepository",
             {"request_id": request_id(), "organization_id": stack.organization_id, "remote_url": f"file://{remote}"},
         )
     )
@@ -74,17 +74,17 @@ async def test_grpcurl_lists_creates_and_watches_without_protos(stack: Stack) ->
             {
                 "request_id": request_id(),
                 "repository_id": added["repository"]["id"],
-                "text": "write NOTE.md: hello\ncommit Add a note\npush",
+                "prompt": {"text": "write NOTE.md: hello\ncommit Add a note\npush"},
             },
         )
     )
-    await stack.until(made["task"]["id"], tasks_pb2.TASK_STATUS_IDLE, turn=1)
+    await stack.until(made["task"]["id"], activity=tasks_pb2.TASK_ACTIVITY_IDLE, turn=1)
     watched = await grpcurl(stack, "TaskService/WatchTask", {"task_id": made["task"]["id"]}, "-max-time", "3")
 
     assert "branchline.v1.TaskService" in services.split()
     assert "SERVING" in health
     assert git("show", f"{made['task']['branch']}:NOTE.md", cwd=remote) == "hello"
-    for words in ("WATCH_FRAME_KIND_RESET", "WATCH_FRAME_KIND_SYNCED", "resumeToken", "ENTITY_KIND_TRANSCRIPT_ENTRY"):
+    for words in ("FRAME_KIND_RESET", "FRAME_KIND_SYNCED", "resumeToken", "transcriptEntry"):
         assert words in watched
 
 
@@ -96,7 +96,7 @@ async def test_the_command_line_adds_creates_lists_shows_and_sends(stack: Stack)
     )
     task_id = created.split()[0]
     await branchline(stack, "task", "send", task_id, "say good night")
-    await stack.until(task_id, tasks_pb2.TASK_STATUS_IDLE, turn=2)
+    await stack.until(task_id, activity=tasks_pb2.TASK_ACTIVITY_IDLE, turn=2)
     _, listed, _ = await branchline(stack, "task", "list", "--query", "HELLO")
     _, shown, _ = await branchline(stack, "task", "show", task_id)
     _, history, _ = await branchline(stack, "history", "--task", task_id, "--json")
@@ -112,18 +112,18 @@ async def test_the_command_line_says_what_is_wrong(stack: Stack) -> None:
     code, _, errors = await branchline(stack, "task", "show", "task_x")
 
     assert code == 1
-    assert 'NOT_FOUND there is no task "task_x"' in errors
+    assert 'NOT_FOUND RESOURCE_NOT_FOUND: there is no task "task_x"' in errors
 
 
 async def test_the_command_line_shows_an_errors_details_and_no_stack(stack: Stack) -> None:
     remote = f"file://{make_remote(stack.remotes)}"
-    first, _, _ = await branchline(stack, "repo", "add", remote)
+    first, added, _ = await branchline(stack, "repo", "add", remote)
 
     code, _, errors = await branchline(stack, "repo", "add", remote)
 
     assert (first, code) == (0, 1)
-    assert "ALREADY_EXISTS" in errors
-    assert "google.rpc.ErrorInfo" in errors
+    assert "ALREADY_EXISTS REPOSITORY_EXISTS" in errors
+    assert f"repository_id: {added.split()[-1]}" in errors
     assert "Traceback" not in errors
 
 
@@ -144,13 +144,13 @@ async def test_a_task_that_is_killed_at_its_birth_leaves_no_sandbox(
     await asyncio.sleep(pause_seconds)
 
     await stack.client.tasks.KillTask(tasks_pb2.KillTaskRequest(request_id=request_id(), task_id=task.id))
-    await stack.until(task.id, tasks_pb2.TASK_STATUS_KILLED)
+    await stack.until(task.id, state=tasks_pb2.TASK_STATE_KILLED)
     await asyncio.sleep(1)  # long enough for a creation on its way to arrive
 
-    answer = await stack.client.tasks.GetTask(tasks_pb2.GetTaskRequest(task_id=task.id))
+    listed = await stack.client.tasks.ListSandboxes(tasks_pb2.ListSandboxesRequest(task_id=task.id))
     folder = stack.installation.settings.data_dir / "sandbox" / "local"
-    assert all(not (folder / sandbox.id).exists() for sandbox in answer.sandboxes)
-    assert answer.task.status == tasks_pb2.TASK_STATUS_KILLED
+    assert all(not (folder / sandbox.id).exists() for sandbox in listed.sandboxes)
+    assert (await stack.task(task.id)).state == tasks_pb2.TASK_STATE_KILLED
 
 
 @pytest.fixture

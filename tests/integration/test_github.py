@@ -9,12 +9,13 @@ from pathlib import Path
 import grpc
 import httpx
 import pytest_asyncio
-from branchline.v1 import organizations_pb2, repositories_pb2, tasks_pb2
+from branchline.v1 import organizations_pb2, repositories_pb2, sessions_pb2, tasks_pb2
 from branchline.v1.organizations_pb2 import Organization
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from tests.support.stack import GITHUB_PORT, Stack, eventually, failure, request_id
 
+MOCK = sessions_pb2.SessionOptions(agent="mock")
 SIMULATOR = Path(__file__).parents[1] / "support" / "github_simulator.mjs"
 
 
@@ -81,18 +82,18 @@ async def test_repositories_are_imported_with_branches_and_pull_requests(
     repositories = await eventually(imported)
     assert status.connection == organizations_pb2.GITHUB_CONNECTION_CONNECTED
     assert status.repository_count == 2
-    assert [one.full_name for one in repositories] == ["acme/shop", "acme/site"]
+    assert [one.display_name for one in repositories] == ["acme/shop", "acme/site"]
     assert repositories[1].default_branch == "trunk"
 
-    async def overview() -> list[repositories_pb2.BranchOverview] | None:
-        answer = await stack.client.repositories.GetRepositoryOverview(
-            repositories_pb2.GetRepositoryOverviewRequest(repository_id=repositories[0].id)
+    async def overview() -> list[repositories_pb2.Branch] | None:
+        answer = await stack.client.repositories.ListBranches(
+            repositories_pb2.ListBranchesRequest(repository_id=repositories[0].id)
         )
         return list(answer.branches) or None
 
     branches = await eventually(overview)
-    assert [(one.branch.name, one.is_default) for one in branches] == [("main", True), ("topic", False)]
-    assert all(len(one.branch.head_commit) == 40 for one in branches)
+    assert [(one.name, one.is_default) for one in branches] == [("main", True), ("topic", False)]
+    assert all(len(one.head_commit) == 40 for one in branches)
 
 
 async def test_a_task_carries_its_branchs_pull_request_while_it_is_open(stack: Stack, acme: str) -> None:  # GHD-9
@@ -114,24 +115,27 @@ async def test_a_task_carries_its_branchs_pull_request_while_it_is_open(stack: S
         answer = await stack.client.repositories.ListRepositories(
             repositories_pb2.ListRepositoriesRequest(organization_id=acme)
         )
-        return next((one.id for one in answer.repositories if one.full_name == "acme/shop"), None)
+        return next((one.id for one in answer.repositories if one.display_name == "acme/shop"), None)
 
     async def listed(*, has_pull_request: bool) -> list[str]:
         answer = await stack.client.tasks.ListTasks(
-            tasks_pb2.ListTasksRequest(organization_id=acme, has_pull_request=has_pull_request)
+            tasks_pb2.ListTasksRequest(
+                organization_id=acme, filter=tasks_pb2.TaskFilter(has_pull_request=has_pull_request)
+            )
         )
         return [task.branch for task in answer.tasks]
 
     async def branches() -> int | None:
-        answer = await stack.client.repositories.GetRepositoryOverview(
-            repositories_pb2.GetRepositoryOverviewRequest(repository_id=repository_id)
+        answer = await stack.client.repositories.ListBranches(
+            repositories_pb2.ListBranchesRequest(repository_id=repository_id)
         )
         return len(answer.branches) or None
 
     repository_id = await eventually(shop)
     await eventually(branches)
-    born_with = await stack.create_task(repository_id, branch="topic", agent="mock")
-    await stack.create_task(repository_id, branch="other", agent="mock")
+    topic, other = tasks_pb2.BranchChoice(existing_branch="topic"), tasks_pb2.BranchChoice(new_branch="other")
+    born_with = await stack.create_task(repository_id, branch=topic, session=MOCK)
+    await stack.create_task(repository_id, branch=other, session=MOCK)
     assert born_with.pull_request.number == 7
     assert await listed(has_pull_request=True) == ["topic"]
     assert await listed(has_pull_request=False) == ["other"]
@@ -155,7 +159,7 @@ async def test_a_second_sync_changes_nothing(stack: Stack, acme: str) -> None:  
         answer = await stack.client.repositories.ListRepositories(
             repositories_pb2.ListRepositoriesRequest(organization_id=acme)
         )
-        return {one.full_name for one in answer.repositories} if len(answer.repositories) >= 2 else None
+        return {one.display_name for one in answer.repositories} if len(answer.repositories) >= 2 else None
 
     assert await eventually(imported) == {"acme/shop", "acme/site"}
 
@@ -181,8 +185,7 @@ async def test_a_login_is_one_organizations_and_no_administrator_can_take_it(sta
         stack.client.organizations.UpdateOrganization(
             organizations_pb2.UpdateOrganizationRequest(
                 request_id=request_id(),
-                organization_id=other,
-                organization=Organization(github_login="acme"),
+                organization=Organization(id=other, github_login="acme"),
                 update_mask=FieldMask(paths=["github_login"]),
             )
         )

@@ -16,7 +16,6 @@ from pathlib import Path
 import psutil
 import pytest
 import pytest_asyncio
-from branchline.v1 import sandboxes_pb2
 
 from services.sandbox.agent_server import AgentServer, Unreachable
 from services.sandbox.http import Http
@@ -24,6 +23,7 @@ from services.sandbox.providers.base import Condition, ProviderError
 from services.sandbox.providers.local import LocalProvider
 from services.sandbox.providers.processes import is_root
 from tests.integration.test_local_provider import a_provider, said
+from tests.support.processes import execute
 from tests.support.stack import Stack
 
 BOTH = pytest.mark.parametrize("isolation", ["bubblewrap", *(["none"] if is_root() else [])])
@@ -312,8 +312,6 @@ async def test_a_command_of_a_task_sees_neither_the_hosts_accounts_nor_the_data(
     data_dir = stack.installation.settings.data_dir.resolve()
     script = f"cat /etc/shadow {data_dir}/signing.key {data_dir}/*/*.sqlite; kill -9 {os.getpid()}; echo still here"
 
-    answer = await stack.client.sandboxes.RunCommand(
-        sandboxes_pb2.RunCommandRequest(task_id=task.id, command=["sh", "-c", script])
-    )
+    seen = await execute(stack.client, task.id, "sh", "-c", script)
 
-    assert answer.stdout == "still here\n"
+    assert seen.stdout == "still here\n"

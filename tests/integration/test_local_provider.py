@@ -192,7 +192,7 @@ async def test_a_missing_program_and_a_missing_directory_are_told_alike(tmp_path
         for command, directory in ((["nonesuch"], "/"), (["true"], "/nonesuch")):
             with pytest.raises(Exception, match=r"nonesuch|directory|No such") as raised:
                 await run(server, command, directory, {}, 10)
-            assert getattr(raised.value, "reason", "") == "COMMAND_NOT_STARTED"
+            assert getattr(raised.value, "reason", "") == "COMMAND_FAILED"
         shell = await run(server, ["sh", "-c", "nonesuch"], "/", {}, 10)
         assert shell.end.exit_code == 127
         broken = await run(server, ["sh", "-c", "head -c 2000000 /dev/zero | tr '\\0' '\\377'"], "/", {}, 20)

@@ -8,8 +8,7 @@ from pathlib import Path
 import grpc
 import pytest
 import pytest_asyncio
-from branchline.client import Client
-from branchline.v1 import organizations_pb2, users_pb2
+from branchline.v1 import roles_pb2, users_pb2
 from branchline.v1.history_pb2 import HistoryEvent
 from branchline_internal.admin.v1 import admin_pb2
 from branchline_internal.admin.v1.admin_pb2_grpc import AdminServiceStub
@@ -23,6 +22,7 @@ from services.runtime.principal import Principal, Signer
 from services.runtime.service import OUTBOX_PART, Chassis
 from services.runtime.spine.outbox import Mark, OutboxRow
 from tests.integration.test_command_line import BIN, branchline, run
+from tests.support.client import Client
 from tests.support.stack import Stack, eventually, failure
 
 CHILD = "child"
@@ -118,9 +118,9 @@ async def test_what_is_parked_shows_in_the_health_check(parking: tuple[Parking, 
     assert await health() == health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-@pytest.mark.parametrize("role", [organizations_pb2.ROLE_ADMIN, organizations_pb2.ROLE_OWNER])
+@pytest.mark.parametrize("role", [roles_pb2.ROLE_ADMIN, roles_pb2.ROLE_OWNER])
 async def test_no_role_of_an_organization_opens_the_outbox(
-    parking: tuple[Parking, Path], role: organizations_pb2.Role.ValueType
+    parking: tuple[Parking, Path], role: roles_pb2.Role.ValueType
 ) -> None:  # item 5
     service, _ = parking
     signer = Signer(service.chassis.config.signing_key.value, "gateway")
@@ -139,25 +139,31 @@ async def test_the_gateway_knows_no_way_to_the_outbox(stack: Stack) -> None:  # 
     assert refused.code == grpc.StatusCode.UNIMPLEMENTED
 
 
-async def test_a_new_member_gets_the_first_token_from_the_operator_alone(stack: Stack) -> None:  # F32
+async def test_who_accepts_an_invitation_is_told_the_first_token_and_nobody_else(stack: Stack) -> None:  # F32
     email = "new.person@example.com"
-    _, added, _ = await branchline(stack, "member", "add", email, "--role", "viewer")
-    code, token, errors = await branchline(
+    _, invited, _ = await branchline(stack, "member", "invite", email, "--role", "viewer")
+    code = invited.split()[-1]
+    accept = ("member", "accept", code, "--name", "New Person")
+
+    done, accepted, errors = await branchline(stack, *accept)
+    again, _, refused = await branchline(stack, *accept)
+    issued, issued_token, _ = await branchline(
         stack, "token", "issue", email, "--data-dir", str(stack.installation.settings.data_dir)
     )
 
-    assert code == 0, errors
-    assert "bl_" not in added
-    async with Client(stack.address, token.strip()) as client:
-        me = await client.users.WhoAmI(users_pb2.WhoAmIRequest())
-    assert me.user.id == added.split()[-1]
-    assert [one.role for one in me.memberships] == [organizations_pb2.ROLE_VIEWER]
+    assert (done, again, issued) == (0, 1, 0), errors
+    assert "bl_" not in invited
+    assert "INVITATION_INVALID" in refused
+    for token in (accepted.split()[-1], issued_token.strip()):
+        async with Client(stack.address, token) as client:
+            me = await client.users.GetCurrentUser(users_pb2.GetCurrentUserRequest())
+        assert (me.user.email, me.user.display_name) == (email, "New Person")
+        assert [one.role for one in me.memberships] == [roles_pb2.ROLE_VIEWER]
 
 
 async def test_members_are_given_roles_and_removed(stack: Stack) -> None:  # ORG-3
-    made, added, errors = await branchline(stack, "member", "add", "moving.person@example.com")
-    assert made == 0, errors
-    user_id = added.split()[-1]
+    client, user_id = await stack.new_member()
+    await client.close()
 
     promoted, _, errors = await branchline(stack, "member", "role", user_id, "admin")
     _, listed, _ = await branchline(stack, "member", "list")

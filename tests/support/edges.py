@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from branchline.v1.common_pb2 import ENTITY_KIND_TASK
 from branchline.v1.tasks_pb2 import Task
-from branchline.v1.vocabulary_pb2 import ENTITY_KIND_TASK
 from branchline_internal.spine.v1 import push_pb2_grpc
 from sqlalchemy import MetaData, bindparam, select
 

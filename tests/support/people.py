@@ -9,21 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import grpc
-from branchline.client import Client
-from branchline.v1 import sessions_pb2, tasks_pb2
-from branchline.v1.sessions_pb2 import TranscriptEntry
+from branchline.v1 import sessions_pb2, tasks_pb2, transcripts_pb2
+from branchline.v1.common_pb2 import Consistency, Prompt
 from branchline.v1.tasks_pb2 import Task
+from branchline.v1.transcripts_pb2 import InputRequest, TranscriptEntry
 
+from tests.support.client import Client
 from tests.support.stack import eventually
 
-RESTING = frozenset(
-    {
-        tasks_pb2.TASK_STATUS_IDLE,
-        tasks_pb2.TASK_STATUS_ERROR,
-        tasks_pb2.TASK_STATUS_ARCHIVED,
-        tasks_pb2.TASK_STATUS_KILLED,
-    }
-)
+RESTING = frozenset({tasks_pb2.TASK_STATE_FAILED, tasks_pb2.TASK_STATE_ARCHIVED, tasks_pb2.TASK_STATE_KILLED})
+RESTING_ACTIVITIES = frozenset({tasks_pb2.TASK_ACTIVITY_IDLE, tasks_pb2.TASK_ACTIVITY_FAILED})
 _PASSES = frozenset(
     {
         grpc.StatusCode.UNAVAILABLE,
@@ -57,9 +52,12 @@ class Promise:
 
     task_id: str
     session_id: str
-    entry_id: str
+    message_id: str
+    """Of the entry in the transcript, or of the message that waited."""
     words: list[str]
     undisturbed: bool
+    droppable: bool = False
+    """Whether its task was ended or its session closed since, which drops what still waits."""
 
 
 @dataclass
@@ -67,6 +65,7 @@ class Person:
     """Works on one task after another."""
 
     client: Client
+    organization_id: str
     repository_id: str
     chance: random.Random
     numbers: "itertools.count[int]"
@@ -92,7 +91,10 @@ class Person:
 
     async def _create(self) -> Task:
         request = tasks_pb2.CreateTaskRequest(
-            request_id=uuid.uuid4().hex, repository_id=self.repository_id, text="say hello", hold_prompt=True
+            request_id=str(uuid.uuid4()),
+            repository_id=self.repository_id,
+            prompt=Prompt(text="say hello"),
+            hold_prompt=True,
         )
         made = await self._twice(self.client.tasks.CreateTask, request)
         assert made is not None
@@ -112,15 +114,17 @@ class Person:
 
     async def _close(self, task: Task) -> None:
         """Close the session and open it again."""
-        which = {"task_id": task.id, "session_id": task.sessions[0].id}
-        closing = sessions_pb2.CloseSessionRequest(request_id=uuid.uuid4().hex, **which)
-        await self._twice(self.client.sessions.CloseSession, closing)
-        opening = sessions_pb2.ReopenSessionRequest(request_id=uuid.uuid4().hex, **which)
+        which = {"task_id": task.id, "session_id": await self._first(task)}
+        closing = sessions_pb2.CloseSessionRequest(request_id=str(uuid.uuid4()), **which)
+        if await self._twice(self.client.sessions.CloseSession, closing) is not None:
+            for promise in self.promises:
+                promise.droppable = promise.droppable or promise.session_id == closing.session_id
+        opening = sessions_pb2.ReopenSessionRequest(request_id=str(uuid.uuid4()), **which)
         await self._twice(self.client.sessions.ReopenSession, opening)
 
     async def _second(self, task: Task) -> None:
         """Open another session and have it say something while the first one does."""
-        request = sessions_pb2.CreateSessionRequest(request_id=uuid.uuid4().hex, task_id=task.id)
+        request = sessions_pb2.CreateSessionRequest(request_id=str(uuid.uuid4()), task_id=task.id)
         made = await self._twice(self.client.sessions.CreateSession, request)
         if made is not None:
             await self._send(task, _say_all, undisturbed=True)
@@ -130,25 +134,25 @@ class Person:
         promise = await self._send(task, lambda words: f"say {words[0]}\nask May I?\nsay {' '.join(words[1:])}")
         if promise is None:
             return
-        entry = await self._question(promise)
-        if entry is None:
+        question = await self._question(promise)
+        if question is None:
             return
         await asyncio.sleep(self.chance.uniform(0, 1))
         if self.chance.random() < 0.5:
             await self._cancel(task)
             return
-        request = sessions_pb2.AnswerPermissionRequest(
-            request_id=uuid.uuid4().hex,
+        request = sessions_pb2.AnswerInputRequestRequest(
+            request_id=str(uuid.uuid4()),
             task_id=task.id,
-            session_id=promise.session_id,
-            entry_id=entry.id,
-            option_id=self.chance.choice(("allow", "reject")),
+            input_request_id=question.id,
+            answer=transcripts_pb2.InputAnswer(option_id=self.chance.choice(("allow", "reject"))),
         )
-        await self._twice(self.client.sessions.AnswerPermission, request)
+        await self._twice(self.client.sessions.AnswerInputRequest, request)
 
     async def _cancel(self, task: Task) -> None:
+        session = (await sessions(self.client, task.id))[0]
         request = sessions_pb2.CancelTurnRequest(
-            request_id=uuid.uuid4().hex, task_id=task.id, session_id=task.sessions[0].id
+            request_id=str(uuid.uuid4()), task_id=task.id, session_id=session.id, turn=session.turn
         )
         await self._twice(self.client.sessions.CancelTurn, request)
 
@@ -156,7 +160,8 @@ class Person:
         """Archive or kill the task, whatever it is doing."""
         for promise in self.promises:
             promise.undisturbed = promise.undisturbed and promise.task_id != task.id
-        number = uuid.uuid4().hex
+            promise.droppable = promise.droppable or promise.task_id == task.id
+        number = str(uuid.uuid4())
         if self.chance.random() < 0.5:
             archive = tasks_pb2.ArchiveTaskRequest(request_id=number, task_id=task.id)
             await self._twice(self.client.tasks.ArchiveTask, archive)
@@ -174,52 +179,62 @@ class Person:
         number = next(self.numbers)
         words = [f"m{number}w{place}" for place in range(8)]
         request = sessions_pb2.SendMessageRequest(
-            request_id=uuid.uuid4().hex,
+            request_id=str(uuid.uuid4()),
             task_id=task.id,
-            session_id=session_id or task.sessions[0].id,
-            text=script(words),
-            queue=True,
+            session_id=session_id or await self._first(task),
+            prompt=Prompt(text=script(words)),
+            when_busy=sessions_pb2.WHEN_BUSY_QUEUE,
         )
         answer = await self._twice(self.client.sessions.SendMessage, request)
         if answer is None:
             return None
-        promise = Promise(task.id, request.session_id, answer.entry.id, words, undisturbed)
+        message_id = answer.entry.id or answer.queued_message.id
+        promise = Promise(task.id, request.session_id, message_id, words, undisturbed)
         self.promises.append(promise)
         return promise
 
-    async def _question(self, promise: Promise) -> TranscriptEntry | None:
-        """Return the question once it is asked; None if the turn is over before."""
-        kind = sessions_pb2.TRANSCRIPT_ENTRY_KIND_PERMISSION
+    async def _first(self, task: Task) -> str:
+        """Return the id of a task's first session."""
+        return (await sessions(self.client, task.id))[0].id
 
-        async def look() -> list[TranscriptEntry] | None:
-            entries = await transcript(self.client, promise.task_id, promise.session_id)
-            asked = [entry for entry in entries if entry.kind == kind and entry.streaming]
-            token = self.tokens.get(promise.task_id, "")
-            over = (await get_task(self.client, promise.task_id, token)).task.status in RESTING
-            return asked or ([TranscriptEntry()] if over else None)
+    async def _question(self, promise: Promise) -> InputRequest | None:
+        """Return the question once it is asked; None if the turn is over before."""
+        pending = transcripts_pb2.INPUT_REQUEST_STATE_PENDING
+        fresh = Consistency(at_least_as_fresh=[self.tokens.get(promise.task_id, "")])
+
+        async def look() -> list[InputRequest] | None:
+            request = sessions_pb2.ListInputRequestsRequest(
+                organization_id=self.organization_id, task_ids=[promise.task_id]
+            )
+            answer = await insist(lambda: self.client.sessions.ListInputRequests(request, timeout=5))
+            assert answer is not None
+            asked = [one for one in answer.input_requests if one.state == pending]
+            over = rests(await get_task(self.client, promise.task_id, fresh))
+            return asked or ([InputRequest()] if over else None)
 
         try:
-            (entry, *_) = await eventually(look, _REST_SECONDS)
+            (question, *_) = await eventually(look, _REST_SECONDS)
         except TimeoutError:
             self.stuck.append(f"no question in {promise.task_id}")
             return None
-        return entry if entry.id else None
+        return question if question.id else None
 
     async def _rest(self, task_id: str) -> bool:
         """Wait until the task rests; provision it anew if it must be. Return whether it takes messages."""
 
         async def look() -> Task | None:
-            task = (await get_task(self.client, task_id, self.tokens.get(task_id, ""))).task
-            return task if task.status in RESTING else None
+            fresh = Consistency(at_least_as_fresh=[self.tokens.get(task_id, "")])
+            task = await get_task(self.client, task_id, fresh)
+            return task if rests(task) else None
 
         try:
             task = await eventually(look, _REST_SECONDS)
         except TimeoutError:
-            self.stuck.append(f"does not come to rest: {(await get_task(self.client, task_id)).task}")
+            self.stuck.append(f"does not come to rest: {await get_task(self.client, task_id)}")
             return False
-        if task.status == tasks_pb2.TASK_STATUS_ERROR and self.chance.random() < 0.5:
-            request = tasks_pb2.RetryTaskRequest(request_id=uuid.uuid4().hex, task_id=task_id)
-            if await self._twice(self.client.tasks.RetryTask, request) is not None:
+        if task.state == tasks_pb2.TASK_STATE_FAILED and self.chance.random() < 0.5:
+            request = tasks_pb2.RetryProvisioningRequest(request_id=str(uuid.uuid4()), task_id=task_id)
+            if await self._twice(self.client.tasks.RetryProvisioning, request) is not None:
                 return await self._rest(task_id)
         return True
 
@@ -247,19 +262,31 @@ def _say_all(words: list[str]) -> str:
     return "\n".join(f"say {word}\nwait 0.1" for word in words)
 
 
-async def get_task(client: Client, task_id: str, consistency_token: str = "") -> tasks_pb2.GetTaskResponse:
-    request = tasks_pb2.GetTaskRequest(task_id=task_id, consistency_token=consistency_token)
+def rests(task: Task) -> bool:
+    """Say whether nothing is under way in a task."""
+    return task.state in RESTING or task.activity in RESTING_ACTIVITIES
+
+
+async def get_task(client: Client, task_id: str, consistency: Consistency | None = None) -> Task:
+    request = tasks_pb2.GetTaskRequest(task_id=task_id, consistency=consistency)
     answer = await insist(lambda: client.tasks.GetTask(request, timeout=5))
     assert answer is not None
-    return answer
+    return answer.task
+
+
+async def sessions(client: Client, task_id: str) -> list[sessions_pb2.Session]:
+    request = sessions_pb2.ListSessionsRequest(task_id=task_id, page_size=1000)
+    answer = await insist(lambda: client.sessions.ListSessions(request, timeout=5))
+    assert answer is not None
+    return list(answer.sessions)
 
 
 async def transcript(client: Client, task_id: str, session_id: str) -> list[TranscriptEntry]:
     """Return the whole transcript of a session."""
     entries: list[TranscriptEntry] = []
-    request = sessions_pb2.ListTranscriptRequest(task_id=task_id, session_id=session_id, page_size=1000)
+    request = sessions_pb2.ListTranscriptEntriesRequest(task_id=task_id, session_id=session_id, page_size=1000)
     while True:
-        answer = await insist(lambda: client.sessions.ListTranscript(request, timeout=5))
+        answer = await insist(lambda: client.sessions.ListTranscriptEntries(request, timeout=5))
         assert answer is not None
         entries += answer.entries
         request.page_token = answer.next_page_token

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import grpc
 import psutil
-from branchline.client import Client
 from branchline.v1 import users_pb2
 
 from cli.installation import SERVICES, scripted_agents, socket_folder
 from services.sandbox.providers.ports import free_port
-from tests.support.stack import eventually
+from tests.support.client import Client
+from tests.support.stack import DEADLINE_SECONDS, eventually
 
 PROGRAM = Path(sys.executable).with_name("branchline")
 
@@ -31,15 +31,15 @@ class Processes:
     address: str
     running: dict[str, asyncio.subprocess.Process] = field(default_factory=dict[str, asyncio.subprocess.Process])
 
-    async def start(self, name: str, *arguments: str) -> None:
-        """Start a command in a session of its own."""
+    async def start(self, name: str, *arguments: str, kill_at: str = "") -> None:
+        """Start a command in a session of its own; have it killed at a moment."""
         log = (self.folder / f"{name}.log").open("ab")
         self.running[name] = await asyncio.create_subprocess_exec(
             str(PROGRAM),
             *arguments,
             "--data-dir",
             str(self.folder / "data"),
-            env={**os.environ, **self.environment},
+            env={**os.environ, **self.environment, "TEST_KILL_AT": kill_at},
             stdin=asyncio.subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -52,6 +52,11 @@ class Processes:
         process = self.running.pop(name)
         process.kill()
         await process.wait()
+
+    async def killed(self, name: str) -> None:
+        """Wait until a process was killed at its moment."""
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            assert await self.running.pop(name).wait() == -signal.SIGKILL
 
     async def stop(self) -> None:
         """Stop all, politely and then not."""
@@ -79,6 +84,16 @@ class Processes:
                 continue
         return found
 
+    def agents(self) -> set[int]:
+        """Return the agents that run in this installation's sandboxes, their launchers not counted."""
+        found: set[int] = set()
+        for process in self.sandbox_processes():
+            with contextlib.suppress(psutil.Error):
+                command = process.cmdline()
+                if "scripted-agent" in " ".join(command) and "mock-acp" not in command[-1]:
+                    found.add(process.pid)
+        return found
+
     def kill_sandboxes(self) -> None:
         """Kill every sandbox with SIGKILL."""
         processes = self.sandbox_processes()
@@ -97,7 +112,7 @@ class Processes:
                 return None
             client = Client(self.address, known)
             try:
-                me = await client.users.WhoAmI(users_pb2.WhoAmIRequest(), timeout=5)
+                me = await client.users.GetCurrentUser(users_pb2.GetCurrentUserRequest(), timeout=5)
             except grpc.aio.AioRpcError:  # not up yet
                 await client.close()
                 return None

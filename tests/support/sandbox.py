@@ -14,12 +14,17 @@ from typing import Any, TypeVar
 
 import grpc
 import psutil
-from branchline.v1 import sessions_pb2
+import scripted_agent
+from branchline.v1 import files_pb2_grpc, sessions_pb2
+from branchline.v1 import transcripts_pb2 as transcripts
+from branchline.v1.common_pb2 import Actor, BlobReference, Prompt
+from branchline.v1.processes_pb2 import Process
 from branchline.v1.sandboxes_pb2 import Sandbox
-from branchline.v1.sessions_pb2 import TranscriptEntry
+from branchline.v1.transcripts_pb2 import InputAnswer, InputRequest, TranscriptEntry
 from branchline_internal.sandbox.v1 import sandbox_pb2, sandbox_pb2_grpc
-from branchline_internal.sandbox.v1.sandbox_pb2 import AgentSession
+from branchline_internal.sandbox.v1.sandbox_pb2 import AgentReport, AgentSession
 from branchline_internal.spine.v1 import push_pb2, push_pb2_grpc
+from branchline_internal.task.v1 import task_pb2, task_pb2_grpc
 
 from cli.installation import python_paths
 from services.runtime.client import open_channel
@@ -52,8 +57,38 @@ async def eventually(look: Callable[[], T | None], what: Callable[[], Any] = lam
 
 
 @dataclass
+class BlobKeeper(task_pb2_grpc.TaskServiceServicer):
+    """Keeps blobs, as the task would have the organization do."""
+
+    blobs: dict[str, tuple[BlobReference, bytes]] = field(default_factory=dict[str, tuple[BlobReference, bytes]])
+    refusing: bool = False
+
+    def add(self, data: bytes, display_name: str, media_type: str) -> BlobReference:
+        """Keep bytes."""
+        blob_id = f"blob_{len(self.blobs) + 1}"
+        blob = BlobReference(blob_id=blob_id, display_name=display_name, media_type=media_type, size_bytes=len(data))
+        self.blobs[blob_id] = blob, data
+        return blob
+
+    async def FetchBlob(self, request: task_pb2.FetchBlobRequest, context: Any) -> task_pb2.FetchBlobResponse:
+        data = self.blobs[request.blob_id][1][request.offset :]
+        return task_pb2.FetchBlobResponse(data=data[: 1024 * 1024])
+
+    async def StoreBlob(self, request: task_pb2.StoreBlobRequest, context: Any) -> task_pb2.StoreBlobResponse:
+        if self.refusing:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the quota is used up")
+        blob = self.add(request.data, request.display_name, request.media_type)
+        return task_pb2.StoreBlobResponse(blob=blob)
+
+
+@dataclass
 class Coordinator(push_pb2_grpc.PushServiceServicer):
     """Takes what the service pushes, as the task would: the newest state of each, and how the sessions went."""
+
+    keeper: BlobKeeper = field(default_factory=BlobKeeper)
+    requests: dict[str, InputRequest] = field(default_factory=dict[str, InputRequest])
+    processes: dict[str, Process] = field(default_factory=dict[str, Process])
+    reports: list[AgentReport] = field(default_factory=list[AgentReport])
 
     entries: dict[str, TranscriptEntry] = field(default_factory=dict[str, TranscriptEntry])
     sessions: list[AgentSession] = field(default_factory=list[AgentSession])
@@ -77,24 +112,34 @@ class Coordinator(push_pb2_grpc.PushServiceServicer):
             self.entries[entry.id] = TranscriptEntry.FromString(entry.state.value)
         elif entry.state.Is(AgentSession.DESCRIPTOR):
             self.sessions.append(AgentSession.FromString(entry.state.value))
+        elif entry.state.Is(InputRequest.DESCRIPTOR):
+            self.requests[entry.id] = InputRequest.FromString(entry.state.value)
+        elif entry.state.Is(AgentReport.DESCRIPTOR):
+            self.reports.append(AgentReport.FromString(entry.state.value))
+        elif entry.state.Is(Process.DESCRIPTOR):
+            self.processes[entry.id] = Process.FromString(entry.state.value)
         else:
             self.sandboxes.append(Sandbox.FromString(entry.state.value))
 
     def ended(self, turn: int, session: str = SESSION) -> AgentSession | None:
         """Return how a turn ended, if it did."""
-        over = (sessions_pb2.SESSION_STATUS_IDLE, sessions_pb2.SESSION_STATUS_ERROR, sessions_pb2.SESSION_STATUS_CLOSED)
+        over = (sessions_pb2.SESSION_STATE_IDLE, sessions_pb2.SESSION_STATE_FAILED, sessions_pb2.SESSION_STATE_CLOSED)
         found = [state for state in self.sessions if state.session_id == session]
-        return next((state for state in found if state.turn == turn and state.status in over), None)
+        return next((state for state in found if state.turn == turn and state.state in over), None)
 
     def said(self, session: str = SESSION) -> str:
         """Return all that the agent said, in order."""
-        kind = sessions_pb2.TRANSCRIPT_ENTRY_KIND_AGENT_MESSAGE
-        found = [entry for entry in self.entries.values() if entry.session_id == session and entry.kind == kind]
-        return "".join(entry.text for entry in sorted(found, key=lambda entry: int(entry.id.rpartition("_")[2])))
+        found = [entry.agent_message.text for entry in self.shown("agent_message") if entry.session_id == session]
+        return "".join(found)
 
-    def states(self) -> list[str]:
-        """Return the states of entries of the transcript."""
-        return [entry.state for entry in self.entries.values() if entry.state]
+    def shown(self, content: str) -> list[TranscriptEntry]:
+        """Return the entries with one kind of content, in order."""
+        found = [entry for entry in self.entries.values() if entry.WhichOneof("content") == content]
+        return sorted(found, key=lambda entry: int(entry.id.rpartition("_")[2]))
+
+    def stop_reasons(self) -> list[int]:
+        """Return why turns ended, as the transcript says."""
+        return [entry.turn_end.reason for entry in self.shown("turn_end")]
 
 
 @dataclass
@@ -105,11 +150,12 @@ class Room:
     options: dict[str, Any]
     coordinator: Coordinator
     stub: Any
+    files: Any
     process: asyncio.subprocess.Process | None = None
 
     async def start(self, kill_at: str = "") -> None:
         """Start the service; have it killed at a moment."""
-        environment = {**os.environ, "BRANCHLINE_KILL_AT": kill_at, "GRPC_ENABLE_FORK_SUPPORT": "0"}
+        environment = {**os.environ, "TEST_KILL_AT": kill_at, "GRPC_ENABLE_FORK_SUPPORT": "0"}
         with (self.folder / "service.log").open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "tests.support.sandbox", str(self.folder), json.dumps(self.options)),
@@ -152,7 +198,7 @@ class Room:
     def log(self) -> str:
         return (self.folder / "service.log").read_text()[-6000:]
 
-    async def open(self, session: str = SESSION) -> None:
+    async def open(self, session: str = SESSION, mode: str = "") -> None:
         """Make the sandbox with a git repository in it, and open a session."""
         await self.stub.CreateSandbox(
             sandbox_pb2.CreateSandboxRequest(sandbox_id=SANDBOX, task_id=TASK, provider="local"), timeout=60
@@ -164,7 +210,9 @@ class Room:
         made = await self.execute(script)
         assert made.exit_code == 0, made.stderr
         await self.stub.OpenSession(
-            sandbox_pb2.OpenSessionRequest(sandbox_id=SANDBOX, session_id=session, agent="mock", model="swift"),
+            sandbox_pb2.OpenSessionRequest(
+                sandbox_id=SANDBOX, session_id=session, agent="mock", model="swift", mode=mode
+            ),
             timeout=60,
         )
 
@@ -173,7 +221,12 @@ class Room:
         return await self.stub.Execute(request, timeout=60)
 
     async def prompt(self, turn: int, text: str, session: str = SESSION) -> None:
-        await self.stub.StartTurn(sandbox_pb2.StartTurnRequest(session_id=session, turn=turn, text=text), timeout=30)
+        await self.give(turn, Prompt(text=text), session)
+
+    async def give(self, turn: int, prompt: Prompt, session: str = SESSION) -> None:
+        """Begin a turn."""
+        request = sandbox_pb2.StartTurnRequest(session_id=session, turn=turn, prompt=prompt)
+        await self.stub.StartTurn(request, timeout=30)
 
     async def cancel(self, turn: int) -> None:
         await self.stub.CancelTurn(sandbox_pb2.CancelTurnRequest(session_id=SESSION, turn=turn), timeout=30)
@@ -189,18 +242,20 @@ class Room:
     async def until_said(self, words: str) -> None:
         await eventually(lambda: words in self.coordinator.said(), self.log)
 
-    async def answer(self, entry_id: str, option_id: str) -> None:
-        request = sandbox_pb2.AnswerPermissionRequest(
-            session_id=SESSION, entry_id=entry_id, option_id=option_id, user_id="usr_1"
-        )
-        await self.stub.AnswerPermission(request, timeout=30)
+    async def answer(self, request_id: str, option_id: str) -> None:
+        await self.answer_with(request_id, InputAnswer(option_id=option_id))
 
-    async def question(self) -> TranscriptEntry:
-        """Wait for a request for permission."""
-        entries = self.coordinator.entries
+    async def answer_with(self, request_id: str, answer: InputAnswer) -> None:
+        request = sandbox_pb2.AnswerInputRequest(
+            session_id=SESSION, input_request_id=request_id, answer=answer, answered_by=Actor(user_id="usr_1")
+        )
+        await self.stub.AnswerInput(request, timeout=30)
+
+    async def question(self, after: str = "") -> InputRequest:
+        """Wait for something that the agent waits for, asked after another."""
+        requests, pending = self.coordinator.requests, transcripts.INPUT_REQUEST_STATE_PENDING
         return await eventually(
-            lambda: next((entry for entry in entries.values() if entry.state == "pending" and entry.options), None),
-            self.log,
+            lambda: next((one for one in requests.values() if one.state == pending and one.id > after), None), self.log
         )
 
     async def file(self, path: str) -> str:
@@ -230,9 +285,10 @@ class Room:
 def config(folder: Path, options: dict[str, Any]) -> SandboxConfig:
     """Return the service's configuration."""
     program = Path(sys.executable).with_name("branchline-scripted-agent")
+    source = Path(scripted_agent.__file__).parents[1]
     local = {
         "sandbox_agent": AGENT_SERVER,
-        "agents": {"mock": [str(program)]},
+        "agents": {"mock": ["env", f"PYTHONPATH={source}", str(program)]},
         "readable_paths": python_paths(),
         **options.get("local", {}),
     }
@@ -255,11 +311,14 @@ async def sandbox_room(folder: Path, **options: Any) -> AsyncGenerator[Room, Non
     coordinator = Coordinator()
     server = grpc.aio.server()
     push_pb2_grpc.add_PushServiceServicer_to_server(coordinator, server)
+    task_pb2_grpc.add_TaskServiceServicer_to_server(coordinator.keeper, server)
     server.add_insecure_port(f"unix:{folder}/task.sock")
     await server.start()
     bind_principal(Principal(service="task", organization_id="org_1"))
     channel = open_channel(f"unix:{folder}/sandbox.sock", Signer(KEY, "task"))
-    room = Room(folder, options, coordinator, sandbox_pb2_grpc.SandboxServiceStub(channel))  # pyright: ignore
+    speaking: Any = channel
+    stubs = (sandbox_pb2_grpc.SandboxServiceStub(speaking), files_pb2_grpc.FileServiceStub(speaking))
+    room = Room(folder, options, coordinator, *stubs)
     try:
         yield room
     finally:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
-from branchline.client import Client
-from branchline.v1 import organizations_pb2, repositories_pb2, sessions_pb2, tasks_pb2
-from branchline.v1.sessions_pb2 import Attachment, TranscriptEntry
-from branchline.v1.tasks_pb2 import Task
+from branchline.v1 import organizations_pb2, repositories_pb2, roles_pb2, sessions_pb2, tasks_pb2
+from branchline.v1.common_pb2 import Attachment, Prompt
+from branchline.v1.sessions_pb2 import WHEN_BUSY_QUEUE, SendMessageResponse, Session, WhenBusy
+from branchline.v1.tasks_pb2 import TASK_ACTIVITY_IDLE, Task
+from branchline.v1.transcripts_pb2 import TranscriptEntry
 from branchline_internal.organization.v1 import organization_pb2 as internal_organization_pb2
 from branchline_internal.organization.v1.organization_pb2_grpc import OrganizationServiceStub
 from google.rpc import error_details_pb2
@@ -24,8 +25,10 @@ from cli.installation import Installation, local_installation, scripted_agents
 from cli.settings import Addresses, Settings
 from cli.up import bootstrap, everything
 from services.runtime.errors import detail_of
+from services.runtime.principal import bind_principal
 from services.runtime.service import Service
 from services.sandbox.providers.ports import free_port
+from tests.support.client import Client
 
 DEADLINE_SECONDS = 60.0
 
@@ -37,7 +40,7 @@ T = TypeVar("T")
 
 
 def request_id() -> str:
-    return uuid.uuid4().hex
+    return str(uuid.uuid4())
 
 
 async def eventually(look: Callable[[], Awaitable[T | None]], seconds: float = DEADLINE_SECONDS) -> T:
@@ -87,34 +90,53 @@ class Stack:
 
     async def add_repository(self, remote: Path | None = None, url: str = "") -> str:
         remote_url = url or f"file://{remote or make_remote(self.remotes)}"
-        answer = await self.client.repositories.AddRepository(
-            repositories_pb2.AddRepositoryRequest(
+        answer = await self.client.repositories.CreateRepository(
+            repositories_pb2.CreateRepositoryRequest(
                 request_id=request_id(), organization_id=self.organization_id, remote_url=remote_url
             )
         )
         return answer.repository.id
 
     async def create_task(self, repository_id: str, text: str = "say hello", **fields: Any) -> Task:
-        answer = await self.client.tasks.CreateTask(
-            tasks_pb2.CreateTaskRequest(request_id=request_id(), repository_id=repository_id, text=text, **fields)
+        request = tasks_pb2.CreateTaskRequest(
+            request_id=request_id(), repository_id=repository_id, prompt=Prompt(text=text), **fields
         )
-        return answer.task
+        return (await self.client.tasks.CreateTask(request)).task
 
     async def ready_task(self, repository_id: str = "", **fields: Any) -> Task:
-        """Create a task and wait until it is idle, its text unsent."""
+        """Create a task and wait until it is idle, its prompt unsent."""
         task = await self.create_task(repository_id or await self.add_repository(), hold_prompt=True, **fields)
-        return await self.until(task.id, tasks_pb2.TASK_STATUS_IDLE)
+        return await self.until(task.id, activity=TASK_ACTIVITY_IDLE)
 
     async def task(self, task_id: str) -> Task:
         return (await self.client.tasks.GetTask(tasks_pb2.GetTaskRequest(task_id=task_id))).task
 
-    async def until(self, task_id: str, *statuses: int, turn: int = 0) -> Task:
-        """Wait until the task stands in one of the statuses, and its first session has had so many turns."""
+    async def sessions(self, task_id: str) -> list[Session]:
+        """Return a task's sessions, oldest first."""
+        request = sessions_pb2.ListSessionsRequest(task_id=task_id, page_size=1000)
+        return list((await self.client.sessions.ListSessions(request)).sessions)
+
+    async def session(self, task_id: str, session_id: str = "") -> Session:
+        """Return a session of a task: the first if none is named."""
+        found = await self.sessions(task_id)
+        return next(one for one in found if session_id in ("", one.id))
+
+    async def until(
+        self,
+        task_id: str,
+        *,
+        state: tasks_pb2.TaskState.ValueType = tasks_pb2.TASK_STATE_ACTIVE,
+        activity: tasks_pb2.TaskActivity.ValueType = tasks_pb2.TASK_ACTIVITY_UNSPECIFIED,
+        turn: int = 0,
+    ) -> Task:
+        """Wait until the task is in a state, with an activity if one is given, its first session so many turns old."""
 
         async def look() -> Task | None:
-            answer = await self.client.tasks.GetTask(tasks_pb2.GetTaskRequest(task_id=task_id))
-            turns = answer.sessions[0].turn if answer.sessions else 0
-            return answer.task if answer.task.status in statuses and turns >= turn else None
+            if turn and (await self.session(task_id)).turn < turn:  # it is told no later than the task
+                return None
+            task = await self.task(task_id)
+            active = activity in (tasks_pb2.TASK_ACTIVITY_UNSPECIFIED, task.activity)
+            return task if task.state == state and active else None
 
         try:
             return await eventually(look)
@@ -126,45 +148,46 @@ class Stack:
         task: Task,
         text: str,
         *,
-        queue: bool = False,
+        when_busy: WhenBusy.ValueType = WHEN_BUSY_QUEUE,
         session_id: str = "",
         attachments: Sequence[Attachment] = (),
-    ) -> TranscriptEntry:
-        answer = await self.client.sessions.SendMessage(
-            sessions_pb2.SendMessageRequest(
-                request_id=request_id(),
-                task_id=task.id,
-                session_id=session_id or task.sessions[0].id,
-                text=text,
-                queue=queue,
-                attachments=attachments,
-            )
+    ) -> SendMessageResponse:
+        """Send a message to a session, to the first if none is named."""
+        request = sessions_pb2.SendMessageRequest(
+            request_id=request_id(),
+            task_id=task.id,
+            session_id=session_id or (await self.session(task.id)).id,
+            prompt=Prompt(text=text, attachments=attachments),
+            when_busy=when_busy,
         )
-        return answer.entry
+        return await self.client.sessions.SendMessage(request)
 
     async def transcript(self, task: Task, session_id: str = "") -> list[TranscriptEntry]:
-        answer = await self.client.sessions.ListTranscript(
-            sessions_pb2.ListTranscriptRequest(
-                task_id=task.id, session_id=session_id or task.sessions[0].id, page_size=1000
-            )
+        request = sessions_pb2.ListTranscriptEntriesRequest(
+            task_id=task.id, session_id=session_id or (await self.session(task.id)).id, page_size=1000
         )
-        return list(answer.entries)
+        return list((await self.client.sessions.ListTranscriptEntries(request)).entries)
 
     async def new_member(
-        self, role: organizations_pb2.Role.ValueType = organizations_pb2.ROLE_MEMBER, organization_id: str = ""
+        self, role: roles_pb2.Role.ValueType = roles_pb2.ROLE_MEMBER, organization_id: str = ""
     ) -> tuple[Client, str]:
-        """Add a member; return a client of theirs and their user id."""
+        """Invite somebody who accepts; return a client of theirs and their user id."""
         email = f"{uuid.uuid4().hex}@example.com"
-        answer = await self.client.organizations.AddMember(
-            organizations_pb2.AddMemberRequest(
+        invited = await self.client.organizations.InviteMember(
+            organizations_pb2.InviteMemberRequest(
                 request_id=request_id(),
                 organization_id=organization_id or self.organization_id,
                 email=email,
-                display_name="Someone",
                 role=role,
             )
         )
-        return Client(self.address, await self.issue_token(email)), answer.member.user_id
+        async with Client(self.address) as newcomer:
+            accepted = await newcomer.organizations.AcceptInvitation(
+                organizations_pb2.AcceptInvitationRequest(
+                    request_id=request_id(), code=invited.code, display_name="Someone", email=email
+                )
+            )
+        return Client(self.address, accepted.secret), accepted.member.user_id
 
     async def issue_token(self, email: str) -> str:
         """Make a token for a person, as the operator."""
@@ -193,6 +216,7 @@ class Stack:
 @asynccontextmanager
 async def running_stack(folder: Path, **settings: Any) -> AsyncGenerator[Stack, None]:
     """Run an installation with its data in a folder. `settings` are sections, such as `task={...}`."""
+    bind_principal(None)  # other tests of this process may have bound one: the operator's calls are the operator's
     remotes = folder / "remotes"
     remotes.mkdir(parents=True, exist_ok=True)
     sections: dict[str, dict[str, Any]] = {

@@ -4,13 +4,13 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
-from branchline.v1 import watches_pb2
-from branchline.v1.vocabulary_pb2 import EntityKind
-from branchline.v1.watches_pb2 import WatchFrame
+from branchline.v1.watches_pb2 import CHANGE_TYPE_UPSERTED, FRAME_KIND_RESET, FRAME_KIND_SYNCED
+from branchline.views import identity
 
-Key = tuple[EntityKind.ValueType, str]
+Key = tuple[str, str]
+"""The field of the change, and the entity's id."""
 
 
 @dataclass
@@ -18,8 +18,8 @@ class View:
     """What one watcher knows; it is open until it is closed, through whatever happens."""
 
     name: str
-    frames: AsyncIterator[WatchFrame]
-    held: dict[Key, tuple[int, bytes]] = field(default_factory=dict[Key, tuple[int, bytes]])
+    frames: AsyncIterator[Any]
+    held: dict[Key, Any] = field(default_factory=dict[Key, Any])
     resets: int = 0
     synced: bool = False
     _following: asyncio.Task[None] | None = None
@@ -36,25 +36,28 @@ class View:
         with suppress(asyncio.CancelledError):
             await self._following
 
-    def of(self, kind: EntityKind.ValueType) -> dict[str, bytes]:
-        """Return what is held of a kind, by id."""
-        return {key[1]: payload for key, (_, payload) in self.held.items() if key[0] == kind}
+    def of(self, field: str) -> dict[str, Any]:
+        """Return what is held in a field of the change, by id."""
+        return {key[1]: entity for key, entity in self.held.items() if key[0] == field}
 
     async def _follow(self) -> None:
-        async for frame in self.frames:
-            self.take(frame)
+        async for response in self.frames:
+            self.take(response)
 
-    def take(self, frame: WatchFrame) -> None:
+    def take(self, response: Any) -> None:
         """Apply a frame. Fail if it brings an older state than one that is held."""
-        if frame.kind == watches_pb2.WATCH_FRAME_KIND_RESET:
+        if response.header.kind == FRAME_KIND_RESET:
             self.held.clear()
             self.resets += 1
-        self.synced = self.synced or frame.kind == watches_pb2.WATCH_FRAME_KIND_SYNCED
-        for change in frame.changes:
-            key = (change.kind, change.id)
-            held = self.held.get(key)
-            assert held is None or held[0] <= change.revision, f"{self.name}: {change.id} went back"
-            if change.deleted:
+        self.synced = self.synced or response.header.kind == FRAME_KIND_SYNCED
+        for change in response.changes:
+            name = change.WhichOneof("entity")
+            entity = getattr(change, name)
+            key = (name, identity(entity))
+            if change.type != CHANGE_TYPE_UPSERTED:
                 self.held.pop(key, None)
-            else:
-                self.held[key] = (change.revision, change.resource.value)
+                continue
+            held = self.held.get(key)
+            revision = getattr(entity, "revision", 1)
+            assert held is None or getattr(held, "revision", 1) <= revision, f"{self.name}: {key} went back"
+            self.held[key] = entity

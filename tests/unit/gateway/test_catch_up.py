@@ -9,24 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from branchline.v1.watches_pb2 import WATCH_FRAME_KIND_SYNCED as SYNCED
+from branchline.v1.organizations_pb2 import WatchOrganizationResponse
+from branchline.v1.watches_pb2 import FRAME_KIND_SYNCED as SYNCED
 from branchline_internal.spine.v1.push_pb2 import WatchSelection
 
 from gateway import replica as replicas
+from gateway.frames import FrameWriter
 from gateway.replica import Replica
 from gateway.replica import View as Source
 from services.runtime.database import Database, open_database
 from services.runtime.errors import Unavailable
 from services.runtime.spine.index import Index
-from services.runtime.spine.tokens import consistency_token, parse_resume_token
-from services.runtime.spine.watch import Watch, watch
+from services.runtime.spine.tokens import parse_resume_token
+from services.runtime.spine.watch import HEARTBEAT_SECONDS, Watch, watch
 from tests.support.databases import created
 from tests.unit.gateway.backend import (
     ORGANIZATION_ID,
-    TASK,
     Backend,
     Scope,
     View,
+    as_new_as,
     eventually,
     follow,
     index_of,
@@ -37,6 +39,7 @@ from tests.unit.gateway.backend import (
 from tests.unit.gateway.test_watch_model import Call
 
 TOPIC = "topic"
+WRITER = FrameWriter(WatchOrganizationResponse.DESCRIPTOR)
 MANY = 60
 
 
@@ -54,9 +57,7 @@ class Coordinator:
 
     def upstream(self, selection: WatchSelection) -> Call:
         self.asked += 1
-        source = Scope(self.index, ORGANIZATION_ID, selection)
-        wanted = Watch(TOPIC, parse_resume_token(selection.resume_token, TOPIC), until_synced=selection.until_synced)
-        return Call(watch(source, wanted))
+        return Call(Scope(self.index, ORGANIZATION_ID, selection).frames(TOPIC))
 
 
 @asynccontextmanager
@@ -82,7 +83,7 @@ class Lives:
         view = View()
         source = Source(self.replica, self.older.upstream, "usr_1")
         async for frame in watch(source, Watch(TOPIC, until_synced=True)):
-            view.take(frame)
+            view.take(WatchOrganizationResponse.FromString(WRITER.write(frame, HEARTBEAT_SECONDS)))
         return view
 
 
@@ -112,7 +113,7 @@ async def test_a_coordinator_older_than_the_replica_is_asked_again_until_it_is_n
     assert lives.older.index.epoch == lives.newer.index.epoch
     assert view.held == {"a": 2, "b": 1}
     assert view.kinds.count(1) == 1  # one reset: what the older state showed was no error, only old
-    place = parse_resume_token(view.token, TOPIC)
+    place = parse_resume_token(view.token, TOPIC).position
     assert lives.replica.ring is not None
     assert place == lives.replica.ring.position
 
@@ -194,8 +195,8 @@ async def test_a_watcher_that_waits_for_a_point_holds_up_no_other(
     async with backend.running(), backend.gateway(), backend.client() as client:
         await backend.put(task_entry("a", 1))
         waits, fine = View(), View()
-        waiting = asyncio.create_task(follow(opened(client, "", consistency_token([(TASK, "a", 1000)])), waits))
-        await eventually(lambda: any(one.consistency_token for one in backend.selections))
+        waiting = asyncio.create_task(follow(opened(client, consistency=as_new_as("a", 1000)), waits))
+        await eventually(lambda: any(one.consistency.at_least_as_fresh for one in backend.selections))
         following = asyncio.create_task(follow(opened(client), fine))
         await eventually(lambda: fine.held == {"a": 1}, 5)
         waiting.cancel()

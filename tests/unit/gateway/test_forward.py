@@ -9,18 +9,19 @@ from typing import Any, cast
 import grpc
 import pytest
 import pytest_asyncio
-from branchline.v1 import history_pb2, organizations_pb2, sessions_pb2, tasks_pb2, users_pb2
-from branchline.v1.users_pb2 import UserPreferences
+from branchline.v1 import history_pb2, sessions_pb2, tasks_pb2, users_pb2
+from branchline.v1.common_pb2 import Consistency, Prompt
+from branchline.v1.users_pb2 import User
 from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gateway.service import PUBLIC
+from gateway.routes import PUBLIC
 from services.runtime.errors import detail_of
 from services.runtime.spine.tokens import consistency_token
 from tests.support.messages import messages
-from tests.unit.gateway.backend import ORGANIZATION_ID, TASK, Backend, task_entry
+from tests.unit.gateway.backend import ORGANIZATION_ID, TASK, Backend, as_new_as, opened, task_entry
 
 GET_TASK = "/branchline.v1.TaskService/GetTask"
 BEARER = (("authorization", "Bearer token"),)
@@ -47,23 +48,23 @@ async def test_bytes_that_are_no_request_are_refused_by_name(backend: Backend) -
         call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = client.channel.unary_unary(GET_TASK)
         refused = await refusal(call(b"\xff\xff\xff"))
 
-    assert refused == (grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_REQUEST", ["request"])
+    assert refused == (grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_MALFORMED", ["request"])
 
 
 async def test_times_out_of_range_and_unstorable_text_name_their_field(backend: Backend) -> None:  # F9, F16
-    token = users_pb2.CreateApiTokenRequest(name="a")
+    token = users_pb2.CreateApiTokenRequest(display_name="a")
     token.expire_time.seconds = 2**63 - 1
-    history = history_pb2.ListHistoryRequest(organization_id=ORGANIZATION_ID)
-    history.start_time.nanos = -1
+    history = history_pb2.ListHistoryEventsRequest(organization_id=ORGANIZATION_ID)
+    history.filter.start_time.nanos = -1
     async with backend.client() as client:
         refused = [
             await refusal(client.users.CreateApiToken(token)),
-            await refusal(client.history.ListHistory(history)),
+            await refusal(client.history.ListHistoryEvents(history)),
             await refusal(client.tasks.GetTask(tasks_pb2.GetTaskRequest(task_id="a\0b"))),
         ]
 
     assert [one[0] for one in refused] == [grpc.StatusCode.INVALID_ARGUMENT] * 3
-    assert [one[2] for one in refused] == [["expire_time"], ["start_time"], ["task_id"]]
+    assert [one[2] for one in refused] == [["expire_time"], ["filter.start_time"], ["task_id"]]
 
 
 def requests(name: str) -> st.SearchStrategy[tuple[str, bytes]]:
@@ -117,26 +118,26 @@ async def test_an_unknown_id_is_not_waited_for_unless_the_token_names_it(backend
 
     async with backend.client() as client:
         started = time.monotonic()
-        request = tasks_pb2.GetTaskRequest(task_id="task_late", consistency_token=unrelated)
+        request = tasks_pb2.GetTaskRequest(task_id="task_late", consistency=Consistency(at_least_as_fresh=[unrelated]))
         unknown = await refusal(client.tasks.GetTask(request))
         at_once = time.monotonic() - started
         later = asyncio.create_task(born_later())
-        request.consistency_token = named
+        request.consistency.at_least_as_fresh.append(named)
         found = await client.tasks.GetTask(request)
         await later
-        garbled = tasks_pb2.GetTaskRequest(task_id="task_1", consistency_token="%%%")
+        garbled = tasks_pb2.GetTaskRequest(task_id="task_1", consistency=Consistency(at_least_as_fresh=["%%%"]))
         invalid = await refusal(client.tasks.GetTask(garbled))
 
     assert unknown[0] == grpc.StatusCode.NOT_FOUND
     assert at_once < 1
     assert found.task.id == "task_late"
-    assert invalid[1:] == ("CONSISTENCY_TOKEN_INVALID", ["consistency_token"])
+    assert invalid[1:] == ("CONSISTENCY_TOKEN_INVALID", ["consistency.at_least_as_fresh"])
 
 
 async def test_a_command_answers_within_the_deadline_though_the_index_never_settles(backend: Backend) -> None:  # F31
     never = consistency_token([(TASK, "never", 9)])
     async with backend.client() as client:
-        request = tasks_pb2.CreateTaskRequest(request_id="r", repository_id="task_1", text="do", title=never)
+        request = tasks_pb2.CreateTaskRequest(repository_id="task_1", prompt=Prompt(text=never))
         started = time.monotonic()
         answer = await client.tasks.CreateTask(request, timeout=2)
         elapsed = time.monotonic() - started
@@ -146,17 +147,20 @@ async def test_a_command_answers_within_the_deadline_though_the_index_never_sett
 
 
 async def test_a_watch_that_waits_for_its_consistency_token_says_so_in_the_end(
-    backend: Backend, monkeypatch: pytest.MonkeyPatch
+    backend: Backend,
 ) -> None:
-    monkeypatch.setattr("services.runtime.spine.index.AWAIT_SECONDS", 0.5)
     await backend.put(task_entry("a", 1))
     async with backend.client() as client:
-        request = organizations_pb2.WatchOrganizationRequest(
-            organization_id=ORGANIZATION_ID, consistency_token=consistency_token([(TASK, "a", 1_000_000)])
-        )
-        refused = await refusal(client.organizations.WatchOrganization(request).read())
+        started = time.monotonic()
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await opened(client, consistency=as_new_as("a", 1_000_000, nanos=500_000_000)).read()
+        elapsed = time.monotonic() - started
 
-    assert refused[:2] == (grpc.StatusCode.DEADLINE_EXCEEDED, "INDEX_BEHIND")
+    assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+    info = detail_of(refused.value, error_details_pb2.ErrorInfo)
+    assert (info.reason, dict(info.metadata)) == ("INDEX_BEHIND", {"resource_type": "task", "id": "a"})
+    assert detail_of(refused.value, error_details_pb2.RetryInfo).retry_delay.ToMilliseconds() > 0
+    assert 0.5 <= elapsed < 3
 
 
 class Silent(grpc.GenericRpcHandler):  # pyright: ignore[reportMissingTypeArgument] - it takes none when it runs
@@ -186,11 +190,11 @@ async def test_a_call_that_its_owner_does_not_answer_says_why_within_the_callers
     away = {"task": f"unix:{tmp_path}/silent", "user": f"unix:{tmp_path}/nobody"}
     backend = Backend(tmp_path, elsewhere=away)
     async with backend.running(), backend.gateway(), backend.client() as client:
-        session = sessions_pb2.CreateSessionRequest(request_id="r", task_id="task_1")
-        preferences = users_pb2.UpdatePreferencesRequest(request_id="r", preferences=UserPreferences())
+        session = sessions_pb2.CreateSessionRequest(task_id="task_1")
+        preferences = users_pb2.UpdateUserRequest(user=User(display_name="a"))
         unanswered, unreached = await asyncio.gather(
             refusal(client.sessions.CreateSession(session, timeout=1)),
-            refusal(client.users.UpdatePreferences(preferences, timeout=1)),
+            refusal(client.users.UpdateUser(preferences, timeout=1)),
         )
         await asyncio.wait_for(silent.given_up.wait(), 5)
     await server.stop(0)

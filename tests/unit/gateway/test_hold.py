@@ -53,8 +53,8 @@ async def test_a_snapshot_of_20000_rows_passes_through_and_is_never_held(backend
             while not view.token:
                 response = await call.read()
                 first_frame = first_frame or time.monotonic() - started
-                sizes.append(response.frame.ByteSize())
-                view.take(response.frame)
+                sizes.append(response.ByteSize())
+                view.take(response)
             added = peak_bytes(process) - before
 
     assert len(view.held) == 20_000
@@ -69,8 +69,8 @@ async def test_pages_of_large_entities_end_at_a_mebibyte(backend: Backend) -> No
         call, sizes, view = opened(client), list[int](), View()
         while not view.token:
             response = await call.read()
-            sizes.append(response.frame.ByteSize())
-            view.take(response.frame)
+            sizes.append(response.ByteSize())
+            view.take(response)
 
     assert len(view.held) == 10
     assert max(sizes) <= PART_BYTES

@@ -7,33 +7,35 @@ from pathlib import Path
 import grpc
 import pytest
 import pytest_asyncio
-from branchline.v1 import history_pb2, tasks_pb2, watches_pb2
+from branchline.v1 import history_pb2, watches_pb2
 
 from gateway import replica as replicas
 from gateway import ring as rings
-from services.runtime.spine.tokens import Position, consistency_token, parse_resume_token, resume_token
+from services.runtime.spine.tokens import Position, resume_token
 from tests.support.databases import created
 from tests.unit.gateway.backend import (
     ORGANIZATION_ID,
-    TASK,
     Backend,
     View,
+    as_new_as,
+    event_entry,
     eventually,
     follow,
     metadata,
     opened,
+    opened_task,
+    place_of,
     state_entry,
     task_entry,
     until_synced,
 )
 
 RESET, SNAPSHOT, SYNCED = (
-    watches_pb2.WATCH_FRAME_KIND_RESET,
-    watches_pb2.WATCH_FRAME_KIND_SNAPSHOT,
-    watches_pb2.WATCH_FRAME_KIND_SYNCED,
+    watches_pb2.FRAME_KIND_RESET,
+    watches_pb2.FRAME_KIND_SNAPSHOT,
+    watches_pb2.FRAME_KIND_SYNCED,
 )
-CHANGES = watches_pb2.WATCH_FRAME_KIND_CHANGES
-TOPIC = f"organization/{ORGANIZATION_ID}/usr_1"
+CHANGES = watches_pb2.FRAME_KIND_CHANGES
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ async def test_what_changed_while_the_upstream_was_away_is_told_before_any_newer
     following.cancel()
 
     assert view.kinds.count(RESET) == 1
-    sequences = [frame.change_seq for frame in view.frames if frame.resume_token]
+    sequences = [place_of(token).change_seq for token, _ in view.places]
     assert sequences == sorted(sequences)
 
 
@@ -161,13 +163,13 @@ async def test_a_token_ahead_of_the_replica_is_the_coordinators_to_judge(backend
     async with backend.running(), backend.client() as client:
         await backend.put(task_entry("a", 1))
         first = await until_synced(opened(client))
-        place = parse_resume_token(first.token, TOPIC)
-        assert place is not None
-        beyond = resume_token(TOPIC, Position(place.epoch, place.change_seq + 1000))
+        place = place_of(first.token)
+        beyond = resume_token(place.topic, Position(place.epoch, place.change_seq + 1000), place.selection)
 
         ahead = await until_synced(opened(client, beyond))
 
     assert ahead.kinds[0] == RESET
+    assert ahead.resets == [watches_pb2.RESET_REASON_INDEX_REBUILT]
     assert ahead.held == {"a": 1}
 
 
@@ -176,7 +178,7 @@ async def test_a_consistency_token_is_seen_by_the_coordinator_even_within_the_ri
 ) -> None:
     async with backend.running(), backend.client() as client:
         first = await until_synced(opened(client))
-        waiting = asyncio.create_task(until_synced(opened(client, first.token, consistency_token([(TASK, "a", 2)]))))
+        waiting = asyncio.create_task(until_synced(opened(client, first.token, consistency=as_new_as("a", 2))))
         await backend.put(task_entry("a", 1))
         done, _ = await asyncio.wait({waiting}, timeout=0.3)
         await backend.put(task_entry("a", 2))
@@ -202,12 +204,12 @@ async def test_watchers_of_an_index_that_never_answers_are_told_so(
 async def test_a_watch_of_what_the_coordinator_refuses_ends_with_its_words(backend: Backend, gateway: None) -> None:
     async with backend.running(), backend.client() as client:
         backend.placed.add("task_2")
-        call = client.tasks.WatchTask(tasks_pb2.WatchTaskRequest(task_id="task_2"))
+        call = opened_task(client, task_id="task_2")
         await until_synced(call)
         call.cancel()
         backend.placed.remove("task_1")
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await until_synced(client.tasks.WatchTask(tasks_pb2.WatchTaskRequest(task_id="task_1")))
+            await until_synced(opened_task(client))
 
     assert refused.value.code() == grpc.StatusCode.NOT_FOUND
 
@@ -235,7 +237,7 @@ async def test_a_resume_token_is_good_for_the_same_watch_of_the_same_person_alon
     backend.add_caller("other", "usr_2")
     async with backend.running(), backend.client() as client, backend.client("other") as other:
         token = (await until_synced(opened(client))).token
-        of_task = client.tasks.WatchTask(tasks_pb2.WatchTaskRequest(task_id="task_1", resume_token=token))
+        of_task = opened_task(client, token)
         codes: list[grpc.StatusCode] = []
         for call in (opened(other, token), of_task):
             with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -263,20 +265,22 @@ async def test_many_watchers_share_one_upstream(backend: Backend, gateway: None)
     assert len(backend.selections) == before
 
 
-async def test_a_filtered_feed_shows_its_part_and_its_tokens_are_good_for_no_other_part(
+async def test_a_filtered_feed_shows_its_part_and_with_its_token_another_part_begins_anew(
     backend: Backend, gateway: None
 ) -> None:
-    def feed(task_id: str, token: str = "") -> history_pb2.WatchHistoryRequest:
-        return history_pb2.WatchHistoryRequest(organization_id=ORGANIZATION_ID, task_id=task_id, resume_token=token)
+    def feed(*task_ids: str, token: str = "") -> history_pb2.WatchHistoryRequest:
+        chosen = history_pb2.HistoryFilter(task_ids=task_ids)
+        return history_pb2.WatchHistoryRequest(organization_id=ORGANIZATION_ID, filter=chosen, resume_token=token)
 
     async with backend.running(), backend.client() as client:
-        await backend.put(task_entry("a", 1)._replace(task_id="task_1"), task_entry("b", 1))
+        await backend.put(event_entry("a", 1, "task_1"), event_entry("b", 2))
         part = await until_synced(client.history.WatchHistory(feed("task_1")))
-        await backend.put(task_entry("b", 2), task_entry("a", 2)._replace(task_id="task_1"))
-        again = await until_synced(client.history.WatchHistory(feed("task_1", part.token)))
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await until_synced(client.history.WatchHistory(feed("", part.token)))
+        await backend.put(event_entry("c", 3), event_entry("d", 4, "task_1"))
+        again = await until_synced(client.history.WatchHistory(feed("task_1", token=part.token)))
+        whole = await until_synced(client.history.WatchHistory(feed(token=part.token)))
 
     assert part.held == {"a": 1}
-    assert again.held == {"a": 2}
-    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert again.held == {"d": 4}
+    assert again.resets == []
+    assert whole.resets == [watches_pb2.RESET_REASON_REQUEST_CHANGED]
+    assert whole.held == {"a": 1, "b": 2, "c": 3, "d": 4}

@@ -11,8 +11,9 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
-from branchline.v1.watches_pb2 import WATCH_FRAME_KIND_RESET, WatchChange, WatchFrame
-from branchline_internal.spine.v1.push_pb2 import WatchSelection
+from branchline.v1.tasks_pb2 import TaskFilter
+from branchline.v1.watches_pb2 import CHANGE_TYPE_UPSERTED, FRAME_KIND_RESET
+from branchline_internal.spine.v1.push_pb2 import WatchFrame, WatchSelection
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +21,7 @@ from gateway import replica as replicas
 from gateway.replica import Replica
 from gateway.replica import View as Source
 from gateway.ring import Ring
+from gateway.selection import OrganizationView, task_matcher
 from services.runtime.clock import Clock
 from services.runtime.database import Database, open_database
 from services.runtime.spine import hub
@@ -90,9 +92,7 @@ class World:
         self.clients: list[Client] = []
 
     def upstream(self, selection: WatchSelection) -> Call:
-        source = Scope(self.index, self.scope, selection)
-        position = parse_resume_token(selection.resume_token, TOPIC)
-        call = Call(watch(source, Watch(TOPIC, position, source.visible, until_synced=selection.until_synced)))
+        call = Call(Scope(self.index, self.scope, selection).frames(TOPIC))
         self.calls.append(call)
         return call
 
@@ -119,13 +119,11 @@ class World:
 
     async def run(self, client: Client, token: str) -> None:
         """Watch for ever, through every break, as a client does."""
-
-        def visible(change: WatchChange) -> bool:
-            return change.viewer_id in ("", client.viewer)
-
         while True:
             source = Source(self.replica, self.upstream, client.viewer)
-            frames = watch(source, Watch(TOPIC, parse_resume_token(token, TOPIC), visible))
+            begin = parse_resume_token(token, TOPIC)
+            sight = OrganizationView(client.viewer, (), task_matcher(TaskFilter()), begin.position is not None)
+            frames = watch(source, Watch(TOPIC, position=begin.position, sight=sight))
             with suppress(ConnectionError):
                 async for frame in frames:
                     token = frame.resume_token or token
@@ -135,15 +133,15 @@ class World:
             await asyncio.sleep(0)
 
     def take(self, client: Client, frame: WatchFrame) -> None:
-        if frame.kind == WATCH_FRAME_KIND_RESET:
+        if frame.kind == FRAME_KIND_RESET:
             client.held.clear()
         for change in frame.changes:
             assert change.viewer_id in ("", client.viewer)
-            if change.deleted:
+            if change.type != CHANGE_TYPE_UPSERTED:
                 client.held.pop(change.id, None)
             else:
                 client.held[change.id] = change.revision
-        position = parse_resume_token(frame.resume_token, TOPIC)
+        position = parse_resume_token(frame.resume_token, TOPIC).position
         if position is not None:
             self.check(client, position)
             client.places.append((frame.resume_token, dict(client.held)))

@@ -4,25 +4,32 @@ import sqlite3
 from collections.abc import AsyncGenerator
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from branchline.v1 import organizations_pb2, tasks_pb2
-from branchline.v1.organizations_pb2 import ROLE_OWNER, Organization, Role
+from branchline.v1.organizations_pb2 import Organization
 from branchline.v1.repositories_pb2 import Repository
+from branchline.v1.roles_pb2 import ROLE_OWNER, Role
 from branchline.v1.tasks_pb2 import TaskSummary
 from branchline.v1.users_pb2 import User
 from branchline_internal.spine.v1.push_pb2 import PushEntry, PushRequest
+from branchline_internal.user.v1.user_pb2 import DraftState
 from google.protobuf.message import Message
 from sqlalchemy import bindparam, select
 
+from services.organization.blob_bytes import DEFAULT_QUOTA_BYTES, BlobsConfig, open_bytes
 from services.organization.ingest import OrganizationIngest
-from services.organization.members import MEMBERS_OF
+from services.organization.members import MEMBERS
+from services.organization.public_blobs import PublicBlobServicer
 from services.organization.public_organizations import PublicOrganizationServicer
 from services.organization.public_reads import PublicHistoryReader, PublicTaskReader, PublicUserReader
 from services.organization.public_repositories import PublicRepositoryServicer
+from services.organization.servicer import OrganizationServicer
 from services.organization.stores import Stores, open_stores
+from services.organization.uploads import Uploads
 from services.runtime.clock import Clock
 from services.runtime.database import Database, Statement, open_database
 from services.runtime.principal import Principal, bind_principal
@@ -33,6 +40,7 @@ from services.runtime.spine.tables import outbox as outbox_table
 from tests.support.databases import migrated
 
 NOBODY: Any = None
+MEMBERS_OF = MEMBERS.by("scope")
 _PENDING = Statement(
     select(outbox_table).where(outbox_table.c.destination == bindparam("to")).order_by(outbox_table.c.seq)
 )
@@ -47,6 +55,16 @@ class Room:
     outbox: Outbox
     stores: Stores
     ingest: Ingest
+    uploads: Uploads
+    clock: "Time"
+
+    @property
+    def internal(self) -> OrganizationServicer:
+        return OrganizationServicer(self.database, self.clock.clock, self.stores, NOBODY, self.uploads)
+
+    @property
+    def blobs(self) -> PublicBlobServicer:
+        return PublicBlobServicer(self.database, self.stores, self.commands, self.uploads)
 
     @property
     def organizations(self) -> PublicOrganizationServicer:
@@ -70,11 +88,23 @@ class Room:
 
     @property
     def commands(self) -> Commands:
-        return Commands(self.database, Clock())
+        return Commands(self.database, Clock(), "k" * 32)
 
     async def push(self, *entries: tuple[Message, bool]) -> dict[int, str]:
         """Apply states as a child pushes them; return the reasons of those that were refused."""
         return await self.ingest.submit(PushRequest(entries=[_entry(state, deleted) for state, deleted in entries]))
+
+    async def push_draft(self, state: DraftState, *, deleted: bool = False) -> None:
+        """Apply a draft as the user service pushes it."""
+        draft = state.draft
+        entry_id = f"{state.user_id}/{draft.task_id}/{draft.session_id}"
+        await self.push_as(entry_id, state, revision=draft.revision, deleted=deleted)
+
+    async def push_as(self, entry_id: str, state: Message, *, revision: int = 1, deleted: bool = False) -> None:
+        """Apply a state under an id that it does not say."""
+        entry = PushEntry(id=entry_id, revision=revision, deleted=deleted)
+        entry.state.Pack(state)
+        assert await self.ingest.submit(PushRequest(entries=[entry])) == {}
 
     async def found(self, slug: str = "acme", *, owner: str = "usr_owner") -> Organization:
         """Found an organization; its owner is the caller from now on."""
@@ -90,7 +120,9 @@ class Room:
         await self.database.write(self.stores.members.join, organization_id, user, role)
 
     async def repository(self, organization_id: str, name: str = "acme/shop") -> Repository:
-        repository = Repository(organization_id=organization_id, full_name=name, remote_url=f"https://git.test/{name}")
+        repository = Repository(
+            organization_id=organization_id, display_name=name, remote_url=f"https://git.test/{name}"
+        )
         await self.database.write(self.stores.repositories.add, repository)
         return repository
 
@@ -127,6 +159,20 @@ def _entry(state: Any, deleted: bool) -> PushEntry:
     return entry
 
 
+@dataclass
+class Time:
+    """The present, which goes on as it does and by what is added."""
+
+    added: timedelta = timedelta()
+
+    @property
+    def clock(self) -> Clock:
+        return Clock(now=lambda: datetime.now(UTC) + self.added)
+
+    def pass_by(self, **amount: float) -> None:
+        self.added += timedelta(**amount)
+
+
 class Calling:
     """A call's context as far as servicers look at it."""
 
@@ -146,8 +192,8 @@ def summary(organization_id: str, repository_id: str, number: int, **fields: Any
         organization_id=organization_id,
         repository_id=repository_id,
         title=fields.pop("title", f"Task {number}"),
-        branch=f"feat/{number}",
-        status=fields.pop("status", tasks_pb2.TASK_STATUS_IDLE),
+        branch=fields.pop("branch", f"feat/{number}"),
+        state=fields.pop("state", tasks_pb2.TASK_STATE_ACTIVE),
         revision=fields.pop("revision", 1),
         **fields,
     )
@@ -155,14 +201,17 @@ def summary(organization_id: str, repository_id: str, number: int, **fields: Any
     return task
 
 
-async def open_room(path: Path) -> Room:
+async def open_room(path: Path, quota_bytes: int = DEFAULT_QUOTA_BYTES) -> Room:
     database = open_database(f"sqlite:///{path}")
     await database.start()
-    clock = Clock()
+    time = Time()
+    clock = time.clock
     outbox = Outbox(database, clock)
-    stores = open_stores(database, outbox, clock)
+    stores = open_stores(database, outbox, clock, quota_bytes)
     await stores.index.start()
-    return Room(path, database, outbox, stores, OrganizationIngest(outbox, stores).ingest(database))
+    kept = open_bytes(BlobsConfig(), path.parent)
+    uploads = Uploads(database, clock, stores.blobs, stores.claims, kept)
+    return Room(path, database, outbox, stores, OrganizationIngest(outbox, stores).ingest(database), uploads, time)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from branchline.v1 import tasks_pb2
-from branchline.v1.vocabulary_pb2 import ENTITY_KIND_TASK
+from branchline.v1.common_pb2 import ENTITY_KIND_TASK
 from branchline_internal.spine.v1.push_pb2 import ConsistencyPoint
 
 from services.runtime.database.sqlite import SqliteDatabase
@@ -21,13 +21,14 @@ LARGE, SMALL = "org_large", "org_small"
 TASKS = 100_000
 FEW = 10
 CROWD = 200
+ORDERS = ("update_time desc", "create_time desc", "title")
 
 _SEED = f"""
 WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < {TASKS})
 INSERT INTO task_summaries (scope, id, revision, change_seq, change_time, deleted, payload, viewer_id, task_id,
-    repository_id, title, branch, status, ended, owner_user_id, has_pull_request, create_time, update_time)
+    repository_id, title, search, state, activity, ended, owner_user_id, has_pull_request, create_time, update_time)
 SELECT '{LARGE}', 'large_' || n, 1, n, 0.0, 0, zeroblob(100), '', '',
-    'repo_' || (n % 7), 'Task ' || n, 'feat/' || n, 5, 0, 'usr_1', 0, n, n
+    'repo_' || (n % 7), 'Task ' || n, 'task ' || n, 2, 1, 0, 'usr_1', 0, n, n
 FROM numbers
 """
 _SEQUENCE = f"INSERT INTO change_sequences (scope, value, horizon) VALUES ('{LARGE}', {TASKS}, 0)"
@@ -62,8 +63,8 @@ async def add_few(room: Room) -> None:
     await room.push(*((summary(SMALL, f"repo_{number % 7}", number), False) for number in range(FEW)))
 
 
-async def list_tasks(room: Room, sort: tasks_pb2.TaskSort.ValueType) -> None:
-    request = tasks_pb2.ListTasksRequest(organization_id=SMALL, sort=sort, page_size=5)
+async def list_tasks(room: Room, order_by: str) -> None:
+    request = tasks_pb2.ListTasksRequest(organization_id=SMALL, order_by=order_by, page_size=5)
     answer = await room.tasks.ListTasks(request, None)  # type: ignore[arg-type]
     assert len(answer.tasks) == 5
 
@@ -88,7 +89,7 @@ async def find_route(room: Room) -> None:
 
 
 WORK: dict[str, Work] = {
-    **{f"list by {name}": lambda room, sort=sort: list_tasks(room, sort) for name, sort in tasks_pb2.TaskSort.items()},
+    **{f"list by {order}": lambda room, order=order: list_tasks(room, order) for order in ORDERS},
     "open a watch": open_watch,
     "resume a watch": lambda room: open_watch(room, Position(room.stores.index.epoch, 0)),
     "await a change": await_change,

@@ -2,23 +2,17 @@
 
 from typing import Any
 
-from branchline.v1.history_pb2 import HistoryEvent
-from branchline.v1.organizations_pb2 import ROLE_MEMBER
+from branchline.v1.common_pb2 import ENTITY_KIND_USER_TASK_STATE
+from branchline.v1.history_pb2 import EVENT_KIND_AGENT_FINISHED, EVENT_KIND_TASK_CREATED, HistoryEvent
+from branchline.v1.roles_pb2 import ROLE_MEMBER
 from branchline.v1.tasks_pb2 import TaskSummary
 from branchline.v1.users_pb2 import ApiToken, User, UserTaskState
-from branchline.v1.vocabulary_pb2 import (
-    ENTITY_KIND_USER_TASK_STATE,
-    EVENT_KIND_AGENT_FINISHED,
-    EVENT_KIND_TASK_CREATED,
-)
 from branchline_internal.organization.v1 import organization_pb2
 from branchline_internal.spine.v1.push_pb2 import WatchSelection
 from branchline_internal.user.v1.user_pb2 import ApiTokenState, ForgetTaskStatesRequest, MarkUnreadRequest
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.organization.destinations import TO_HISTORY, TO_USER
-from services.organization.servicer import OrganizationServicer
-from services.runtime.clock import Clock
 from services.runtime.principal import Principal, bind_principal
 from tests.unit.organization.conftest import Calling, Room, summary
 
@@ -32,8 +26,7 @@ def token_of(name: str, *, expires: int) -> ApiTokenState:
 
 async def authenticated(room: Room, name: str) -> str:
     request = organization_pb2.AuthenticateRequest(token_hash=name.ljust(64, "0"))
-    servicer = OrganizationServicer(room.database, Clock(), room.stores, CONTEXT)
-    return (await servicer.Authenticate(request, CONTEXT)).user.id
+    return (await room.internal.Authenticate(request, CONTEXT)).user.id
 
 
 async def test_a_token_that_ends_beyond_all_years_stops_no_other(room: Room) -> None:  # F9
@@ -92,7 +85,6 @@ async def test_ones_own_state_is_shown_to_nobody_else(room: Room) -> None:  # US
         for user in ("usr_1", "usr_2")
     ]
     await room.push(*((state, False) for state in states))
-    servicer = OrganizationServicer(room.database, Clock(), room.stores, CONTEXT)
     bind_principal(Principal(service="gateway"))
 
     async def seen_by(viewer_id: str) -> set[str]:
@@ -100,7 +92,7 @@ async def test_ones_own_state_is_shown_to_nobody_else(room: Room) -> None:  # US
             organization_id=organization.id,
             selection=WatchSelection(viewer_id=viewer_id, until_synced=True),
         )
-        frames = [answer.frame async for answer in servicer.WatchIndex(request, CONTEXT)]
+        frames = [answer.frame async for answer in room.internal.WatchIndex(request, CONTEXT)]
         changes = [change for frame in frames for change in frame.changes]
         return {change.viewer_id for change in changes if change.kind == ENTITY_KIND_USER_TASK_STATE}
 
@@ -112,7 +104,6 @@ async def test_ones_own_state_is_shown_to_nobody_else(room: Room) -> None:  # US
 async def test_a_history_watch_shows_events_alone_and_the_other_all_else(room: Room) -> None:
     organization = await room.found()
     await room.push((HistoryEvent(id="evt_1", organization_id=organization.id, sequence=1), False))
-    servicer = OrganizationServicer(room.database, Clock(), room.stores, CONTEXT)
     bind_principal(Principal(service="gateway"))
     seen: list[set[str]] = []
 
@@ -120,7 +111,7 @@ async def test_a_history_watch_shows_events_alone_and_the_other_all_else(room: R
         request = organization_pb2.WatchIndexRequest(
             organization_id=organization.id, history=history, selection=WatchSelection(until_synced=True)
         )
-        frames = [answer.frame async for answer in servicer.WatchIndex(request, CONTEXT)]
+        frames = [answer.frame async for answer in room.internal.WatchIndex(request, CONTEXT)]
         seen.append({change.id for frame in frames for change in frame.changes})
 
     assert seen == [{"evt_1"}, {organization.id, f"{organization.id}/usr_owner"}]

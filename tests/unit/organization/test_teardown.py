@@ -7,21 +7,24 @@ from typing import Any
 
 import pytest
 from branchline.v1 import organizations_pb2, repositories_pb2
-from branchline.v1.history_pb2 import HistoryEvent
-from branchline.v1.organizations_pb2 import ROLE_ADMIN, ROLE_MEMBER, GithubStatus
-from branchline.v1.repositories_pb2 import Repository
-from branchline.v1.users_pb2 import UserTaskState
-from branchline.v1.vocabulary_pb2 import (
+from branchline.v1.blobs_pb2 import CreateBlobRequest
+from branchline.v1.common_pb2 import (
     ENTITY_KIND_ORGANIZATION,
     ENTITY_KIND_REPOSITORY,
     ENTITY_KIND_TASK,
-    EVENT_KIND_REPOSITORY_DELETED,
-    EVENT_KIND_REPOSITORY_DELETING,
+    Prompt,
 )
+from branchline.v1.history_pb2 import EVENT_KIND_REPOSITORY_DELETED, EVENT_KIND_REPOSITORY_DELETING, HistoryEvent
+from branchline.v1.organizations_pb2 import GithubStatus, Organization
+from branchline.v1.repositories_pb2 import Repository
+from branchline.v1.roles_pb2 import ROLE_ADMIN, ROLE_MEMBER
+from branchline.v1.users_pb2 import Draft, UserTaskState
+from branchline.v1.watches_pb2 import CHANGE_TYPE_UPSERTED
 from branchline_internal.github_data.v1.github_data_pb2 import DeleteOrganizationRequest, GithubRepository
 from branchline_internal.history.v1.history_pb2 import DeleteFeedRequest
+from branchline_internal.organization.v1.organization_pb2 import StoreBlobRequest
 from branchline_internal.repository.v1.repository_pb2 import DeleteRepositoryRequest, EnsureRepositoryRequest
-from branchline_internal.user.v1.user_pb2 import ForgetTaskStatesRequest
+from branchline_internal.user.v1.user_pb2 import DraftState, ForgetTaskStatesRequest
 
 from services.organization import repositories as repository_rules
 from services.organization.destinations import TO_GITHUB_DATA, TO_HISTORY, TO_REPOSITORY, TO_USER
@@ -36,12 +39,12 @@ CHILDREN = [TO_GITHUB_DATA, TO_HISTORY, TO_USER]
 
 
 async def delete_repository(room: Room, repository_id: str) -> None:
-    request = repositories_pb2.DeleteRepositoryRequest(request_id=uuid.uuid4().hex, repository_id=repository_id)
+    request = repositories_pb2.DeleteRepositoryRequest(request_id=str(uuid.uuid4()), repository_id=repository_id)
     await room.repositories.DeleteRepository(request, CONTEXT)
 
 
 async def delete_organization(room: Room, organization_id: str) -> None:
-    request = organizations_pb2.DeleteOrganizationRequest(request_id=uuid.uuid4().hex, organization_id=organization_id)
+    request = organizations_pb2.DeleteOrganizationRequest(request_id=str(uuid.uuid4()), organization_id=organization_id)
     await room.organizations.DeleteOrganization(request, CONTEXT)
 
 
@@ -151,14 +154,15 @@ async def test_what_is_being_deleted_takes_no_commands(room: Room) -> None:  # O
 
     for attempt in (
         room.organizations.UpdateOrganization(
-            organizations_pb2.UpdateOrganizationRequest(request_id="1", organization_id=organization.id), CONTEXT
+            organizations_pb2.UpdateOrganizationRequest(organization=Organization(id=organization.id)), CONTEXT
         ),
-        room.organizations.AddMember(
-            organizations_pb2.AddMemberRequest(request_id="2", organization_id=organization.id, email="a@b.c"),
-            CONTEXT,
+        room.organizations.InviteMember(
+            organizations_pb2.InviteMemberRequest(organization_id=organization.id, role=ROLE_MEMBER), CONTEXT
         ),
-        room.repositories.AddRepository(
-            repositories_pb2.AddRepositoryRequest(
+        room.blobs.CreateBlob(CreateBlobRequest(organization_id=organization.id, size_bytes=1), CONTEXT),
+        room.internal.StoreBlob(StoreBlobRequest(organization_id=organization.id, task_id="t", data=b"x"), CONTEXT),
+        room.repositories.CreateRepository(
+            repositories_pb2.CreateRepositoryRequest(
                 request_id="3", organization_id=organization.id, remote_url="https://git.test/x/y"
             ),
             CONTEXT,
@@ -194,6 +198,12 @@ async def _organization_to_end(room: Room) -> tuple[str, list[str]]:
         (GithubStatus(organization_id=organization.id, revision=1), False),
     )
     await room.join(organization.id, "usr_2", ROLE_MEMBER)
+    invite = organizations_pb2.InviteMemberRequest(organization_id=organization.id, role=ROLE_MEMBER)
+    await room.organizations.InviteMember(invite, CONTEXT)
+    draft = Draft(task_id="task_000001", prompt=Prompt(text="half written"), revision=1)
+    await room.push_draft(DraftState(user_id="usr_owner", organization_id=organization.id, draft=draft))
+    shown = StoreBlobRequest(organization_id=organization.id, task_id="task_000001", data=b"an output")
+    await room.internal.StoreBlob(shown, CONTEXT)
     return organization.id, ids
 
 
@@ -234,6 +244,10 @@ async def test_an_organization_is_torn_down_whenever_the_service_stops(room: Roo
     assert current.count("teardowns") == current.count("repository_deletions") == 0
     assert current.count(f"history_feed WHERE scope = '{organization_id}'") == 0
     assert current.count(f"user_task_states WHERE scope = '{organization_id}'") == 0
+    assert current.count("invitations") == current.count("drafts") == current.count("blob_claims") == 0
+    await current.uploads.collect()
+    assert current.count("blobs") == current.count("blob_usage") == current.count("blob_releases") == 0
+    assert list((current.path.parent / "blobs").iterdir()) == []
     assert await current.database.read(current.stores.organizations.of_slug, "doomed") is None
     assert (await current.found("doomed")).id != organization_id
     assert await current.database.read(REPOSITORIES.get, kept.id)
@@ -254,7 +268,7 @@ async def test_watchers_see_the_organization_go(room: Room) -> None:
     pages = [one async for one in room.stores.index.catch_up(organization_id, kinds, page.position, "*")]
 
     assert pages[-1].position is not None
-    held = {change.id for one in pages for change in one.changes if not change.deleted}
+    held = {change.id for one in pages for change in one.changes if change.type == CHANGE_TYPE_UPSERTED}
     assert held == set()
 
 

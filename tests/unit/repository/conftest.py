@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from branchline.v1 import tasks_pb2
+from branchline.v1.common_pb2 import ENTITY_KIND_TASK, Prompt
 from branchline.v1.repositories_pb2 import Repository
-from branchline.v1.tasks_pb2 import Task
+from branchline.v1.tasks_pb2 import BranchChoice, CreateTaskRequest, Task
 from branchline.v1.tasks_pb2_grpc import TaskServiceStub
-from branchline.v1.vocabulary_pb2 import ENTITY_KIND_TASK
 from branchline_internal.repository.v1.repository_pb2 import EnsureRepositoryRequest
 from branchline_internal.repository.v1.repository_pb2_grpc import RepositoryServiceStub
 from branchline_internal.spine.v1.push_pb2 import PushEntry, PushRequest
@@ -31,7 +30,7 @@ from services.repository.service import RepositoryConfig, build
 from services.repository.store import RepositoryStore
 from services.repository.tables import WATCHED
 from services.repository.workbench import Workbench
-from services.runtime.clock import Clock, new_id
+from services.runtime.clock import Clock
 from services.runtime.config import Secret, ServiceConfig
 from services.runtime.database import Database, Reader, Statement, open_database
 from services.runtime.errors import NotFound
@@ -67,14 +66,16 @@ class Room:
     """How far its clock is ahead: the last one counts."""
 
     async def add_repository(self, repository_id: str = "repo_1", organization_id: str = "org_1") -> None:
-        repository = Repository(id=repository_id, organization_id=organization_id, full_name="acme/shop", revision=1)
+        repository = Repository(id=repository_id, organization_id=organization_id, display_name="acme/shop", revision=1)
         await self.database.write(self.store.ensure, EnsureRepositoryRequest(repository=repository))
 
     async def create(self, repository_id: str = "repo_1", branch: str = "", text: str = "Add a window") -> Task:
-        request = tasks_pb2.CreateTaskRequest(
-            request_id=new_id("req"), repository_id=repository_id, text=text, branch=branch
-        )
-        answer = await self.database.write(self.creation.create, request, new_id("task"))
+        return await self.choose(BranchChoice(new_branch=branch) if branch else BranchChoice(), repository_id, text)
+
+    async def choose(self, choice: BranchChoice, repository_id: str = "repo_1", text: str = "Add a window") -> Task:
+        """Create a task on a branch of choice."""
+        request = CreateTaskRequest(repository_id=repository_id, prompt=Prompt(text=text), branch=choice)
+        answer = await self.database.write(self.creation.create, request, self.creation.prepare(request))
         return answer.task
 
     async def push(self, *states: Any, deleted: bool = False) -> Refused:
@@ -112,7 +113,10 @@ def newer(task: Task, **changes: Any) -> Task:
     following.CopyFrom(task)
     following.revision += 1
     for name, value in changes.items():
-        setattr(following, name, value)
+        if isinstance(value, Message):
+            getattr(following, name).CopyFrom(value)
+        else:
+            setattr(following, name, value)
     return following
 
 
@@ -178,15 +182,13 @@ class Running:
         return self.caller.stub(stub, "repository")
 
     async def add_repository(self, repository_id: str = "repo_1", organization_id: str = "org_1") -> None:
-        repository = Repository(id=repository_id, organization_id=organization_id, full_name="acme/shop", revision=1)
+        repository = Repository(id=repository_id, organization_id=organization_id, display_name="acme/shop", revision=1)
         stub = self.stub(RepositoryServiceStub, Principal(service="organization"))
         await stub.EnsureRepository(EnsureRepositoryRequest(repository=repository))
 
     async def create(self, principal: Principal = PRINCIPAL, **given: Any) -> Task:
-        request = tasks_pb2.CreateTaskRequest(request_id=new_id("req"), repository_id="repo_1", text="Add a window")
-        for name, value in given.items():
-            setattr(request, name, value)
-        return (await self.stub(TaskServiceStub, principal).CreateTask(request)).task
+        fields: dict[str, Any] = {"repository_id": "repo_1", "prompt": Prompt(text="Add a window"), **given}
+        return (await self.stub(TaskServiceStub, principal).CreateTask(CreateTaskRequest(**fields))).task
 
     async def push(self, *states: Any, deleted: bool = False) -> None:
         """Push as the task service does, and wait for the acknowledgement."""

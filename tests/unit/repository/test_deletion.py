@@ -7,13 +7,14 @@ from pathlib import Path
 
 import grpc
 import pytest
-from branchline.v1 import tasks_pb2
-from branchline.v1 import vocabulary_pb2 as words
+from branchline.v1 import history_pb2, tasks_pb2
 from branchline.v1.history_pb2 import HistoryEvent
 from branchline.v1.repositories_pb2 import Branch, Repository
 from branchline.v1.sandboxes_pb2 import Sandbox
-from branchline.v1.sessions_pb2 import Session, TranscriptEntry
-from branchline.v1.tasks_pb2 import Task, TaskSummary
+from branchline.v1.sessions_pb2 import Session
+from branchline.v1.tasks_pb2 import BranchChoice, Task, TaskSummary
+from branchline.v1.transcripts_pb2 import TranscriptEntry
+from branchline.v1.watches_pb2 import CHANGE_TYPE_DELETED
 from branchline_internal.repository.v1.repository_pb2 import DeleteRepositoryRequest, EnsureRepositoryRequest
 from branchline_internal.repository.v1.repository_pb2_grpc import RepositoryServiceStub
 from branchline_internal.task.v1.task_pb2 import DeleteTaskRequest
@@ -58,7 +59,7 @@ async def delete(room: Room, repository_id: str = "repo_1") -> None:
 async def test_every_task_is_told_also_the_ended_ones_a_hundred_at_a_time(room: Room) -> None:
     await room.add_repository()
     tasks = [await room.create(branch=f"b{number}") for number in range(130)]
-    await room.push(newer(tasks[0], status=tasks_pb2.TASK_STATUS_ARCHIVED))
+    await room.push(newer(tasks[0], state=tasks_pb2.TASK_STATE_ARCHIVED))
 
     await delete(room)
     await room.database.write(room.deletion.step)
@@ -88,24 +89,39 @@ async def test_a_deleted_task_leaves_tombstones_a_summary_and_an_event(room: Roo
     task, other = await room.create(branch="a"), await room.create(branch="b")
     await room.push(
         Sandbox(id="sbx_1", task_id=task.id, revision=1),
-        *(TranscriptEntry(id=f"ent_{n}", task_id=task.id, session_id="ses_1", revision=1) for n in range(3)),
+        *(
+            TranscriptEntry(id=f"ent_{n}", task_id=task.id, session_id="ses_1", position=n, revision=1)
+            for n in range(3)
+        ),
     )
     await delete(room)
     await finish(room)
-    before = await room.database.read(room.index._present, task.id)  # pyright: ignore[reportPrivateUsage]
+    before = await room.database.read(room.index.present, task.id)
 
     await room.push(newer(task), deleted=True)
     await finish(room)
 
     kinds = [table.kind for table in WATCHED]
     pages = [page async for page in room.index.catch_up(task.id, kinds, before, "")]
-    changes = {change.id: change.deleted for page in pages for change in page.changes}
-    assert changes == dict.fromkeys((task.id, task.sessions[0].id, "sbx_1", "ent_0", "ent_1", "ent_2"), True)
+    changes = {change.id: change for page in pages for change in page.changes}
+    assert changes.keys() == {task.id, task.sessions[0].id, "sbx_1", "ent_0", "ent_1", "ent_2"}
+    assert {change.type for change in changes.values()} == {CHANGE_TYPE_DELETED}
+    assert [
+        Task.FromString(changes[task.id].entity),
+        Session.FromString(changes[task.sessions[0].id].entity),
+        Sandbox.FromString(changes["sbx_1"].entity),
+        TranscriptEntry.FromString(changes["ent_1"].entity),
+    ] == [
+        Task(id=task.id),
+        Session(id=task.sessions[0].id, task_id=task.id),
+        Sandbox(id="sbx_1", task_id=task.id),
+        TranscriptEntry(id="ent_1", session_id="ses_1", position=1, task_id=task.id),
+    ]
     with pytest.raises(NotFound):
         await room.database.read(room.workbench.task, task.id, PRINCIPAL)
     assert await room.place(task.id) is None
     assert {one.id: deleted for one, deleted in await room.marked(TaskSummary)} == {task.id: True, other.id: False}
-    events = [one for one, _ in await room.marked(HistoryEvent) if one.kind == words.EVENT_KIND_TASK_DELETED]
+    events = [one for one, _ in await room.marked(HistoryEvent) if one.kind == history_pb2.EVENT_KIND_TASK_DELETED]
     assert [(one.task_id, one.repository_id) for one in events] == [(task.id, "repo_1")]
     assert await room.database.read(REPOSITORIES.get, "repo_1")
 
@@ -132,7 +148,7 @@ async def test_a_long_transcript_is_buried_in_bounded_steps(room: Room) -> None:
 
 
 async def test_with_its_last_task_the_repository_goes_and_nothing_late_bears_it_again(room: Room) -> None:
-    given = Repository(id="repo_1", organization_id="org_1", full_name="acme/shop", revision=1)
+    given = Repository(id="repo_1", organization_id="org_1", display_name="acme/shop", revision=1)
     report = EnsureRepositoryRequest(repository=given, github=True, branches=[Branch(name="main")], github_revision=1)
     await room.database.write(room.store.ensure, report)
     tasks = [await room.create(branch=name) for name in ("a", "b")]
@@ -165,7 +181,7 @@ async def test_what_comes_late_of_a_deleted_task_is_ignored(room: Room) -> None:
     once_it_is = await room.push(session, newer(newer(task)), Sandbox(id="sbx", task_id=task.id, revision=1))
 
     assert (while_it_is_buried, once_it_is) == ({}, {})
-    assert await room.database.read(room.workbench.sessions, task.id) == []
+    assert (await room.database.read(room.workbench.sessions, task.id, "", 100)).found == []
     assert await room.place(task.id) is None
 
 
@@ -218,7 +234,7 @@ def _told(tx: Reader) -> int:
 
 async def test_a_running_service_deletes_to_the_end(running: Running) -> None:
     await running.add_repository()
-    tasks = [await running.create(branch=name) for name in ("a", "b")]
+    tasks = [await running.create(branch=BranchChoice(new_branch=name)) for name in ("a", "b")]
     await running.stub(
         RepositoryServiceStub, Principal(service="organization", organization_id="org_1")
     ).DeleteRepository(DeleteRepositoryRequest(repository_id="repo_1"))

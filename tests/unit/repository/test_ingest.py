@@ -3,13 +3,14 @@
 from datetime import timedelta
 
 import pytest
-from branchline.v1 import tasks_pb2
-from branchline.v1 import vocabulary_pb2 as words
+from branchline.v1 import history_pb2, tasks_pb2
+from branchline.v1.common_pb2 import FAILURE_REASON_CLONE_FAILED, Failure
 from branchline.v1.history_pb2 import HistoryEvent
 from branchline.v1.repositories_pb2 import Repository
 from branchline.v1.sandboxes_pb2 import Sandbox
-from branchline.v1.sessions_pb2 import Session, TranscriptEntry
+from branchline.v1.sessions_pb2 import Session
 from branchline.v1.tasks_pb2 import Task, TaskSummary
+from branchline.v1.transcripts_pb2 import TranscriptEntry
 from branchline_internal.spine.v1.push_pb2 import PushRequest
 
 from services.repository.ingest import RepositoryIngest
@@ -29,7 +30,7 @@ async def test_a_batch_of_any_length_takes_the_same_number_of_statements(room: R
     def pushed_by(tasks: list[Task], revision: int) -> list[object]:
         pushed: list[object] = []
         for task in tasks:
-            pushed.append(newer(task, status=tasks_pb2.TASK_STATUS_ARCHIVED))
+            pushed.append(newer(task, state=tasks_pb2.TASK_STATE_ARCHIVED))
             pushed.append(Session(id=f"ses_{task.id}", task_id=task.id, revision=revision))
             pushed.append(Sandbox(id=f"sbx_{task.id}", task_id=task.id, revision=revision))
             pushed.append(HistoryEvent(id=f"evt_{task.id}", organization_id="org_1"))
@@ -49,11 +50,11 @@ async def test_a_batch_of_any_length_takes_the_same_number_of_statements(room: R
 async def test_a_turn_that_begins_takes_six_statements(room: Room) -> None:  # C5
     await room.add_repository()
     task = await room.create(branch="topic")
-    await room.push(newer(task, status=tasks_pb2.TASK_STATUS_IDLE))
+    await room.push(newer(task, state=tasks_pb2.TASK_STATE_ACTIVE, activity=tasks_pb2.TASK_ACTIVITY_IDLE))
 
     def turn() -> list[object]:
         return [
-            newer(task, revision=3, status=tasks_pb2.TASK_STATUS_RUNNING),
+            newer(task, revision=3, state=tasks_pb2.TASK_STATE_ACTIVE, activity=tasks_pb2.TASK_ACTIVITY_RUNNING),
             Session(id="ses_1", task_id=task.id, revision=3),
             TranscriptEntry(id="ent_1", task_id=task.id, session_id="ses_1", position=1, revision=1),
             HistoryEvent(id="evt_1", organization_id="org_1"),
@@ -73,35 +74,35 @@ async def test_parts_that_come_with_the_end_of_their_task_are_ignored(room: Room
     part = entry(Session(id="ses_late", task_id=task.id, revision=1))
     assert await room.ingest.submit(PushRequest(entries=[part, gone])) == {}
 
-    held = await room.database.read(room.workbench.sessions, task.id)
-    assert "ses_late" not in [one.id for one in held]
+    held = await room.database.read(room.workbench.sessions, task.id, "", 100)
+    assert "ses_late" not in [one.id for one in held.found]
 
 
 async def test_an_archived_task_that_is_killed_never_takes_its_branch_back(room: Room) -> None:  # F9, F23
     await room.add_repository()
     first = await room.create(branch="topic")
-    archived = newer(first, status=tasks_pb2.TASK_STATUS_ARCHIVED)
+    archived = newer(first, state=tasks_pb2.TASK_STATE_ARCHIVED)
     await room.push(archived)
     second = await room.create(branch="topic")
 
-    killing = newer(archived, status=tasks_pb2.TASK_STATUS_KILLING)
-    refused = [await room.push(killing), await room.push(newer(killing, status=tasks_pb2.TASK_STATUS_KILLED))]
+    killing = newer(archived, state=tasks_pb2.TASK_STATE_KILLING)
+    refused = [await room.push(killing), await room.push(newer(killing, state=tasks_pb2.TASK_STATE_KILLED))]
 
     assert refused == [{}, {}]
     holders = await room.database.read(room.store.branch_holders, "repo_1")
     assert holders == {"topic": second.id}
     held = await room.database.read(room.workbench.task, first.id, PRINCIPAL)
-    assert held.status == tasks_pb2.TASK_STATUS_KILLED
+    assert held.state == tasks_pb2.TASK_STATE_KILLED
 
 
-async def test_no_status_of_an_ended_task_takes_its_branch_back(room: Room) -> None:  # F9
+async def test_no_state_of_an_ended_task_takes_its_branch_back(room: Room) -> None:  # F9
     await room.add_repository()
-    task = newer(await room.create(branch="topic"), status=tasks_pb2.TASK_STATUS_ARCHIVED)
+    task = newer(await room.create(branch="topic"), state=tasks_pb2.TASK_STATE_ARCHIVED)
     await room.push(task)
     holder = await room.create(branch="topic")
 
-    for status in tasks_pb2.TaskStatus.values():
-        task = newer(task, status=status)
+    for state in tasks_pb2.TaskState.values():
+        task = newer(task, state=state)
         assert await room.push(task) == {}
 
     assert await room.database.read(room.store.branch_holders, "repo_1") == {"topic": holder.id}
@@ -117,10 +118,10 @@ async def test_a_branch_that_another_task_holds_stays_with_it_and_the_conflict_i
     assert refused == {}
     assert await room.database.read(room.store.branch_holders, "repo_1") == {"taken": holder.id, "topic": mover.id}
     event, _ = (await room.marked(HistoryEvent))[before]
-    assert event.kind == words.EVENT_KIND_BRANCH_MOVED
+    assert event.kind == history_pb2.EVENT_KIND_BRANCH_MOVED
     assert dict(event.details) == {"from": "topic", "to": "taken", "holder_task_id": holder.id}
 
-    await room.push(newer(holder, status=tasks_pb2.TASK_STATUS_KILLED), newer(newer(mover, branch="taken")))
+    await room.push(newer(holder, state=tasks_pb2.TASK_STATE_KILLED), newer(newer(mover, branch="taken")))
 
     assert await room.database.read(room.store.branch_holders, "repo_1") == {"taken": mover.id}
 
@@ -143,7 +144,7 @@ async def test_one_batch_frees_a_branch_and_gives_it_away_in_any_order(room: Roo
     await room.add_repository()
     leaving, coming = await room.create(branch="a"), await room.create(branch="b")
 
-    refused = await room.push(newer(coming, branch="a"), newer(leaving, status=tasks_pb2.TASK_STATUS_ARCHIVED))
+    refused = await room.push(newer(coming, branch="a"), newer(leaving, state=tasks_pb2.TASK_STATE_ARCHIVED))
 
     assert refused == {}
     assert await room.database.read(room.store.branch_holders, "repo_1") == {"a": coming.id}
@@ -153,13 +154,16 @@ async def test_the_organization_gets_a_summary_and_the_index_keeps_the_whole_tas
     await room.add_repository()
     task = await room.create(text="Sell more\n" + "x" * 60_000)
 
-    await room.push(newer(task, status_reason="y" * 3000))
+    failure = Failure(reason=FAILURE_REASON_CLONE_FAILED, message="y" * 2000, output_tail="z" * 8000)
+    await room.push(newer(task, failure=failure))
 
     assert await room.marked(Task) == []
     ((summary, deleted),) = await room.marked(TaskSummary)
     assert not deleted
     assert summary.ByteSize() < 1024
-    assert (await room.database.read(room.workbench.task, task.id, PRINCIPAL)).text == task.text
+    assert summary.failure_reason == FAILURE_REASON_CLONE_FAILED
+    held = await room.database.read(room.workbench.task, task.id, PRINCIPAL)
+    assert (held.prompt, held.failure) == (task.prompt, failure)
 
 
 async def test_the_repository_is_touched_once_for_a_batch(room: Room) -> None:
@@ -167,7 +171,7 @@ async def test_the_repository_is_touched_once_for_a_batch(room: Room) -> None:
     tasks = await states(room, 5)
     ((before, _),) = await room.marked(Repository)
 
-    await room.push(*(newer(task, status=tasks_pb2.TASK_STATUS_KILLED) for task in tasks))
+    await room.push(*(newer(task, state=tasks_pb2.TASK_STATE_KILLED) for task in tasks))
 
     ((after, _),) = await room.marked(Repository)
     assert (before.live_task_count, after.live_task_count) == (5, 0)
@@ -187,7 +191,7 @@ async def test_a_task_of_somebody_else_is_refused_without_its_neighbours(room: R
 async def test_older_states_change_nothing(room: Room) -> None:
     await room.add_repository()
     task = await room.create(branch="topic")
-    archived = newer(task, status=tasks_pb2.TASK_STATUS_ARCHIVED)
+    archived = newer(task, state=tasks_pb2.TASK_STATE_ARCHIVED)
     await room.push(archived)
     marked = len(await room.marked(TaskSummary))
 
@@ -204,8 +208,9 @@ async def test_activity_is_noted_once_a_minute_whoever_asks(room: Room) -> None:
     revisions: list[int] = []
     for ahead in (0, 30, 58, 61):
         room.ahead.append(timedelta(seconds=ahead))
-        works = task.status == tasks_pb2.TASK_STATUS_RUNNING
-        task = newer(task, status=tasks_pb2.TASK_STATUS_IDLE if works else tasks_pb2.TASK_STATUS_RUNNING)
+        works = task.activity == tasks_pb2.TASK_ACTIVITY_RUNNING
+        activity = tasks_pb2.TASK_ACTIVITY_IDLE if works else tasks_pb2.TASK_ACTIVITY_RUNNING
+        task = newer(task, state=tasks_pb2.TASK_STATE_ACTIVE, activity=activity)
         fresh = RepositoryIngest(
             room.outbox, room.clock, RepositoryStore(room.outbox, room.clock), room.workbench, room.deletion
         )

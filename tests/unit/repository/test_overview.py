@@ -13,6 +13,6 @@ def test_the_default_branch_comes_first_then_tasks_then_names() -> None:
         repository, branches, [PullRequest(number=7, head_branch="b")], {"work": "task_1", "new": "task_2"}
     )
 
-    assert [line.branch.name for line in lines] == ["main", "new", "work", "a", "b"]
+    assert [line.name for line in lines] == ["main", "new", "work", "a", "b"]
     assert lines[2].task_id == "task_1"
     assert lines[4].pull_request.number == 7

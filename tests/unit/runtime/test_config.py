@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from services.runtime.config import Config, Secret, read_config
+from services.runtime.config import Config, Secret, make_private, read_config
 
 
 class Part(Config, frozen=True):
@@ -63,3 +63,9 @@ def test_a_secret_is_not_shown_with_what_holds_it() -> None:
 
     assert "a secret" not in f"{whole} {whole!r} {whole.part.key}"
     assert whole.part.key.value == "a secret"
+
+
+def test_a_private_folder_is_made_in_no_folder_that_others_may_enter(tmp_path: Path) -> None:  # F14
+    make_private(tmp_path / "organization" / "blobs")
+
+    assert [path.stat().st_mode & 0o777 for path in sorted(tmp_path.rglob("*"))] == [0o700, 0o700]

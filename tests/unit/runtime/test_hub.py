@@ -2,16 +2,14 @@
 
 import gc
 
-from branchline.v1.vocabulary_pb2 import ENTITY_KIND_TASK
-from branchline.v1.watches_pb2 import WatchChange
+from branchline.v1.common_pb2 import ENTITY_KIND_TASK
+from branchline_internal.spine.v1.push_pb2 import WatchChange
 
 from services.runtime.spine.hub import PENDING_BYTES, PENDING_CHANGES, Hub, Watcher
 
 
 def change(entity: str, seq: int, size: int = 0) -> WatchChange:
-    made = WatchChange(kind=ENTITY_KIND_TASK, id=entity, change_seq=seq, revision=seq)
-    made.resource.value = b"x" * size
-    return made
+    return WatchChange(kind=ENTITY_KIND_TASK, id=entity, change_seq=seq, revision=seq, entity=b"x" * size)
 
 
 async def test_a_slow_watcher_gets_the_newest_state_of_each_entity_in_order() -> None:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 import pytest
 from branchline.v1 import watches_pb2
-from branchline.v1.vocabulary_pb2 import ENTITY_KIND_TASK, ERROR_REASON_TOKEN_INVALID
-from branchline.v1.watches_pb2 import WatchChange, WatchFrame
+from branchline.v1.common_pb2 import ENTITY_KIND_TASK
+from branchline.v1.errors_pb2 import ERROR_REASON_TOKEN_INVALID
+from branchline_internal.spine.v1.push_pb2 import WatchChange, WatchFrame
 
 from services.runtime.errors import Unauthenticated
 from services.runtime.spine.chunks import PART_BYTES
@@ -17,9 +18,9 @@ from services.runtime.spine.tokens import Position, parse_resume_token
 from services.runtime.spine.watch import Page, Watch, watch
 
 HEARTBEAT, CHANGES, SYNCED = (
-    watches_pb2.WATCH_FRAME_KIND_HEARTBEAT,
-    watches_pb2.WATCH_FRAME_KIND_CHANGES,
-    watches_pb2.WATCH_FRAME_KIND_SYNCED,
+    watches_pb2.FRAME_KIND_HEARTBEAT,
+    watches_pb2.FRAME_KIND_CHANGES,
+    watches_pb2.FRAME_KIND_SYNCED,
 )
 TOPIC = "topic"
 
@@ -40,9 +41,18 @@ class Source:
 
     def publish(self, name: str, size: int = 10) -> None:
         self.seq += 1
-        change = WatchChange(kind=ENTITY_KIND_TASK, id=name, change_seq=self.seq)
-        change.resource.value = b"x" * size
+        change = WatchChange(kind=ENTITY_KIND_TASK, id=name, change_seq=self.seq, entity=b"x" * size)
         self.hub.publish(self.scope, [change])
+
+
+class Blind:
+    """Sees nothing."""
+
+    def start_over(self) -> None:
+        pass
+
+    def see(self, change: WatchChange) -> WatchChange | None:
+        return None
 
 
 async def busy(source: Source, name: str, every_seconds: float = 0.01) -> None:
@@ -63,10 +73,10 @@ async def first(source: Source, wanted: Watch, kind: int, seconds: float = 5.0) 
 async def test_a_watch_that_may_see_nothing_of_a_busy_scope_gets_heartbeats_with_its_place() -> None:  # F7
     source = Source()
     writing = asyncio.create_task(busy(source, "hidden"))
-    heartbeat = await first(source, Watch(TOPIC, visible=lambda _: False, heartbeat_seconds=0.2), HEARTBEAT)
+    heartbeat = await first(source, Watch(TOPIC, sight=Blind(), heartbeat_seconds=0.2), HEARTBEAT)
     writing.cancel()
 
-    place = parse_resume_token(heartbeat.resume_token, TOPIC)
+    place = parse_resume_token(heartbeat.resume_token, TOPIC).position
     assert place is not None
     assert place.change_seq > 5
 
@@ -137,7 +147,7 @@ async def test_a_watcher_that_reads_too_slowly_catches_up_and_is_synced_again() 
 
 async def test_what_changes_while_a_watcher_pauses_comes_with_its_next_frame_once() -> None:
     source = Source()
-    wanted = Watch(TOPIC, Position("epoch", 0), pause_seconds=lambda: 0.5)
+    wanted = Watch(TOPIC, position=Position("epoch", 0), pause_seconds=lambda: 0.5)
     async with asyncio.timeout(5), aclosing(watch(source, wanted)) as frames:
         assert (await anext(frames)).kind == SYNCED
         source.publish("first")

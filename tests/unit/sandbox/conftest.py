@@ -8,6 +8,7 @@ import pytest_asyncio
 from services.runtime.clock import Clock
 from services.runtime.database import Database, open_database
 from services.runtime.spine.outbox import Outbox
+from services.sandbox.reports import Reports
 from services.sandbox.sessions import SessionStore
 from services.sandbox.store import SandboxStore
 from tests.support.databases import migrated
@@ -29,6 +30,11 @@ async def outbox(database: Database) -> Outbox:
 @pytest_asyncio.fixture
 async def sessions(outbox: Outbox) -> SessionStore:
     return SessionStore(outbox, Clock().timestamp)
+
+
+@pytest_asyncio.fixture
+async def reports(database: Database, outbox: Outbox) -> Reports:
+    return Reports(database, outbox, Clock(), ["local"])
 
 
 @pytest_asyncio.fixture

@@ -26,7 +26,6 @@ CALLS: dict[str, Callable[[AgentServer], Awaitable[Any]]] = {
     "start": lambda server: server.start_process(["true"], "/", {}),
     "process": lambda server: server.process("1"),
     "output": lambda server: server.output("1"),
-    "list": lambda server: server.list_files("/x"),
     "stat": lambda server: server.stat_file("/x"),
     "read": lambda server: server.read_file("/x"),
     "agents": lambda server: server.agents(),
@@ -64,3 +63,12 @@ async def test_an_error_of_any_shape_is_one(error: bytes) -> None:
     server = AgentServer(Machine("http://nowhere", "token", "/", "none"), cast("Http", said))
     with pytest.raises(AgentError):
         await server.request("c", "session/new", {}, 1)
+
+
+@pytest.mark.parametrize("call", ["start", "process", "stat", "request"])
+async def test_where_a_machine_lives_on_its_host_is_in_no_error(call: str) -> None:
+    home = "/srv/data/sandbox/local/sbx_1/home"
+    said = Saying(400, b'{"detail": "path is not a directory: %s/workspace/README.md"}' % home.encode())
+    server = AgentServer(Machine("http://nowhere", "token", home, "none"), cast("Http", said))
+    with pytest.raises((DomainError, AgentError), match=r"not a directory: ~/workspace/README\.md"):
+        await CALLS[call](server)

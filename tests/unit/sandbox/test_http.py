@@ -17,7 +17,7 @@ async def test_a_request_to_where_nobody_listens_was_never_sent() -> None:
     http = Http()
 
     with pytest.raises(Unreachable) as failed:
-        await http.send("GET", f"http://127.0.0.1:{free_port()}/v1/acp", 5.0)
+        await http.send("GET", f"http://127.0.0.1:{free_port()}/v1/acp", 5.0, None)
 
     await http.close()
     assert not failed.value.sent
@@ -53,9 +53,9 @@ async def test_an_answer_without_an_end_is_broken_off(kind: str, piece: bytes) -
 
     async def hear() -> None:
         if "event-stream" not in kind:
-            await http.send("GET", url, 5.0)
+            await http.send("GET", url, 5.0, None)
             return
-        async with http.listen(url, 5.0) as source:
+        async with http.listen(url, 5.0, None) as source:
             async for _ in source.aiter_sse():
                 pass
 
@@ -84,7 +84,7 @@ async def test_events_are_bounded_one_by_one() -> None:
     server = await asyncio.start_server(talk, "127.0.0.1", 0)
     http, url = Http(), f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1/acp"
 
-    async with http.listen(url, 5.0) as source:
+    async with http.listen(url, 5.0, None) as source:
         heard = [one.data async for one in source.aiter_sse()]
 
     await http.close()
@@ -101,9 +101,9 @@ async def test_a_request_that_was_cut_off_may_have_arrived() -> None:
     http, url = Http(), f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1/acp"
 
     with pytest.raises(Unreachable) as asked:
-        await http.send("POST", url, 5.0)
+        await http.send("POST", url, 5.0, None)
     with pytest.raises(Unreachable) as listened:
-        async with http.listen(url, 5.0):
+        async with http.listen(url, 5.0, None):
             pass
 
     await http.close()

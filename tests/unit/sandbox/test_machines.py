@@ -19,9 +19,9 @@ from services.sandbox.providers.base import Condition, Machine, Probe, ProviderE
 from services.sandbox.store import SandboxStore
 
 MACHINE = Machine("http://127.0.0.1:1", "token", "/home/one", "none")
-CREATING, RUNNING = sandboxes_pb2.SANDBOX_STATUS_CREATING, sandboxes_pb2.SANDBOX_STATUS_RUNNING
-DESTROYING, DESTROYED = sandboxes_pb2.SANDBOX_STATUS_DESTROYING, sandboxes_pb2.SANDBOX_STATUS_DESTROYED
-ERROR = sandboxes_pb2.SANDBOX_STATUS_ERROR
+CREATING, RUNNING = sandboxes_pb2.SANDBOX_STATE_CREATING, sandboxes_pb2.SANDBOX_STATE_RUNNING
+DESTROYING, DESTROYED = sandboxes_pb2.SANDBOX_STATE_DESTROYING, sandboxes_pb2.SANDBOX_STATE_DESTROYED
+ERROR = sandboxes_pb2.SANDBOX_STATE_FAILED
 
 
 @dataclass
@@ -100,7 +100,7 @@ async def create(machines: Machines) -> sandboxes_pb2.Sandbox:
 
 
 async def status(machines: Machines) -> int:
-    return (await machines.database.read(machines.store.get, "sbx_1")).status
+    return (await machines.database.read(machines.store.get, "sbx_1")).state
 
 
 async def test_a_machine_that_answers_is_used_without_a_look(machines: Machines, provider: Scripted) -> None:  # C10
@@ -151,7 +151,7 @@ async def test_a_machine_of_which_nothing_is_known_is_waited_for_and_never_ended
         await create(machines)
     assert set(provider.asked) == {"probe"}
     provider.condition = Condition.ALIVE
-    assert (await create(machines)).status == RUNNING
+    assert (await create(machines)).state == RUNNING
     assert set(provider.asked) == {"probe"}
 
 
@@ -202,7 +202,7 @@ async def test_a_machine_that_cannot_be_stopped_does_not_keep_the_service_from_s
         await machines.create(f"sbx_{number}", "task_1", "org_1", "local")
     provider.broken = "sbx_1"
     await machines.stop_all()
-    assert (await machines.database.read(machines.store.get, "sbx_2")).status == sandboxes_pb2.SANDBOX_STATUS_PAUSED
+    assert (await machines.database.read(machines.store.get, "sbx_2")).state == sandboxes_pb2.SANDBOX_STATE_PAUSED
 
     provider.there, provider.broken = {"sbx_people", "sbx_others"}, "sbx_people"
     await machines.reconcile()
@@ -223,7 +223,7 @@ async def test_one_sandbox_that_hangs_does_not_hold_up_another(machines: Machine
     provider.gate = None
     async with asyncio.timeout(2):
         other = await machines.create("sbx_2", "task_2", "org_1", "local")
-    assert other.status == RUNNING
+    assert other.state == RUNNING
     hanging.cancel()
 
 

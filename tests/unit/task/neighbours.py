@@ -6,10 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+from branchline.v1.common_pb2 import BlobReference
+from branchline.v1.errors_pb2 import ErrorReason
 from branchline_internal.repository.v1 import repository_pb2, repository_pb2_grpc
 from branchline_internal.sandbox.v1 import sandbox_pb2, sandbox_pb2_grpc
 from branchline_internal.spine.v1 import push_pb2, push_pb2_grpc
 from google.protobuf.message import Message
+from grpc_status import rpc_status
+
+from services.runtime.errors import DomainError
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -20,6 +25,8 @@ class Refusal:
 
     code: grpc.StatusCode
     words: str
+    reason: ErrorReason.ValueType | None = None
+    """Why, as one of our services says it; None is another one's error."""
     times: int = 1_000_000
     session_id: str = ""
     """The one session that it is about; empty means all."""
@@ -34,6 +41,7 @@ class SandboxNeighbour(sandbox_pb2_grpc.SandboxServiceServicer):
     hanging: set[str] = field(default_factory=set[str])
     """Sessions whose calls never return."""
     output: str = ""
+    errors: str = ""
     exit_code: int = 0
     principals: list[str] = field(default_factory=list[str])
 
@@ -51,11 +59,15 @@ class SandboxNeighbour(sandbox_pb2_grpc.SandboxServiceServicer):
         refusal = self.refusals.get(name)
         if refusal is not None and refusal.times > 0 and refusal.session_id in ("", getattr(request, "session_id", "")):
             refusal.times -= 1
+            if refusal.reason is not None:
+                error = DomainError(refusal.reason, refusal.words)
+                error.code = refusal.code
+                await context.abort_with_status(rpc_status.to_status(error.to_status()))
             await context.abort(refusal.code, refusal.words)
 
     async def CreateSandbox(self, request: Any, context: Context) -> Any:
         await self._take(request, context)
-        return sandbox_pb2.CreateSandboxResponse(workspace="workspace")
+        return sandbox_pb2.CreateSandboxResponse()
 
     async def DestroySandbox(self, request: Any, context: Context) -> Any:
         await self._take(request, context)
@@ -64,7 +76,7 @@ class SandboxNeighbour(sandbox_pb2_grpc.SandboxServiceServicer):
     async def Execute(self, request: Any, context: Context) -> Any:
         await self._take(request, context)
         output = self.output or f"{request.environment['BRANCH']}\n"
-        return sandbox_pb2.ExecuteResponse(exit_code=self.exit_code, stdout=output)
+        return sandbox_pb2.ExecuteResponse(exit_code=self.exit_code, stdout=output, stderr=self.errors)
 
     async def PutFile(self, request: Any, context: Context) -> Any:
         await self._take(request, context)
@@ -82,9 +94,9 @@ class SandboxNeighbour(sandbox_pb2_grpc.SandboxServiceServicer):
         await self._take(request, context)
         return sandbox_pb2.CancelTurnResponse()
 
-    async def AnswerPermission(self, request: Any, context: Context) -> Any:
+    async def AnswerInput(self, request: Any, context: Context) -> Any:
         await self._take(request, context)
-        return sandbox_pb2.AnswerPermissionResponse()
+        return sandbox_pb2.AnswerInputResponse()
 
     async def CloseSession(self, request: Any, context: Context) -> Any:
         await self._take(request, context)
@@ -96,9 +108,26 @@ class RepositoryNeighbour(repository_pb2_grpc.RepositoryServiceServicer, push_pb
     """Takes everything that is pushed up, and has no credentials."""
 
     pushed: list[push_pb2.PushEntry] = field(default_factory=list[push_pb2.PushEntry])
+    calls: list[Message] = field(default_factory=list[Message])
 
     async def GetGitCredential(self, request: Any, context: Context) -> Any:
         return repository_pb2.GetGitCredentialResponse()
+
+    async def ClaimBlobs(self, request: Any, context: Context) -> Any:
+        self.calls.append(request)
+        if "blob_gone" in request.blob_ids:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "there is no blob")
+        known = [BlobReference(blob_id=one, display_name=f"{one}.png", size_bytes=3) for one in request.blob_ids]
+        return repository_pb2.ClaimBlobsResponse(blobs=known)
+
+    async def FetchBlob(self, request: Any, context: Context) -> Any:
+        self.calls.append(request)
+        return repository_pb2.FetchBlobResponse(data=b"abc"[request.offset :])
+
+    async def StoreBlob(self, request: Any, context: Context) -> Any:
+        self.calls.append(request)
+        blob = BlobReference(blob_id="blob_new", media_type=request.media_type, size_bytes=len(request.data))
+        return repository_pb2.StoreBlobResponse(blob=blob)
 
     async def Push(
         self, request_iterator: AsyncIterator[push_pb2.PushRequest], context: Context

@@ -4,23 +4,27 @@ from typing import Any
 
 import pytest
 from branchline.v1 import sessions_pb2, tasks_pb2
-from branchline.v1.sessions_pb2 import Session
+from branchline.v1.common_pb2 import FAILURE_REASON_INTERNAL, Consistency, Prompt
+from branchline.v1.history_pb2 import EVENT_KIND_MESSAGE_SENT, HistoryEvent
+from branchline.v1.sessions_pb2 import SESSION_STATE_RUNNING, WHEN_BUSY_QUEUE, Session
 from branchline.v1.tasks_pb2 import Task
 from branchline_internal.sandbox.v1.sandbox_pb2 import StartTurnRequest
 
 from services.runtime.errors import DomainError
+from services.runtime.failures import failed
 from services.runtime.principal import Principal, bind_principal
-from services.runtime.spine.tokens import parse_consistency_token
+from services.runtime.spine.tokens import parse_consistency
 from services.runtime.validation import validate
 from services.task.open_task import OpenTask
-from tests.unit.task.room import Room, new_id
+from services.task.standing import RUNNING, TURN_FAILED
+from tests.unit.task.room import Room, new_id, request_id
 
 
-def message(task: OpenTask, **fields: Any) -> sessions_pb2.SendMessageRequest:
-    given: dict[str, Any] = {"text": "go on", **fields}
-    return sessions_pb2.SendMessageRequest(
-        request_id=new_id(), task_id=task.task.id, session_id=task.sessions[0].id, **given
-    )
+def message(task: OpenTask, text: str = "go on", **fields: Any) -> sessions_pb2.SendMessageRequest:
+    given: dict[str, Any] = {"prompt": Prompt(text=text), "session_id": task.sessions[0].id, **fields}
+    if given.pop("queue", False):
+        given["when_busy"] = WHEN_BUSY_QUEUE
+    return sessions_pb2.SendMessageRequest(request_id=request_id(), task_id=task.task.id, **given)
 
 
 async def test_whatever_is_changed_gets_one_revision_and_one_mark(room: Room) -> None:  # C5
@@ -29,11 +33,11 @@ async def test_whatever_is_changed_gets_one_revision_and_one_mark(room: Room) ->
     before = len(await room.marks(Task))
 
     def change(opened: OpenTask) -> None:
-        opened.move(tasks_pb2.TASK_STATUS_RUNNING)
-        opened.move(tasks_pb2.TASK_STATUS_WAITING, "asks")
-        opened.sessions[0].name = "Other"
+        opened.move(RUNNING)
+        opened.move(TURN_FAILED, failed(FAILURE_REASON_INTERNAL, "it broke"))
+        opened.sessions[0].display_name = "Other"
         opened.change_session(opened.sessions[0])
-        opened.stand(opened.sessions[0], opened.sessions[0].status, "a reason")
+        opened.stand(opened.sessions[0], opened.sessions[0].state)
 
     await room.change(task.task.id, change)
 
@@ -41,7 +45,18 @@ async def test_whatever_is_changed_gets_one_revision_and_one_mark(room: Room) ->
     assert after.task.revision == task.task.revision + 1
     assert after.sessions[0].revision == session.revision + 1
     assert len(await room.marks(Task)) == before
-    assert after.task.sessions[0].name == "Other"
+    assert after.task.sessions[0].display_name == "Other"
+
+
+async def test_a_failure_stays_until_the_task_stands_elsewhere(room: Room) -> None:
+    task = await room.task()
+
+    await room.change(task.task.id, lambda opened: opened.move(TURN_FAILED, failed(FAILURE_REASON_INTERNAL, "broke")))
+    failing = await room.read(task.task.id)
+    await room.change(task.task.id, lambda opened: opened.move(RUNNING))
+
+    assert (failing.standing, failing.task.failure.message) == (TURN_FAILED, "broke")
+    assert not (await room.read(task.task.id)).task.HasField("failure")
 
 
 async def test_nothing_is_written_when_nothing_was_changed_or_the_block_raises(room: Room) -> None:
@@ -50,7 +65,7 @@ async def test_nothing_is_written_when_nothing_was_changed_or_the_block_raises(r
 
     await room.change(task.task.id, lambda opened: None)
     with pytest.raises(ZeroDivisionError):
-        await room.change(task.task.id, lambda opened: (opened.move(tasks_pb2.TASK_STATUS_RUNNING), 1 / 0))
+        await room.change(task.task.id, lambda opened: (opened.move(RUNNING), 1 / 0))
 
     assert room.database.statements == written + 4
     assert (await room.read(task.task.id)).task == task.task
@@ -66,7 +81,7 @@ async def test_a_message_costs_at_most_nine_statements(room: Room) -> None:  # C
     assert room.database.statements - before <= 9
     assert [one.turn for one in await room.marks(StartTurnRequest, "sandbox")] == [1]
     assert answer.entry.position == 1
-    assert [one.status for one in await room.marks(Session)] == [3]
+    assert [one.state for one in await room.marks(Session)] == [SESSION_STATE_RUNNING]
 
 
 async def test_the_task_of_another_organization_is_not_found_and_a_viewer_may_not_command(room: Room) -> None:
@@ -79,28 +94,36 @@ async def test_the_task_of_another_organization_is_not_found_and_a_viewer_may_no
     with pytest.raises(DomainError) as viewer:
         await room.database.write(room.sessions.send, request)
 
-    assert (stranger.value.reason, viewer.value.reason) == ("NOT_FOUND", "ROLE_REQUIRED")
+    assert (stranger.value.reason, viewer.value.reason) == ("RESOURCE_NOT_FOUND", "ROLE_REQUIRED")
 
 
 async def test_the_token_of_a_command_is_one_that_reads_take_however_many_sessions_there_are(room: Room) -> None:  # F22
     task = (await room.task()).task
-    names = [new_id() for _ in range(199)]
+    names = [new_id("ses") for _ in range(63)]
 
     def add(opened: OpenTask) -> None:
         for name in names:
-            opened.add_session(Session(id=f"ses_{name}", task_id=task.id, name=name))
+            opened.add_session(Session(id=name, task_id=task.id, display_name=name))
 
     await room.change(task.id, add)
     opened = await room.read(task.id)
-    rename = sessions_pb2.RenameSessionRequest(
-        request_id=new_id(), task_id=task.id, session_id=f"ses_{names[-1]}", name="Other"
-    )
-    renamed = await room.database.write(room.sessions.rename, rename)
+    session = Session(id=names[-1], task_id=task.id, display_name="Other")
+    renamed = await room.database.write(room.sessions.update, sessions_pb2.UpdateSessionRequest(session=session))
 
     for token in (opened.token(*opened.sessions), renamed.consistency_token):
-        validate(tasks_pb2.GetTaskRequest(task_id=task.id, consistency_token=token))
-    point = parse_consistency_token(renamed.consistency_token)
+        fresh = Consistency(at_least_as_fresh=[token])
+        validate(tasks_pb2.GetTaskRequest(task_id=task.id, consistency=fresh))
+    point = parse_consistency(Consistency(at_least_as_fresh=[renamed.consistency_token])).point
     assert {one.id: one.revision for one in point.entities} == {
         task.id: (await room.read(task.id)).task.revision,
-        f"ses_{names[-1]}": renamed.session.revision,
+        names[-1]: renamed.session.revision,
     }
+
+
+async def test_words_of_events_are_cut_to_what_the_contract_takes(room: Room) -> None:
+    task = await room.task()
+
+    await room.change(task.task.id, lambda opened: opened.tell(EVENT_KIND_MESSAGE_SENT, "ä" * 3000))
+
+    event = next(one for one in await room.marks(HistoryEvent) if one.summary.startswith("ä"))
+    validate(event)

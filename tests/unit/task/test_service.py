@@ -11,9 +11,12 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
-from branchline.v1 import sessions_pb2, sessions_pb2_grpc, tasks_pb2, tasks_pb2_grpc
-from branchline.v1.tasks_pb2 import Task
-from branchline_internal.repository.v1 import repository_pb2_grpc
+from branchline.v1 import common_pb2, errors_pb2, sessions_pb2, sessions_pb2_grpc, tasks_pb2, tasks_pb2_grpc
+from branchline.v1.common_pb2 import Attachment, BlobReference, Failure, Prompt
+from branchline.v1.sessions_pb2 import WHEN_BUSY_QUEUE, QueuedMessage
+from branchline.v1.tasks_pb2 import BranchChoice, Task
+from branchline.v1.transcripts_pb2 import TranscriptEntry
+from branchline_internal.repository.v1 import repository_pb2, repository_pb2_grpc
 from branchline_internal.sandbox.v1 import sandbox_pb2, sandbox_pb2_grpc
 from branchline_internal.sandbox.v1.sandbox_pb2 import AgentSession
 from branchline_internal.spine.v1 import push_pb2, push_pb2_grpc
@@ -26,17 +29,22 @@ from services.runtime.config import Secret
 from services.runtime.principal import Signer
 from services.runtime.service import Service
 from services.runtime.spine.outbox import OutboxRow
+from services.task.git import CONFLICT, OWN
 from services.task.machine import Deadlines
 from services.task.open_task import OpenTask
 from services.task.service import TaskConfig, build
-from services.task.status import Status
+from services.task.standing import FAILED, IDLE, KILLED, KILLING, PROVISIONING, RUNNING, TURN_FAILED, Standing
 from services.task.sweep import Sweep
 from tests.support.stack import eventually, failure
 from tests.unit.task.neighbours import Refusal, RepositoryNeighbour, SandboxNeighbour
-from tests.unit.task.room import Room, birth, entry_of, new_database, new_id
+from tests.unit.task.room import Room, birth, entry_of, new_database, new_id, request_id, sandbox_of
 
 KEY = "k" * 40
-IDLE, RUNNING, ERROR = tasks_pb2.TASK_STATUS_IDLE, tasks_pb2.TASK_STATUS_RUNNING, tasks_pb2.TASK_STATUS_ERROR
+PENDING, AT_REST, BROKEN = (
+    sessions_pb2.SESSION_STATE_PENDING,
+    sessions_pb2.SESSION_STATE_IDLE,
+    sessions_pb2.SESSION_STATE_FAILED,
+)
 
 
 @dataclass
@@ -60,12 +68,30 @@ class Installed:
         await self.internal.CreateTask(birth(task_id, **fields))
         return task_id
 
-    async def until(self, task_id: str, status: Status, seconds: float = 30.0) -> OpenTask:
+    async def until(self, task_id: str, standing: Standing, seconds: float = 30.0) -> OpenTask:
         async def look() -> OpenTask | None:
             found = await self.room.read(task_id)
-            return found if found.task.status == status else None
+            return found if found.standing == standing else None
 
         return await eventually(look, seconds)
+
+    async def opened(self, task_id: str, session_id: str, state: int = AT_REST) -> sessions_pb2.Session:
+        """Wait until a session stands somewhere."""
+
+        async def look() -> sessions_pb2.Session | None:
+            session = (await self.room.read(task_id)).session(session_id)
+            return session if session.state == state else None
+
+        return await eventually(look)
+
+    async def begun(self, session_id: str, most: int = 0) -> list[Any]:
+        """Wait until more than so many turns were given to the sandbox."""
+
+        async def look() -> list[Any] | None:
+            found = self.sandbox.of(sandbox_pb2.StartTurnRequest, session_id=session_id)
+            return found if len(found) > most else None
+
+        return await eventually(look)
 
     async def push(self, *states: Message) -> list[push_pb2.RejectedEntry]:
         """Push as the sandbox service does."""
@@ -85,10 +111,8 @@ class Installed:
         return task_id.replace("task_", "ses_")
 
     async def send(self, task_id: str, **fields: Any) -> Any:
-        given: dict[str, Any] = {"text": "go on", **fields}
-        request = sessions_pb2.SendMessageRequest(
-            request_id=new_id(), task_id=task_id, session_id=self.of(task_id), **given
-        )
+        given: dict[str, Any] = {"prompt": Prompt(text="go on"), "session_id": self.of(task_id), **fields}
+        request = sessions_pb2.SendMessageRequest(request_id=request_id(), task_id=task_id, **given)
         return await self.sessions.SendMessage(request)
 
 
@@ -159,7 +183,7 @@ async def _leave_stuck(folder: Path) -> str:
     await database.write(room.store.create, birth(task_id, hold_prompt=True), "provision")
 
     def leave(task: OpenTask) -> None:
-        task.move(tasks_pb2.TASK_STATUS_PROVISIONING)
+        task.move(PROVISIONING)
         task.row.workflow_time = 1.0
 
     await room.change(task_id, leave)
@@ -174,19 +198,24 @@ async def well(installed: Installed) -> AsyncGenerator[None, None]:
     yield
     installed.sandbox.refusals.clear()
     installed.sandbox.hanging.clear()
-    installed.sandbox.output = ""
+    installed.sandbox.output = installed.sandbox.errors = ""
     installed.sandbox.exit_code = 0
 
 
-async def test_a_task_is_provisioned_and_given_its_text(installed: Installed) -> None:
+async def test_a_task_is_provisioned_and_given_its_prompt(installed: Installed) -> None:
     task_id = await installed.create()
 
     await installed.until(task_id, RUNNING)
 
-    async def started() -> list[Any]:
-        return installed.sandbox.of(sandbox_pb2.StartTurnRequest, session_id=installed.of(task_id))
+    begun = await installed.begun(installed.of(task_id))
+    assert [(one.turn, one.prompt.text) for one in begun] == [(1, "do it")]
 
-    assert [(one.turn, one.text) for one in await eventually(started)] == [(1, "do it")]
+    async def said() -> TranscriptEntry | None:
+        found = [one for one in installed.repository.pushed if one.id == f"ent_{task_id.removeprefix('task_')}_0"]
+        return TranscriptEntry.FromString(found[0].state.value) if found else None
+
+    entry = await eventually(said)
+    assert (entry.user_message.text, entry.actor.user_id, entry.position) == ("do it", "usr_ann", 1)
 
 
 async def test_a_stuck_task_is_found_at_the_start_and_provisioned(installed: Installed) -> None:  # F4, issue item 4
@@ -197,39 +226,108 @@ async def test_a_stuck_task_is_found_at_the_start_and_provisioned(installed: Ins
 
 async def test_the_branch_that_the_tree_stands_on_becomes_the_tasks_and_is_pushed_up(installed: Installed) -> None:
     # F12
-    installed.sandbox.output = "feat/a-task-0a1b2c\n"
+    installed.sandbox.output = "feat/a-task-7\n"
 
-    task_id = await installed.create(derived_branch=True, hold_prompt=True)
+    task_id = await installed.create(hold_prompt=True, branch=BranchChoice(base="develop"))
     task = await installed.until(task_id, IDLE)
 
     async def pushed() -> list[str]:
         entries = [one for one in installed.repository.pushed if one.id == task_id]
-        return [Task.FromString(one.state.value).branch for one in entries if b"0a1b2c" in one.state.value]
+        return [Task.FromString(one.state.value).branch for one in entries if b"a-task-7" in one.state.value]
 
     assert await eventually(pushed)
-    assert (task.task.branch, task.row.derived_branch) == ("feat/a-task-0a1b2c", False)
-    execution = next(
-        one for one in installed.sandbox.of(sandbox_pb2.ExecuteRequest) if one.environment["SUFFIX"] == task_id[-6:]
-    )
+    assert (task.task.branch, task.row.branch_choice) == ("feat/a-task-7", OWN)
+    sandbox_id = task.task.active_sandbox_id
+    (execution,) = installed.sandbox.of(sandbox_pb2.ExecuteRequest, sandbox_id=sandbox_id)
+    assert (execution.environment["CHOICE"], execution.environment["BASE"]) == ("derived", "develop")
     assert execution.timeout_seconds == 600
 
 
-async def test_a_stage_that_fails_ends_in_error_with_the_outputs_tail_and_can_be_retried(
+@pytest.mark.parametrize(
+    ("choice", "word"),
+    [(BranchChoice(new_branch="feat/a-task"), "new"), (BranchChoice(existing_branch="feat/a-task"), "existing")],
+)
+async def test_a_branch_that_is_not_what_the_remote_has_ends_before_the_agent_runs(
+    installed: Installed, choice: BranchChoice, word: str
+) -> None:
+    installed.sandbox.errors, installed.sandbox.exit_code = "the remote says no", CONFLICT
+
+    task_id = await installed.create(branch=choice)
+
+    task = await installed.until(task_id, FAILED)
+    why = task.task.failure
+    assert (why.reason, why.retryable) == (common_pb2.FAILURE_REASON_BRANCH_CONFLICT, False)
+    (execution,) = installed.sandbox.of(sandbox_pb2.ExecuteRequest, sandbox_id=task.task.active_sandbox_id)
+    assert execution.environment["CHOICE"] == word
+    assert not installed.sandbox.of(sandbox_pb2.OpenSessionRequest, session_id=installed.of(task_id))
+    assert task.sessions[0].state == PENDING
+
+
+@pytest.mark.parametrize(
+    ("method", "refusal", "reason", "retryable"),
+    [
+        (
+            "CreateSandbox",
+            Refusal(grpc.StatusCode.FAILED_PRECONDITION, "no", errors_pb2.ERROR_REASON_SANDBOX_NOT_STARTED),
+            common_pb2.FAILURE_REASON_SANDBOX_FAILED,
+            True,
+        ),
+        (
+            "CreateSandbox",
+            Refusal(grpc.StatusCode.INVALID_ARGUMENT, "no", errors_pb2.ERROR_REASON_PROVIDER_UNKNOWN),
+            common_pb2.FAILURE_REASON_SANDBOX_FAILED,
+            False,
+        ),
+        (
+            "CreateSandbox",
+            Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "no", errors_pb2.ERROR_REASON_QUOTA_EXCEEDED),
+            common_pb2.FAILURE_REASON_PROVIDER_CAPACITY,
+            True,
+        ),
+        ("PutFile", Refusal(grpc.StatusCode.INTERNAL, "no"), common_pb2.FAILURE_REASON_INTERNAL, True),
+        ("Execute", Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, "no"), common_pb2.FAILURE_REASON_TIMED_OUT, True),
+        (
+            "OpenSession",
+            Refusal(grpc.StatusCode.INVALID_ARGUMENT, "no", errors_pb2.ERROR_REASON_AGENT_UNKNOWN),
+            common_pb2.FAILURE_REASON_AGENT_UNKNOWN,
+            False,
+        ),
+        ("OpenSession", Refusal(grpc.StatusCode.INTERNAL, "no"), common_pb2.FAILURE_REASON_AGENT_NOT_STARTED, True),
+    ],
+)
+async def test_whatever_fails_in_provisioning_the_task_says_why(
+    installed: Installed, method: str, refusal: Refusal, reason: int, retryable: bool
+) -> None:
+    installed.sandbox.refusals[method] = refusal
+
+    task_id = await installed.create(hold_prompt=True)
+
+    task = await installed.until(task_id, FAILED)
+    assert (task.task.failure.reason, task.task.failure.retryable) == (reason, retryable)
+    assert task.task.failure.message.endswith(": no")
+    assert (task.row.workflow, task.row.provisioned) == ("", False)
+
+
+async def test_a_stage_that_fails_says_so_with_the_outputs_tail_and_can_be_retried(
     installed: Installed,
 ) -> None:  # F4
-    installed.sandbox.output, installed.sandbox.exit_code = "x" * 5000 + "no such remote", 1
+    installed.sandbox.output, installed.sandbox.exit_code = "x" * 9000 + "\nno such remote", 1
     task_id = await installed.create(hold_prompt=True)
-    failed = await installed.until(task_id, ERROR)
+    failed = await installed.until(task_id, FAILED)
     installed.sandbox.output, installed.sandbox.exit_code = "", 0
 
-    await installed.tasks.RetryTask(tasks_pb2.RetryTaskRequest(request_id=new_id(), task_id=task_id))
+    await installed.tasks.RetryProvisioning(
+        tasks_pb2.RetryProvisioningRequest(request_id=request_id(), task_id=task_id)
+    )
 
-    assert failed.task.status_reason.startswith("the repository could not be checked out: …")
-    assert failed.task.status_reason.endswith("no such remote")
-    await installed.until(task_id, IDLE)
+    why = failed.task.failure
+    assert why.message == "the repository could not be checked out: no such remote"
+    assert why.output_tail.endswith("xx\nno such remote")
+    assert len(why.output_tail) == 8192
+    assert not (await installed.until(task_id, IDLE)).task.HasField("failure")
 
 
-async def test_a_step_that_raises_again_and_again_ends_the_task_in_error(installed: Installed) -> None:  # F4
+async def test_a_step_that_raises_again_and_again_fails_the_task(installed: Installed) -> None:  # F4
     task_id = new_id("task")
     sql(
         installed.folder,
@@ -238,26 +336,30 @@ async def test_a_step_that_raises_again_and_again_ends_the_task_in_error(install
     )
 
     await installed.internal.CreateTask(birth(task_id))
-    failed = await installed.until(task_id, ERROR)
+    failed = await installed.until(task_id, FAILED)
     sql(installed.folder, "DROP TRIGGER broken")
 
-    assert failed.task.status_reason == "provisioning failed: the disk is haunted"
+    assert failed.task.failure.message == "provisioning failed: the disk is haunted"
+    assert failed.task.failure.reason == common_pb2.FAILURE_REASON_INTERNAL
     assert failed.row.workflow == ""
 
 
-async def test_a_turn_that_the_sandbox_refuses_ends_in_error_with_its_reason(installed: Installed) -> None:
+async def test_a_turn_that_the_sandbox_refuses_fails_with_its_reason(installed: Installed) -> None:
     # issue item 4
     task_id = await installed.create(hold_prompt=True)
     await installed.until(task_id, IDLE)
-    installed.sandbox.refusals["StartTurn"] = Refusal(grpc.StatusCode.FAILED_PRECONDITION, "the machine is gone")
+    installed.sandbox.refusals["StartTurn"] = Refusal(
+        grpc.StatusCode.FAILED_PRECONDITION, "the machine is gone", errors_pb2.ERROR_REASON_SANDBOX_GONE
+    )
 
     await installed.send(task_id)
 
-    failed = await installed.until(task_id, ERROR)
-    assert (failed.task.status_reason, failed.sessions[0].status_reason) == ("the machine is gone",) * 2
+    failed = await installed.until(task_id, TURN_FAILED)
+    why = Failure(reason=common_pb2.FAILURE_REASON_SANDBOX_LOST, message="the machine is gone", retryable=True)
+    assert (failed.task.failure, failed.sessions[0].failure) == (why, why)
 
 
-async def test_a_turn_whose_delivery_was_parked_ends_in_error_and_is_not_begun_later(installed: Installed) -> None:
+async def test_a_turn_whose_delivery_was_parked_fails_and_is_not_begun_later(installed: Installed) -> None:
     task_id = await installed.create(hold_prompt=True)
     await installed.until(task_id, IDLE)
     installed.sandbox.hanging.add(installed.of(task_id))
@@ -267,8 +369,8 @@ async def test_a_turn_whose_delivery_was_parked_ends_in_error_and_is_not_begun_l
 
     await installed.sweep.end_refused_turns()
 
-    failed = await installed.until(task_id, ERROR)
-    assert failed.task.status_reason == "the sandbox did not take the message: too slow"
+    failed = await installed.until(task_id, TURN_FAILED)
+    assert failed.task.failure.message == "the sandbox did not take the message: too slow"
     begun = len(installed.sandbox.of(sandbox_pb2.StartTurnRequest, session_id=installed.of(task_id)))
     request = sandbox_pb2.StartTurnRequest(session_id=installed.of(task_id), turn=1)
     name = f"type.googleapis.com/{request.DESCRIPTOR.full_name}"
@@ -307,39 +409,207 @@ async def test_deliveries_act_for_the_service_and_for_nobody_else(installed: Ins
     assert {signer.verify(token).service for token in installed.sandbox.principals} == {"task"}
 
 
-async def test_a_session_is_created_once_however_often_it_is_asked_for(installed: Installed) -> None:  # F11, C1
+async def provisioned(installed: Installed) -> str:
     task_id = await installed.create(hold_prompt=True)
     await installed.until(task_id, IDLE)
-    request = sessions_pb2.CreateSessionRequest(request_id=new_id(), task_id=task_id, name="Second")
+    return task_id
+
+
+async def create_session(installed: Installed, task_id: str) -> str:
+    request = sessions_pb2.CreateSessionRequest(request_id=request_id(), task_id=task_id)
+    return (await installed.sessions.CreateSession(request)).session.id
+
+
+async def test_a_session_is_created_once_however_often_it_is_asked_for(installed: Installed) -> None:  # F11, C1
+    task_id = await provisioned(installed)
+    request = sessions_pb2.CreateSessionRequest(request_id=request_id(), task_id=task_id, display_name="Second")
 
     first, second = await asyncio.gather(*(installed.sessions.CreateSession(request) for _ in range(2)))
     later = await installed.sessions.CreateSession(request)
 
     assert first == second == later
+    assert first.session.state == PENDING
+    await installed.opened(task_id, first.session.id)
     assert len(installed.sandbox.of(sandbox_pb2.OpenSessionRequest, session_id=first.session.id)) == 1
     assert len((await installed.room.read(task_id)).sessions) == 2
 
 
+@pytest.mark.parametrize(
+    ("refusal", "reason"),
+    [
+        (
+            Refusal(grpc.StatusCode.FAILED_PRECONDITION, "no key", errors_pb2.ERROR_REASON_AGENT_NOT_STARTED),
+            common_pb2.FAILURE_REASON_AGENT_NOT_STARTED,
+        ),
+        (Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, "no key"), common_pb2.FAILURE_REASON_TIMED_OUT),
+    ],
+)
+async def test_a_session_whose_agent_does_not_start_has_failed_and_says_why(
+    installed: Installed, refusal: Refusal, reason: int
+) -> None:
+    task_id = await provisioned(installed)
+    installed.sandbox.refusals["OpenSession"] = refusal
+
+    session_id = await create_session(installed, task_id)
+
+    failed = await installed.opened(task_id, session_id, BROKEN)
+    assert (failed.failure.reason, failed.failure.message) == (reason, "the agent could not be started: no key")
+    assert (await installed.room.read(task_id)).standing == IDLE
+
+
+async def test_a_start_that_fails_in_passing_is_tried_again(installed: Installed) -> None:
+    task_id = await provisioned(installed)
+    installed.sandbox.refusals["OpenSession"] = Refusal(grpc.StatusCode.INTERNAL, "no luck", times=2)
+
+    session_id = await create_session(installed, task_id)
+
+    await installed.opened(task_id, session_id)
+    assert len(installed.sandbox.of(sandbox_pb2.OpenSessionRequest, session_id=session_id)) == 3
+
+
+async def test_a_message_that_comes_while_the_agent_starts_is_given_to_it_behind_that(installed: Installed) -> None:
+    task_id = await provisioned(installed)
+    installed.sandbox.refusals["OpenSession"] = Refusal(grpc.StatusCode.INTERNAL, "not yet", times=2)
+    session_id = await create_session(installed, task_id)
+
+    await installed.send(task_id, session_id=session_id)
+
+    await installed.begun(session_id)
+    calls = [type(one).__name__ for one in installed.sandbox.calls if getattr(one, "session_id", "") == session_id]
+    assert calls == ["OpenSessionRequest"] * 3 + ["StartTurnRequest"]
+
+
+async def test_a_session_that_the_sandbox_does_not_know_is_opened_by_its_next_message(installed: Installed) -> None:
+    task_id = await provisioned(installed)
+    session_id = await create_session(installed, task_id)
+    await installed.opened(task_id, session_id)
+    installed.sandbox.refusals["StartTurn"] = Refusal(grpc.StatusCode.NOT_FOUND, "there is no session", times=1)
+
+    await installed.send(task_id, session_id=session_id)
+
+    await installed.begun(session_id, most=1)
+    calls = [type(one).__name__ for one in installed.sandbox.calls if getattr(one, "session_id", "") == session_id]
+    assert calls == ["OpenSessionRequest", "StartTurnRequest", "OpenSessionRequest", "StartTurnRequest"]
+    assert (await installed.room.read(task_id)).standing == RUNNING
+
+
+async def test_a_session_whose_opening_was_parked_has_failed(installed: Installed) -> None:
+    task_id = await provisioned(installed)
+    installed.sandbox.refusals["OpenSession"] = Refusal(grpc.StatusCode.INTERNAL, "no luck")
+    session_id = await create_session(installed, task_id)
+    parked = f"UPDATE outbox SET parked_reason = 'no luck' WHERE entity_id = '{session_id}'"
+    sql(installed.folder, f"{parked} AND destination = 'sandbox'")
+
+    await installed.sweep.end_refused_turns()
+
+    failed = await installed.opened(task_id, session_id, BROKEN)
+    assert failed.failure.message == "the agent could not be started: no luck"
+
+
 async def test_a_retry_opens_every_session_and_an_agent_that_fails_fails_only_its_own(installed: Installed) -> None:
-    task_id = await installed.create(hold_prompt=True)
-    await installed.until(task_id, IDLE)
-    request = sessions_pb2.CreateSessionRequest(request_id=new_id(), task_id=task_id)
-    second = (await installed.sessions.CreateSession(request)).session
-    installed.sandbox.refusals["StartTurn"] = Refusal(grpc.StatusCode.FAILED_PRECONDITION, "the machine is gone")
+    task_id = await provisioned(installed)
+    second, third = await create_session(installed, task_id), await create_session(installed, task_id)
+    for session_id in (second, third):
+        await installed.opened(task_id, session_id)
     await installed.send(task_id)
-    await installed.until(task_id, ERROR)
+    await installed.push(sandbox_of(await installed.room.read(task_id), 6, "power"))
+    await installed.until(task_id, FAILED)
     installed.sandbox.refusals["OpenSession"] = Refusal(
-        grpc.StatusCode.FAILED_PRECONDITION, "no such agent", session_id=second.id
+        grpc.StatusCode.FAILED_PRECONDITION, "no such agent", session_id=second
     )
 
-    await installed.tasks.RetryTask(tasks_pb2.RetryTaskRequest(request_id=new_id(), task_id=task_id))
+    await installed.tasks.RetryProvisioning(
+        tasks_pb2.RetryProvisioningRequest(request_id=request_id(), task_id=task_id)
+    )
 
     task = await installed.until(task_id, IDLE)
-    assert [one.status for one in task.sessions] == [
-        sessions_pb2.SESSION_STATUS_IDLE,
-        sessions_pb2.SESSION_STATUS_ERROR,
-    ]
-    assert task.sessions[1].status_reason == "no such agent"
+    assert [one.state for one in task.sessions] == [BROKEN, BROKEN, AT_REST]
+    assert task.sessions[1].failure.message == "the agent could not be started: no such agent"
+    # The first has its agent again; its turn that the sandbox's end cut off can be retried.
+    retry = sessions_pb2.RetryTurnRequest(task_id=task_id, session_id=installed.of(task_id), turn=1)
+    assert (await installed.sessions.RetryTurn(retry)).session.turn == 2
+
+
+async def test_a_session_that_is_closed_while_a_retry_opens_it_stays_closed_and_keeps_no_agent(
+    installed: Installed,
+) -> None:
+    task_id = await provisioned(installed)
+    second = await create_session(installed, task_id)
+    await installed.opened(task_id, second)
+    await installed.push(sandbox_of(await installed.room.read(task_id), 6, "power"))
+    await installed.until(task_id, FAILED)
+    installed.sandbox.calls.clear()
+    away = installed.sandbox.refusals["OpenSession"] = Refusal(grpc.StatusCode.UNAVAILABLE, "away", session_id=second)
+
+    def told() -> list[str]:
+        return [type(one).__name__ for one in installed.sandbox.calls if getattr(one, "session_id", "") == second]
+
+    async def told_last(name: str) -> bool:
+        return told()[-1:] == [name]
+
+    await installed.tasks.RetryProvisioning(
+        tasks_pb2.RetryProvisioningRequest(request_id=request_id(), task_id=task_id)
+    )
+    await eventually(lambda: told_last("OpenSessionRequest"))
+    await installed.sessions.CloseSession(sessions_pb2.CloseSessionRequest(task_id=task_id, session_id=second))
+    away.times = 0
+    task = await installed.until(task_id, IDLE)
+
+    assert [one.state for one in task.sessions] == [AT_REST, sessions_pb2.SESSION_STATE_CLOSED]
+    assert await eventually(lambda: told_last("CloseSessionRequest"))
+
+
+async def test_blobs_are_named_upward_before_a_message_is_sent(installed: Installed) -> None:
+    task_id = await provisioned(installed)
+    named = Prompt(text="look", attachments=[Attachment(blob=BlobReference(blob_id="blob_1"))])
+
+    sent = await installed.send(task_id, prompt=named)
+
+    blob = BlobReference(blob_id="blob_1", display_name="blob_1.png", size_bytes=3)
+    assert sent.entry.user_message.attachments[0].blob == blob
+    (begun,) = await installed.begun(installed.of(task_id))
+    assert begun.prompt == sent.entry.user_message
+    claims = [one for one in installed.repository.calls if isinstance(one, repository_pb2.ClaimBlobsRequest)]
+    assert claims[-1] == repository_pb2.ClaimBlobsRequest(task_id=task_id, blob_ids=["blob_1"])
+    gone = Prompt(text="look", attachments=[Attachment(blob=BlobReference(blob_id="blob_gone"))])
+    refused = await failure(installed.send(task_id, prompt=gone, when_busy=WHEN_BUSY_QUEUE))
+    assert refused.code == grpc.StatusCode.NOT_FOUND
+    assert await installed.room.queued(task_id) == []
+
+
+async def test_what_sandboxes_ask_about_blobs_goes_up(installed: Installed) -> None:
+    task_id = await provisioned(installed)
+
+    fetched = await installed.internal.FetchBlob(internal.FetchBlobRequest(task_id=task_id, blob_id="b", offset=1))
+    stored = await installed.internal.StoreBlob(
+        internal.StoreBlobRequest(task_id=task_id, display_name="a.txt", media_type="text/plain", data=b"four")
+    )
+
+    assert fetched.data == b"bc"
+    assert (stored.blob.blob_id, stored.blob.media_type, stored.blob.size_bytes) == ("blob_new", "text/plain", 4)
+    unknown = await failure(installed.internal.FetchBlob(internal.FetchBlobRequest(task_id="task_none", blob_id="b")))
+    assert unknown.code == grpc.StatusCode.NOT_FOUND
+
+
+async def test_what_waited_in_provisioning_is_sent_where_the_prompt_is_held(installed: Installed) -> None:
+    installed.sandbox.refusals["CreateSandbox"] = Refusal(grpc.StatusCode.INTERNAL, "not yet")
+    task_id = await installed.create(hold_prompt=True)
+    await installed.until(task_id, FAILED)
+    queued = await installed.send(task_id, prompt=Prompt(text="later"), when_busy=WHEN_BUSY_QUEUE)
+    installed.sandbox.refusals.clear()
+
+    await installed.tasks.RetryProvisioning(tasks_pb2.RetryProvisioningRequest(task_id=task_id))
+
+    await installed.until(task_id, RUNNING)
+    assert [one.prompt.text for one in await installed.begun(installed.of(task_id))] == ["later"]
+
+    async def left() -> bool:
+        found = [one for one in installed.repository.pushed if one.id == queued.queued_message.id]
+        return bool(found) and found[-1].deleted
+
+    await eventually(left)
+    last = [one for one in installed.repository.pushed if one.id == queued.queued_message.id][-1]
+    assert QueuedMessage.FromString(last.state.value).session_id == installed.of(task_id)
 
 
 async def test_a_kill_stops_the_agents_first_and_says_why_it_takes_long(
@@ -349,13 +619,13 @@ async def test_a_kill_stops_the_agents_first_and_says_why_it_takes_long(
     task_id = await installed.create()
     task = await installed.until(task_id, RUNNING)
     installed.sandbox.refusals["DestroySandbox"] = Refusal(grpc.StatusCode.INTERNAL, "the host is on fire", times=1)
-    await installed.tasks.KillTask(tasks_pb2.KillTaskRequest(request_id=new_id(), task_id=task_id))
+    await installed.tasks.KillTask(tasks_pb2.KillTaskRequest(request_id=request_id(), task_id=task_id))
 
     async def said() -> bool:
-        return "the host is on fire" in (await installed.room.read(task_id)).task.status_reason
+        return "the host is on fire" in (await installed.room.read(task_id)).task.failure.message
 
     await eventually(said)
-    killed = await installed.until(task_id, tasks_pb2.TASK_STATUS_KILLED)
+    killed = await installed.until(task_id, KILLED)
 
     calls = [
         type(one).__name__
@@ -365,6 +635,7 @@ async def test_a_kill_stops_the_agents_first_and_says_why_it_takes_long(
     ]
     assert calls[-3:] == ["CloseSessionRequest", "DestroySandboxRequest", "DestroySandboxRequest"]
     assert (killed.row.workflow, killed.task.active_sandbox_id) == ("", "")
+    assert not killed.task.HasField("failure")
 
 
 async def test_a_deleted_task_leaves_nothing_and_is_pushed_up_as_deleted(installed: Installed) -> None:
@@ -391,22 +662,22 @@ async def test_the_sweep_fails_a_provisioning_whose_workflow_died_and_ends_an_en
     for task_id in (provisioning, killing):
         await installed.until(task_id, IDLE)
 
-    def leave(status: Status, workflow: str) -> Callable[[OpenTask], None]:
+    def leave(standing: Standing, workflow: str) -> Callable[[OpenTask], None]:
         def change(task: OpenTask) -> None:
-            task.task.status = status
+            task.task.state, task.task.activity = standing
             task.row.workflow, task.row.workflow_time = workflow, 1.0
             task.change()
 
         return change
 
-    await installed.room.change(provisioning, leave(tasks_pb2.TASK_STATUS_PROVISIONING, "provision"))
-    await installed.room.change(killing, leave(tasks_pb2.TASK_STATUS_KILLING, "end"))
+    await installed.room.change(provisioning, leave(PROVISIONING, "provision"))
+    await installed.room.change(killing, leave(KILLING, "end"))
 
     await installed.sweep.run()
 
-    failed = await installed.until(provisioning, ERROR)
-    assert failed.task.status_reason == "provisioning failed: its workflow ended in SUCCESS"
-    await installed.until(killing, tasks_pb2.TASK_STATUS_KILLED)
+    failed = await installed.until(provisioning, FAILED)
+    assert failed.task.failure.message == "provisioning failed: its workflow ended in SUCCESS"
+    await installed.until(killing, KILLED)
 
 
 async def test_the_sweep_ends_a_turn_whose_end_was_lost_whatever_becomes_of_its_other_looks(
@@ -420,14 +691,15 @@ async def test_the_sweep_ends_a_turn_whose_end_was_lost_whatever_becomes_of_its_
     await installed.until(task_id, RUNNING)
 
     def long_ago(task: OpenTask) -> None:
-        task.sessions[0].status_time.FromSeconds(1_000_000)
+        task.sessions[0].state_time.FromSeconds(1_000_000)
         task.change_session(task.sessions[0])
 
     await installed.room.change(task_id, long_ago)
     await installed.sweep.run()
 
-    failed = await installed.until(task_id, ERROR)
-    assert failed.task.status_reason == "nothing was heard of the turn for 4 hours"
+    failed = await installed.until(task_id, TURN_FAILED)
+    assert failed.task.failure.message == "nothing was heard of the turn for 4 hours"
+    assert failed.task.failure.reason == common_pb2.FAILURE_REASON_TIMED_OUT
 
     async def cancelled() -> list[Any]:
         return installed.sandbox.of(sandbox_pb2.CancelTurnRequest, session_id=installed.of(task_id))
@@ -457,12 +729,12 @@ async def test_workflows_that_ended_a_week_ago_are_forgotten(installed: Installe
 async def test_a_turn_is_followed_through_the_servers_to_the_next_message(installed: Installed) -> None:
     task_id = await installed.create()
     await installed.until(task_id, RUNNING)
-    await installed.send(task_id, queue=True)
+    await installed.send(task_id, when_busy=WHEN_BUSY_QUEUE)
 
     end = AgentSession(
         session_id=installed.of(task_id),
         task_id=task_id,
-        status=sessions_pb2.SESSION_STATUS_IDLE,
+        state=sessions_pb2.SESSION_STATE_IDLE,
         turn=1,
         revision=1,
         head_commit="b" * 40,
