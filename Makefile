@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: setup demo test test-faults test-needs check breaking generate generate-check bench format lock clean
 
-setup: $(VENV)/.installed node_modules/.installed
+setup: $(VENV)/.installed node_modules/.installed sdk/typescript/node_modules/.installed
 
 $(VENV)/.installed: requirements.lock pyproject.toml sdk/python/pyproject.toml agents/scripted/pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -20,6 +20,10 @@ $(VENV)/.installed: requirements.lock pyproject.toml sdk/python/pyproject.toml a
 
 node_modules/.installed: package.json package-lock.json | $(VENV)/.installed
 	npm ci --no-audit --no-fund --loglevel=error
+	touch $@
+
+sdk/typescript/node_modules/.installed: sdk/typescript/package.json sdk/typescript/package-lock.json
+	npm ci --prefix sdk/typescript --no-audit --no-fund --loglevel=error
 	touch $@
 
 demo: setup
@@ -43,33 +47,47 @@ check: setup
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
-	$(BIN)/buf format --diff --exit-code protos
+	$(BIN)/buf format --diff --exit-code
 	$(MAKE) breaking generate-check
+	npm --prefix sdk/typescript run check
 
+# What a release has promised holds: source of the public contract, bytes of the internal one.
 breaking: setup
 	@release=$$(git describe --tags --abbrev=0 --match 'v[0-9]*' 2>/dev/null) || \
 	{ echo "no release yet to break"; exit 0; }; \
 	echo "buf breaking --against $$release"; \
 	$(BIN)/buf breaking --against "$$(git rev-parse --git-common-dir)#tag=$$release"
 
+# Writes all that comes from the protos into the folder $(1).
+define write_generated
+	$(BIN)/buf generate --output $(1)
+	$(BIN)/buf generate --template buf.gen.internal.yaml --output $(1)
+	$(BIN)/buf generate --template buf.gen.typescript.yaml --output $(1)
+	$(BIN)/buf build protos/public --as-file-descriptor-set --exclude-imports \
+	    --output $(1)/sdk/python/src/branchline/contract.binpb
+	$(BIN)/python sdk/python/generate_services.py $(1)/sdk/python/src/branchline
+	$(BIN)/ruff format --quiet $(1)/sdk/python/src/branchline/services.py
+	$(BIN)/python docs/reference.py $(1)/docs/api < $(1)/sdk/python/src/branchline/contract.binpb
+endef
+
 generate: setup
-	$(BIN)/buf generate
-	$(BIN)/buf generate --template buf.gen.internal.yaml
+	$(call write_generated,.)
 
 generate-check: setup
 	rm -rf build/generated && mkdir -p build/generated
-	$(BIN)/buf generate --output build/generated 2>/dev/null
-	$(BIN)/buf generate --template buf.gen.internal.yaml --output build/generated 2>/dev/null
-	diff -r -x __pycache__ -x client.py -x __init__.py -x py.typed build/generated/sdk/python/src sdk/python/src
-	diff -r -x __pycache__ build/generated/stubs stubs
+	$(call write_generated,build/generated)
+	for part in sdk/python/src/branchline/v1 sdk/python/src/branchline/services.py sdk/python/src/branchline/contract.binpb sdk/python/src/buf stubs \
+	    sdk/typescript/src/gen docs/api; do \
+	    diff -r -x __pycache__ build/generated/$$part $$part || exit 1; \
+	done
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/buf format --write protos
+	$(BIN)/buf format --write
 
 lock:
 	$(BIN)/uv export --quiet --all-groups --no-emit-workspace --no-annotate --no-header --output-file requirements.lock
 
 clean:
-	rm -rf build data node_modules $(VENV)
+	rm -rf build data node_modules sdk/typescript/node_modules sdk/typescript/dist $(VENV)
