@@ -9,7 +9,6 @@ from branchline.v1.roles_pb2 import ROLE_VIEWER, Role
 
 from gateway.caller import Authenticator, current_caller
 from gateway.placement import Placement
-from services.runtime.errors import DomainError
 
 CHECK_SECONDS = 5.0
 """How often it is asked."""
@@ -52,14 +51,14 @@ def standing_check(
 
 async def while_allowed(answers: "grpc.aio.UnaryStreamCall[Any, T]", check: Check) -> AsyncGenerator[T, None]:
     """Pass on the answers of a call until it ends, or its caller may no longer have them; then raise why."""
-    refusals: list[DomainError | grpc.aio.AioRpcError] = []
+    refusals: list[Exception] = []
 
     async def guard() -> None:
         while not refusals:
             await asyncio.sleep(CHECK_SECONDS)
             try:
                 await check()
-            except (DomainError, grpc.aio.AioRpcError) as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is: nobody goes on unchecked
                 refusals.append(error)
         answers.cancel()
 
