@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from branchline.v1.blobs_pb2 import Blob
+from branchline.v1.blobs_pb2 import BLOB_STATE_COMPLETE, Blob
 from branchline.v1.common_pb2 import (
     ENTITY_KIND_ORGANIZATION,
     ENTITY_KIND_REPOSITORY,
@@ -204,11 +204,20 @@ class OrganizationServicer(organization_pb2_grpc.OrganizationServiceServicer):
     async def StoreBlob(
         self, request: organization_pb2.StoreBlobRequest, context: Context
     ) -> organization_pb2.StoreBlobResponse:
-        """Store what an agent has shown."""
+        """Store the next part of what an agent has shown."""
         organization_id = request.organization_id
         await self.database.read(self.stores.organizations.check_open, organization_id, ROLE_UNSPECIFIED)
-        new = Blob(organization_id=organization_id, display_name=request.display_name, media_type=request.media_type)
-        blob = await self.uploads.store(new, request.task_id, request.data)
+        shown = Blob(
+            id=request.upload_id,
+            organization_id=organization_id,
+            display_name=request.display_name,
+            media_type=request.media_type,
+            size_bytes=request.size_bytes,
+            sha256=request.sha256,
+        )
+        blob = await self.uploads.store(shown, request.task_id, request.offset, request.data)
+        if blob.state != BLOB_STATE_COMPLETE:
+            return organization_pb2.StoreBlobResponse(upload_id=blob.id, received_bytes=blob.received_bytes)
         return organization_pb2.StoreBlobResponse(blob=reference_to(blob))
 
     async def BindGithubLogin(

@@ -5,7 +5,6 @@ free; a stop of the process leaves no more than bytes that the next write writes
 """
 
 import asyncio
-import hashlib
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +22,7 @@ from services.organization.blob_bytes import SEGMENT_BYTES, BlobBytes
 from services.organization.blobs import Blobs
 from services.organization.claims import GRACE_SECONDS, Claims
 from services.runtime.clock import Clock
-from services.runtime.database import Database, Reader, Tx
+from services.runtime.database import Database, Reader
 from services.runtime.errors import DataLoss, InvalidArgument, NotFound, OutOfRange, Unavailable
 from services.runtime.lanes import Lanes, Turns
 from services.runtime.logging import get_logger
@@ -93,29 +92,27 @@ class Uploads:
         words = "what was uploaded has another digest; the upload is forgotten"
         raise DataLoss(ERROR_REASON_DIGEST_MISMATCH, words, sha256=found)
 
-    async def store(self, new: Blob, task_id: str, data: bytes) -> Blob:
-        """Store bytes that a task names; the same blob if it names one with the same bytes."""
-        return await self._to_its_end(self._store(new, task_id, data))
+    async def store(self, shown: Blob, task_id: str, offset: int, data: bytes) -> Blob:
+        """Put the next part of something that a task names once it is whole; the first makes its blob.
 
-    async def _store(self, new: Blob, task_id: str, data: bytes) -> Blob:
-        new.size_bytes, new.sha256 = len(data), await asyncio.to_thread(_sha256, data)
-        async with self._lanes.hold(f"{task_id}/{new.sha256}"):
-            known = await self.database.read(self.claims.of_digest, new.organization_id, task_id, new.sha256)
+        What the task names with the same digest already is that blob.
+        """
+        return await self._to_its_end(self._store(shown, task_id, offset, data))
+
+    async def _store(self, shown: Blob, task_id: str, offset: int, data: bytes) -> Blob:
+        async with self._lanes.hold(f"{task_id}/{shown.sha256}"):
+            known = await self.database.read(self.claims.of_digest, shown.organization_id, task_id, shown.sha256)
             if known is not None:
                 return known
-            blob = await self.database.write(self.blobs.begin, new)
+            blob_id = shown.id or (await self.database.write(self.blobs.begin, shown)).id
             try:
-                await self.kept.append(blob.id, 0, data)
-                await self.kept.make_durable(blob.id, blob.size_bytes)
-            except Exception:
-                await self._discard(blob.id)
+                blob = await self._write(shown.organization_id, blob_id, offset, data)
+            except Exception:  # whoever shows it gives up: nobody goes on with it
+                await self._discard(blob_id)
                 raise
-            return await self.database.write(self._named, blob, task_id)
-
-    def _named(self, tx: Tx, blob: Blob, task_id: str) -> Blob:
-        complete = self.blobs.save(tx, blob, blob.size_bytes)
-        self.claims.name(tx, complete, task_id)
-        return complete
+            if blob.state == BLOB_STATE_COMPLETE:
+                await self.database.write(self.claims.name, blob, task_id)
+            return blob
 
     async def read(self, blob: Blob, offset: int, length: int = SEGMENT_BYTES) -> bytes:
         """Return a part of a complete blob, at most a segment; nothing behind its end."""
@@ -183,7 +180,3 @@ class Uploads:
     async def settle(self) -> None:
         """Wait for what has begun to write."""
         await asyncio.gather(*self._running, return_exceptions=True)
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

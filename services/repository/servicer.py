@@ -89,17 +89,23 @@ class RepositoryServicer(repository_pb2_grpc.RepositoryServiceServicer):
     async def StoreBlob(
         self, request: repository_pb2.StoreBlobRequest, context: Context
     ) -> repository_pb2.StoreBlobResponse:
-        """Ask upward: store what an agent has shown."""
+        """Ask upward: store the next part of what an agent has shown."""
         task = await self.database.read(self.workbench.task, request.task_id, current_principal())
         store = organization_pb2.StoreBlobRequest(
             organization_id=task.organization_id,
             task_id=task.id,
             display_name=request.display_name,
             media_type=request.media_type,
+            size_bytes=request.size_bytes,
+            sha256=request.sha256,
+            upload_id=request.upload_id,
+            offset=request.offset,
             data=request.data,
         )
         answer = await self.organization.StoreBlob(store, timeout=context.time_remaining())
-        return repository_pb2.StoreBlobResponse(blob=answer.blob)
+        return repository_pb2.StoreBlobResponse(
+            blob=answer.blob, upload_id=answer.upload_id, received_bytes=answer.received_bytes
+        )
 
     async def GetGitCredential(
         self, request: repository_pb2.GetGitCredentialRequest, context: Context

@@ -3,6 +3,8 @@
 The calls are made for the organization of the session; whoever calls has bound such a principal.
 """
 
+import asyncio
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +18,14 @@ from branchline_internal.task.v1.task_pb2 import (
 )
 
 from services.runtime.errors import DomainError, reason_of
+from services.runtime.limits import CHUNK_BYTES
 from services.runtime.logging import get_logger
 from services.sandbox.outputs import Whole
 
 log = get_logger(__name__)
 
-_STORE_SECONDS = 10.0
+_STORE_SECONDS = 20.0
+"""How long all parts of one output may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +44,20 @@ class Blobs:
     async def store(self, task_id: str, whole: Whole) -> BlobReference | None:
         """Store bytes; return None where that fails: what is shown then stays cut."""
         request = StoreBlobRequest(
-            task_id=task_id, display_name=whole.display_name, media_type=whole.media_type, data=whole.data
+            task_id=task_id,
+            display_name=whole.display_name,
+            media_type=whole.media_type,
+            size_bytes=len(whole.data),
+            sha256=hashlib.sha256(whole.data).hexdigest(),
         )
         try:
-            response: StoreBlobResponse = await self.stub.StoreBlob(
-                request, timeout=_STORE_SECONDS, wait_for_ready=True
-            )
-        except (grpc.aio.AioRpcError, DomainError) as error:
+            async with asyncio.timeout(_STORE_SECONDS):
+                for offset in range(0, len(whole.data), CHUNK_BYTES):
+                    request.offset, request.data = offset, whole.data[offset : offset + CHUNK_BYTES]
+                    response: StoreBlobResponse = await self.stub.StoreBlob(request, wait_for_ready=True)
+                    if response.blob.blob_id:
+                        return response.blob
+                    request.upload_id = response.upload_id
+        except (grpc.aio.AioRpcError, DomainError, TimeoutError) as error:
             log.warning("output not stored", task=task_id, size_bytes=len(whole.data), reason=reason_of(error))
-            return None
-        return response.blob if response.blob.blob_id else None
+        return None

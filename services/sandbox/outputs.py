@@ -23,8 +23,8 @@ from services.sandbox.words import head, tail
 TEXT_BYTES = 16 * 1024
 """Most of one output's words, and of each side of a change."""
 
-WHOLE_BYTES = 1024 * 1024
-"""Most of what is stored in a blob; of longer words their end."""
+WHOLE_BYTES = 16 * 1024 * 1024
+"""Most of what is stored in the blobs of one entry, and so in one of them: an agent says no more at once."""
 
 MOST_OUTPUTS = 64
 MOST_WHOLES = 16
@@ -68,16 +68,23 @@ def outputs_of(blocks: Sequence[Mapping[str, Any]], root: str) -> list[Shown]:
 
 
 def bounded(shown: Sequence[Shown]) -> list[Shown]:
-    """Leave out earlier outputs where all are too many or too much."""
+    """Leave out earlier outputs where all are too many or too much, and wholes where those are."""
     kept: list[Shown] = []
-    size = wholes = 0
+    wholes: list[Whole] = []
+    size = 0
     for one in reversed(shown):
         size += one.output.ByteSize() + _FRAME_BYTES
         if len(kept) == MOST_OUTPUTS or size > OUTPUTS_BYTES:
             break
-        wholes += len(one.wholes)
-        kept.append(one if wholes <= MOST_WHOLES else Shown(one.output))
+        fits = storable([*wholes, *one.wholes])
+        wholes += one.wholes if fits else ()
+        kept.append(one if fits else Shown(one.output))
     return kept[::-1]
+
+
+def storable(wholes: Sequence[Whole]) -> bool:
+    """Say whether one entry may have so many and so large wholes stored."""
+    return len(wholes) <= MOST_WHOLES and sum(len(one.data) for one in wholes) <= WHOLE_BYTES
 
 
 def with_blobs(shown: Sequence[Shown], blobs: Sequence[BlobReference | None]) -> list[Shown]:

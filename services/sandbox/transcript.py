@@ -29,14 +29,13 @@ from services.runtime.actors import agent_actor, system_actor
 from services.sandbox import tool_calls
 from services.sandbox.members import member, members, text_of
 from services.sandbox.outputs import (
-    MOST_WHOLES,
-    WHOLE_BYTES,
     Shown,
     Whole,
     block_text,
     block_whole,
     bounded,
     outputs_of,
+    storable,
     text_shown,
     with_blobs,
 )
@@ -50,7 +49,11 @@ _STEP_BYTES = 1024
 _NOTICE_BYTES = 4096
 _MOST_STEPS = 100
 _MOST_ENDED = 32
-_STREAM_CHARACTERS = WHOLE_BYTES
+_STREAM_CHARACTERS = 1024 * 1024
+"""What is kept of the end of a terminal's output while it goes on."""
+
+_WAITING_BYTES = 64 * 1024 * 1024
+"""Most that waits to be stored; what comes while so much does is shown cut."""
 
 _CHUNKS = {"agent_message_chunk": "agent_message", "agent_thought_chunk": "reasoning"}
 _MESSAGES = tuple(_CHUNKS.values())
@@ -239,8 +242,8 @@ class TranscriptBuilder:
 
     def give_up_blobs(self) -> None:
         """Close what waits for its blobs without them."""
-        for entry_id, draft in list(self.waiting.items()):
-            self.stored(entry_id, draft.unstored, [None] * len(draft.unstored))
+        for draft in list(self.waiting.values()):
+            self._give_up(draft)
 
     def take_changed(self) -> list[Draft]:
         """Return copies of the entries that changed since the last call, each with its next revision."""
@@ -263,8 +266,8 @@ class TranscriptBuilder:
         if draft is None or (message_id and draft.key != message_id):
             self.seal_messages()
             draft = self._begin_message(kind, message_id, "", 1)
-        whole = block_whole(block) if len(draft.wholes) < MOST_WHOLES else None
-        if whole is not None:
+        whole = block_whole(block)
+        if whole is not None and storable([*draft.wholes, whole]):
             draft.wholes.append(whole)
             return
         while text:
@@ -369,6 +372,12 @@ class TranscriptBuilder:
         self.waiting[draft.entry.id] = draft
         self.changed[draft.entry.id] = draft
         self._remember(draft)
+        if sum(len(whole.data) for one in self.waiting.values() for whole in one.unstored) > _WAITING_BYTES:
+            self._give_up(draft)
+
+    def _give_up(self, draft: Draft) -> None:
+        """Close an entry that waits for its blobs without them."""
+        self.stored(draft.entry.id, draft.unstored, [None] * len(draft.unstored))
 
     def _end(self, draft: Draft) -> None:
         if not draft.entry.HasField("end_time"):

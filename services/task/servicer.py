@@ -37,16 +37,22 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
         return task_pb2.FetchBlobResponse(data=answer.data)
 
     async def StoreBlob(self, request: task_pb2.StoreBlobRequest, context: Context) -> task_pb2.StoreBlobResponse:
-        """Ask upward: store what an agent has shown."""
+        """Ask upward: store the next part of what an agent has shown."""
         await self._check(request.task_id)
         store = repository_pb2.StoreBlobRequest(
             task_id=request.task_id,
             display_name=request.display_name,
             media_type=request.media_type,
+            size_bytes=request.size_bytes,
+            sha256=request.sha256,
+            upload_id=request.upload_id,
+            offset=request.offset,
             data=request.data,
         )
         answer = await self.repository.StoreBlob(store, timeout=context.time_remaining())
-        return task_pb2.StoreBlobResponse(blob=answer.blob)
+        return task_pb2.StoreBlobResponse(
+            blob=answer.blob, upload_id=answer.upload_id, received_bytes=answer.received_bytes
+        )
 
     async def _check(self, task_id: str) -> None:
         """Raise NotFound unless the task is one of the caller's organization."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -61,6 +62,7 @@ class BlobKeeper(task_pb2_grpc.TaskServiceServicer):
     """Keeps blobs, as the task would have the organization do."""
 
     blobs: dict[str, tuple[BlobReference, bytes]] = field(default_factory=dict[str, tuple[BlobReference, bytes]])
+    uploads: dict[str, bytes] = field(default_factory=dict[str, bytes])
     refusing: bool = False
 
     def add(self, data: bytes, display_name: str, media_type: str) -> BlobReference:
@@ -77,8 +79,12 @@ class BlobKeeper(task_pb2_grpc.TaskServiceServicer):
     async def StoreBlob(self, request: task_pb2.StoreBlobRequest, context: Any) -> task_pb2.StoreBlobResponse:
         if self.refusing:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the quota is used up")
-        blob = self.add(request.data, request.display_name, request.media_type)
-        return task_pb2.StoreBlobResponse(blob=blob)
+        upload_id = request.upload_id or f"upload_{len(self.uploads)}"
+        data = self.uploads[upload_id] = self.uploads.get(upload_id, b"") + request.data
+        if len(data) < request.size_bytes:
+            return task_pb2.StoreBlobResponse(upload_id=upload_id, received_bytes=len(data))
+        assert hashlib.sha256(data).hexdigest() == request.sha256
+        return task_pb2.StoreBlobResponse(blob=self.add(data, request.display_name, request.media_type))
 
 
 @dataclass

@@ -256,4 +256,5 @@ async def test_of_1000_watchers_that_never_read_few_are_told_before_others_have_
         await eventually(lambda: view.held == {"a": 1} and woken.total() > watchers)
         turns[0].cancel()
 
-    assert max(woken.values()) <= WOKEN_AT_ONCE
+    # the next change may be told in the turn in which the last of the one before are
+    assert max(woken.values()) <= 2 * WOKEN_AT_ONCE

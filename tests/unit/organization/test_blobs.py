@@ -258,7 +258,7 @@ async def test_the_quota_counts_uploads_from_their_beginning_and_gives_back_what
         await begin(small, organization, b"one more")
     assert (full.value.reason, full.value.metadata) == ("QUOTA_EXCEEDED", {"limit": "blob_bytes"})
     with pytest.raises(ResourceExhausted):
-        await small.uploads.store(Blob(organization_id=organization.id), "task_1", b"what an agent shows")
+        await store(small, organization, b"what an agent shows")
     other = await small.found("other", owner="usr_other")
     await begin(small, other, some_bytes(10 * KILOBYTE))  # another's quota is its own
 
@@ -423,9 +423,21 @@ async def test_drafts_without_a_task_or_a_membership_are_sent_back_to_be_forgott
 
 async def store(room: Room, organization: Organization, data: bytes, task_id: str = "task_1") -> BlobReference:
     request = StoreBlobRequest(
-        organization_id=organization.id, task_id=task_id, display_name="output.txt", media_type="text/plain", data=data
+        organization_id=organization.id,
+        task_id=task_id,
+        display_name="output.txt",
+        media_type="text/plain",
+        size_bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
     )
-    return (await room.internal.StoreBlob(request, NOBODY)).blob
+    for offset in range(0, len(data), SEGMENT_BYTES):
+        request.offset, request.data = offset, data[offset : offset + SEGMENT_BYTES]
+        answer = await room.internal.StoreBlob(request, NOBODY)
+        if answer.blob.blob_id:
+            return answer.blob
+        assert answer.received_bytes == offset + len(request.data)
+        request.upload_id = answer.upload_id
+    raise AssertionError("it is whole, and no blob")
 
 
 async def test_what_an_agent_shows_is_stored_once_for_its_task(room: Room) -> None:
@@ -436,10 +448,28 @@ async def test_what_an_agent_shows_is_stored_once_for_its_task(room: Room) -> No
     assert (first.size_bytes, first.media_type) == (SEGMENT_BYTES, "text/plain")
     other = await store(room, organization, data, "task_2")
     assert other.blob_id != first.blob_id
-    empty = await store(room, organization, b"")
     blob = Blob(id=first.blob_id, organization_id=organization.id)
     assert await fetch(room, blob, "task_1") == data
-    assert await fetch(room, Blob(id=empty.blob_id, organization_id=organization.id), "task_1") == b""
+
+
+async def test_what_is_larger_than_a_part_is_stored_whole_and_told_once(room: Room) -> None:
+    organization = await room.found()
+    data = some_bytes(2 * SEGMENT_BYTES + 5)
+    stored = await store(room, organization, data)
+    assert stored.size_bytes == len(data)
+    assert await store(room, organization, data) == stored
+    assert await room.database.read(room.stores.claims.named_by, organization.id, "task_1", stored.blob_id)
+    assert room.count("blobs") == 1
+
+
+async def test_what_an_agent_shows_with_another_digest_is_forgotten(room: Room) -> None:
+    organization = await room.found()
+    request = StoreBlobRequest(
+        organization_id=organization.id, task_id="task_1", size_bytes=4, sha256="0" * 64, data=b"four"
+    )
+    with pytest.raises(DataLoss):
+        await room.internal.StoreBlob(request, NOBODY)
+    assert [room.count(table) for table in ("blobs", "blob_claims", "blob_usage")] == [0, 0, 0]
 
 
 async def test_the_end_of_an_organization_takes_its_blobs_along(room: Room) -> None:

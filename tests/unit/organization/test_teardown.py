@@ -1,5 +1,6 @@
 """Deletion of repositories and organizations: driven by rows, so that a stop at any point is gone on from."""
 
+import hashlib
 import sqlite3
 import uuid
 from contextlib import closing
@@ -160,7 +161,9 @@ async def test_what_is_being_deleted_takes_no_commands(room: Room) -> None:  # O
             organizations_pb2.InviteMemberRequest(organization_id=organization.id, role=ROLE_MEMBER), CONTEXT
         ),
         room.blobs.CreateBlob(CreateBlobRequest(organization_id=organization.id, size_bytes=1), CONTEXT),
-        room.internal.StoreBlob(StoreBlobRequest(organization_id=organization.id, task_id="t", data=b"x"), CONTEXT),
+        room.internal.StoreBlob(
+            StoreBlobRequest(organization_id=organization.id, task_id="t", size_bytes=1, data=b"x"), CONTEXT
+        ),
         room.repositories.CreateRepository(
             repositories_pb2.CreateRepositoryRequest(
                 request_id="3", organization_id=organization.id, remote_url="https://git.test/x/y"
@@ -202,7 +205,13 @@ async def _organization_to_end(room: Room) -> tuple[str, list[str]]:
     await room.organizations.InviteMember(invite, CONTEXT)
     draft = Draft(task_id="task_000001", prompt=Prompt(text="half written"), revision=1)
     await room.push_draft(DraftState(user_id="usr_owner", organization_id=organization.id, draft=draft))
-    shown = StoreBlobRequest(organization_id=organization.id, task_id="task_000001", data=b"an output")
+    shown = StoreBlobRequest(
+        organization_id=organization.id,
+        task_id="task_000001",
+        size_bytes=9,
+        sha256=hashlib.sha256(b"an output").hexdigest(),
+        data=b"an output",
+    )
     await room.internal.StoreBlob(shown, CONTEXT)
     return organization.id, ids
 

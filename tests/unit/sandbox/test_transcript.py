@@ -18,6 +18,7 @@ from services.sandbox.structs import from_struct
 from services.sandbox.transcript import ENTRY_CHARACTERS, INTERRUPTED, Draft, TranscriptBuilder
 from services.sandbox.words import clean
 
+STREAM_BYTES = 1024 * 1024
 ROOT = "/home/one/workspace"
 
 
@@ -224,27 +225,49 @@ def test_of_what_is_longer_than_a_blob_the_end_is_stored_and_it_is_told_how_much
     assert stored.omitted_bytes == 3
 
 
-def test_of_a_terminal_that_shows_more_than_a_blob_it_is_told_how_much_is_in_none() -> None:
+def test_of_a_terminal_that_shows_more_than_is_kept_it_is_told_how_much_is_in_none() -> None:
     made = builder()
     for _ in range(3):
-        made.update(changes(_meta={"terminal_output_delta": {"data": "x" * WHOLE_BYTES}}))
+        made.update(changes(_meta={"terminal_output_delta": {"data": "x" * STREAM_BYTES}}))
     made.update(changes(status="completed"))
     entry_id, draft = waiting(made)
     [whole] = draft.unstored
-    assert len(whole.data) == WHOLE_BYTES
+    assert len(whole.data) == STREAM_BYTES
     made.stored(entry_id, [whole], [blob()])
     cut, stored = taken(made)[0].tool_call.outputs
-    assert (cut.omitted_bytes, stored.omitted_bytes) == (3 * WHOLE_BYTES - TEXT_BYTES, 2 * WHOLE_BYTES)
+    assert (cut.omitted_bytes, stored.omitted_bytes) == (3 * STREAM_BYTES - TEXT_BYTES, 2 * STREAM_BYTES)
 
 
-def test_of_a_change_that_is_longer_than_a_blob_it_is_told_how_much_is_in_none() -> None:
+def test_a_change_is_stored_whole_as_long_as_one_entrys_blobs_may_be() -> None:
     made = builder()
-    diff = {"type": "diff", "path": "a.txt", "oldText": "o" * (WHOLE_BYTES + 1), "newText": "n" * (WHOLE_BYTES + 2)}
+    half = WHOLE_BYTES // 2
+    diff = {"type": "diff", "path": "a.txt", "oldText": "o" * half, "newText": "n" * half}
     made.update(calls(content=[diff], status="completed"))
     entry_id, draft = waiting(made)
+    assert [len(whole.data) for whole in draft.unstored] == [half, half]
     made.stored(entry_id, draft.unstored, [None, blob(2)])
     _, after = taken(made)[0].tool_call.outputs
-    assert (after.blob.blob_id, after.omitted_bytes) == ("blob_2", 2)
+    assert (after.blob.blob_id, after.omitted_bytes) == ("blob_2", 0)
+
+
+def test_a_change_of_which_one_entry_cannot_store_both_sides_stays_cut() -> None:
+    made = builder()
+    diff = {"type": "diff", "path": "a.txt", "oldText": "o" * WHOLE_BYTES, "newText": "n" * WHOLE_BYTES}
+    made.update(calls(content=[diff], status="completed"))
+    [entry] = taken(made)
+    [output] = entry.tool_call.outputs
+    assert ended(entry)
+    assert output.omitted_bytes >= 2 * (WHOLE_BYTES - TEXT_BYTES)
+
+
+def test_what_waits_to_be_stored_is_bounded_and_what_comes_then_is_shown_cut() -> None:
+    made = builder()
+    for number in range(5):
+        text = words(str(number) * WHOLE_BYTES)
+        made.update(calls(toolCallId=f"call_{number}", content=[text], status="completed"))
+    assert len(made.waiting) == 4
+    [cut] = [entry for entry in taken(made) if ended(entry)]
+    assert cut.tool_call.tool_call_id == "call_4"
 
 
 def test_a_picture_that_is_too_large_for_a_blob_is_told_with_its_size() -> None:

@@ -1,6 +1,7 @@
 """The whole task service between its neighbours: durable work, deliveries, and the sweep."""
 
 import asyncio
+import hashlib
 import sqlite3
 from collections.abc import AsyncGenerator, Callable
 from contextlib import closing
@@ -35,6 +36,7 @@ from services.task.open_task import OpenTask
 from services.task.service import TaskConfig, build
 from services.task.standing import FAILED, IDLE, KILLED, KILLING, PROVISIONING, RUNNING, TURN_FAILED, Standing
 from services.task.sweep import Sweep
+from services.task.workflows import workflow_id
 from tests.support.stack import eventually, failure
 from tests.unit.task.neighbours import Refusal, RepositoryNeighbour, SandboxNeighbour
 from tests.unit.task.room import Room, birth, entry_of, new_database, new_id, request_id, sandbox_of
@@ -582,7 +584,14 @@ async def test_what_sandboxes_ask_about_blobs_goes_up(installed: Installed) -> N
 
     fetched = await installed.internal.FetchBlob(internal.FetchBlobRequest(task_id=task_id, blob_id="b", offset=1))
     stored = await installed.internal.StoreBlob(
-        internal.StoreBlobRequest(task_id=task_id, display_name="a.txt", media_type="text/plain", data=b"four")
+        internal.StoreBlobRequest(
+            task_id=task_id,
+            display_name="a.txt",
+            media_type="text/plain",
+            size_bytes=4,
+            sha256=hashlib.sha256(b"four").hexdigest(),
+            data=b"four",
+        )
     )
 
     assert fetched.data == b"bc"
@@ -673,6 +682,11 @@ async def test_the_sweep_fails_a_provisioning_whose_workflow_died_and_ends_an_en
     await installed.room.change(provisioning, leave(PROVISIONING, "provision"))
     await installed.room.change(killing, leave(KILLING, "end"))
 
+    async def over() -> bool:
+        ids = [workflow_id(await installed.room.read(one)) for one in (provisioning, killing)]
+        return not any(one.live for one in (await installed.sweep.engine.outcomes(ids)).values())
+
+    await eventually(over)  # a workflow has a last step after the one that tells how it went
     await installed.sweep.run()
 
     failed = await installed.until(provisioning, FAILED)

@@ -614,6 +614,10 @@ class StoreBlobRequest(_message.Message):
     TASK_ID_FIELD_NUMBER: _builtins.int
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
     MEDIA_TYPE_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    UPLOAD_ID_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     organization_id: _builtins.str
     """The organization."""
@@ -623,8 +627,16 @@ class StoreBlobRequest(_message.Message):
     """Name shown to people."""
     media_type: _builtins.str
     """What its bytes are."""
+    size_bytes: _builtins.int
+    """Size of the whole in bytes."""
+    sha256: _builtins.str
+    """SHA-256 of the whole, 64 hex digits in lower case."""
+    upload_id: _builtins.str
+    """The upload that is gone on with, as the answer to its first part named it; empty for the first."""
+    offset: _builtins.int
+    """Bytes of the parts before."""
     data: _builtins.bytes
-    """The bytes."""
+    """The bytes of this part."""
     def __init__(
         self,
         *,
@@ -632,11 +644,15 @@ class StoreBlobRequest(_message.Message):
         task_id: _builtins.str = ...,
         display_name: _builtins.str = ...,
         media_type: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        sha256: _builtins.str = ...,
+        upload_id: _builtins.str = ...,
+        offset: _builtins.int = ...,
         data: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "display_name", b"display_name", "media_type", b"media_type", "organization_id", b"organization_id", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "display_name", b"display_name", "media_type", b"media_type", "offset", b"offset", "organization_id", b"organization_id", "sha256", b"sha256", "size_bytes", b"size_bytes", "task_id", b"task_id", "upload_id", b"upload_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -649,18 +665,26 @@ class StoreBlobResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     BLOB_FIELD_NUMBER: _builtins.int
+    UPLOAD_ID_FIELD_NUMBER: _builtins.int
+    RECEIVED_BYTES_FIELD_NUMBER: _builtins.int
+    upload_id: _builtins.str
+    """Where the next part goes, while parts are missing."""
+    received_bytes: _builtins.int
+    """Bytes received so far."""
     @_builtins.property
     def blob(self) -> _common_pb2.BlobReference:
-        """The blob."""
+        """The blob, once all of it is there, and the task names it."""
 
     def __init__(
         self,
         *,
         blob: _common_pb2.BlobReference | None = ...,
+        upload_id: _builtins.str = ...,
+        received_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "received_bytes", b"received_bytes", "upload_id", b"upload_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

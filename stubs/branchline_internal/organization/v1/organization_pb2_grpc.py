@@ -178,7 +178,7 @@ class OrganizationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def StoreBlob(self, request, context):
-        """Stores what an agent of a task has shown, at most 1 MiB, and names it on the task's behalf. Idempotent by digest.
+        """Stores the next part of what an agent of a task has shown; with the last, the task names it. Idempotent by digest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

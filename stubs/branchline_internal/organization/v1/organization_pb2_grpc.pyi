@@ -46,7 +46,7 @@ class OrganizationServiceStub:
     FetchBlob: _aio.UnaryUnaryMultiCallable[_organization_pb2.FetchBlobRequest, _organization_pb2.FetchBlobResponse]
     """Reads part of a blob that a task has named."""
     StoreBlob: _aio.UnaryUnaryMultiCallable[_organization_pb2.StoreBlobRequest, _organization_pb2.StoreBlobResponse]
-    """Stores what an agent of a task has shown, at most 1 MiB, and names it on the task's behalf. Idempotent by digest."""
+    """Stores the next part of what an agent of a task has shown; with the last, the task names it. Idempotent by digest."""
     GetGitCredential: _aio.UnaryUnaryMultiCallable[_organization_pb2.GetGitCredentialRequest, _organization_pb2.GetGitCredentialResponse]
     """Asks the user service for a git credential of a member. Not found is an empty answer."""
 
@@ -138,7 +138,7 @@ class OrganizationServiceServicer:
         request: _organization_pb2.StoreBlobRequest,
         context: _aio.ServicerContext[_organization_pb2.StoreBlobRequest, _abc.Awaitable[_organization_pb2.StoreBlobResponse]],
     ) -> _abc.Awaitable[_organization_pb2.StoreBlobResponse]:
-        """Stores what an agent of a task has shown, at most 1 MiB, and names it on the task's behalf. Idempotent by digest."""
+        """Stores the next part of what an agent of a task has shown; with the last, the task names it. Idempotent by digest."""
 
     def GetGitCredential(
         self,

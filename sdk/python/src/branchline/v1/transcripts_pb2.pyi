@@ -568,7 +568,7 @@ class ToolOutput(_message.Message):
 
     @_builtins.property
     def blob(self) -> _common_pb2.BlobReference:
-        """Something that is not words, such as an image; or the whole of what was cut, of more than 1 MiB its end."""
+        """Something that is not words, such as an image; or the whole of what was cut, of more than 16 MiB its end."""
 
     def __init__(
         self,

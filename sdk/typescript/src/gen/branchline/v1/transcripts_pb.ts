@@ -342,7 +342,7 @@ export type ToolOutput = Message<"branchline.v1.ToolOutput"> & {
     case: "terminalId";
   } | {
     /**
-     * Something that is not words, such as an image; or the whole of what was cut, of more than 1 MiB its end.
+     * Something that is not words, such as an image; or the whole of what was cut, of more than 16 MiB its end.
      *
      * @generated from field: branchline.v1.BlobReference blob = 4;
      */
