@@ -35,6 +35,7 @@ _HELD_INPUT_BYTES = 256 * 1024
 _ANSWERS = 32
 _WRITE_SECONDS = 0.05
 _DRAIN_SECONDS = 0.2
+_LAST_WORDS_SECONDS = 600  # for a disk that is full; a runner that is gone without a word is told as lost
 _KILL_SECONDS = 5.0
 _LOOK_SECONDS = 0.1
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
@@ -348,11 +349,11 @@ class Runner:
     def _end(self, how: dict[str, Any]) -> None:
         seconds = (self.over or time.monotonic()) - self.began
         self.state["end"] = {**how, "timed_out": self.timed_out, "seconds": seconds, "time": time.time()}
-        while True:
+        for _ in range(_LAST_WORDS_SECONDS):
             self._write()
             if not self.dirty:
                 return
-            time.sleep(1)  # the disk is full; nobody would ever know
+            time.sleep(1)  # the disk is full
 
     def _write(self) -> None:
         """Write the state anew, as a whole."""
