@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 3
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: setup demo test test-faults test-needs check breaking generate generate-check bench format lock clean
@@ -29,8 +30,9 @@ sdk/typescript/node_modules/.installed: sdk/typescript/package.json sdk/typescri
 demo: setup
 	$(BIN)/branchline demo
 
+# Most of a test is waiting: more run at once than the machine has cores.
 test: test-needs setup
-	$(BIN)/pytest -q tests/unit tests/contract tests/integration tests/faults/test_kills.py
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile tests/unit tests/contract tests/integration tests/faults/test_kills.py
 
 test-faults: test-needs setup
 	$(BIN)/pytest -q tests/faults
