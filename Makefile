@@ -30,9 +30,10 @@ sdk/typescript/node_modules/.installed: sdk/typescript/package.json sdk/typescri
 demo: setup
 	$(BIN)/branchline demo
 
-# Most of a test is waiting: more run at once than the machine has cores.
+# Most of a test is waiting: more run at once than the machine has cores, and those that take longest begin.
 test: test-needs setup
-	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile tests/unit tests/contract tests/integration tests/faults/test_kills.py
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+	    tests/faults/test_kills.py tests/integration tests/contract tests/unit
 
 test-faults: test-needs setup
 	$(BIN)/pytest -q tests/faults
