@@ -12,8 +12,7 @@ from branchline.v1.users_pb2 import GetCurrentUserRequest
 from cli.installation import Installation, known_installation
 from cli.settings import SettingsError, load_settings, read_token
 from cli.terminal import run
-from services.runtime.client import open_channel
-from services.runtime.principal import OPERATOR, Signer
+from services.runtime.principal import OPERATOR
 
 S = TypeVar("S")
 
@@ -47,8 +46,7 @@ def operated(data_dir: Path) -> Installation:
 @asynccontextmanager
 async def operating(installation: Installation, service: str, stub: Callable[[Any], S]) -> AsyncGenerator[S, None]:
     """Give a stub of a service that signs calls as the operator."""
-    signer = Signer(installation.signing_key.value, OPERATOR)
-    channel = open_channel(installation.addresses[service], signer)
+    channel = installation.neighbours(OPERATOR).open(service)
     try:
         yield stub(channel)
     finally:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from cli.settings import CONFIG_VARIABLE, Settings, SettingsError
+from services.runtime.client import Neighbours
 from services.runtime.config import Config, Secret, database_url, read_config
 from services.runtime.secrets import read_or_create_key
 from services.runtime.service import Service
@@ -43,6 +44,10 @@ class Installation:
         config: type[Config] = get_type_hints(build)["config"]
         return build(read_config(config, self._configuration(name)))
 
+    def neighbours(self, caller: str) -> Neighbours:
+        """Return the services as a process with a name reaches them. Raise ValueError if its settings are wrong."""
+        return Neighbours(caller, self.addresses, self.signing_key, self.settings.tls.of(caller))
+
     def databases(self) -> dict[Path, str]:
         """Return the URL of each service's database, by the folder of its migrations."""
         folders = {name: ROOT / "services" / name / "migrations" for name in SERVICES if name != GATEWAY}
@@ -52,7 +57,7 @@ class Installation:
         section = self.settings.section(name)
         if name == "sandbox":
             section["local"] = self._local_provider(section.get("local", {}))
-        shared = {"addresses": self.addresses, "signing_key": self.signing_key}
+        shared = {"addresses": self.addresses, "signing_key": self.signing_key, "tls": self.settings.tls.of(name)}
         return {**section, **shared} if name == GATEWAY else {**section, **shared, "data_dir": self._data_dir(name)}
 
     def _data_dir(self, name: str) -> Path:

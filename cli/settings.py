@@ -14,10 +14,10 @@ from typing import Any, cast
 
 import msgspec
 
-from services.runtime.config import Config, Secret, read_config
+from services.runtime.config import Config, Secret, TlsConfig, read_config
 
 PREFIX = "BRANCHLINE_"
-CLIENT_KEYS = frozenset({"BRANCHLINE_ADDRESS", "BRANCHLINE_TOKEN"})
+CLIENT_KEYS = frozenset({"BRANCHLINE_ADDRESS", "BRANCHLINE_TOKEN", "BRANCHLINE_CA", "BRANCHLINE_INSECURE"})
 CONFIG_VARIABLE = "BRANCHLINE_CONFIG"
 _LEVELS = "__"
 
@@ -56,6 +56,7 @@ class Settings(Config, frozen=True, kw_only=True):
     log_level: str = "info"
     log_json: bool = False
     addresses: Addresses = Addresses()
+    tls: TlsConfig = TlsConfig()
 
     gateway: dict[str, Any] = {}
     organization: dict[str, Any] = {}

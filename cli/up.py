@@ -21,9 +21,8 @@ from cli.installation import (
 from cli.isolation import require_isolation
 from cli.server import configure, isolation_of, until_stopped
 from cli.settings import TOKEN_FILE, read_token
-from services.runtime.client import open_channel
 from services.runtime.migrations import bring_up_to_date
-from services.runtime.principal import OPERATOR, Signer
+from services.runtime.principal import OPERATOR
 from services.runtime.retry import Backoff
 from services.runtime.service import Service
 
@@ -70,8 +69,7 @@ async def bootstrap(installation: Installation, default_agent: str) -> tuple[str
     The token is kept in the data folder; it is empty if somebody removed it from there.
     """
     settings = installation.settings
-    signer = Signer(installation.signing_key.value, OPERATOR)
-    channel: Any = open_channel(installation.addresses["organization"], signer)
+    channel: Any = installation.neighbours(OPERATOR).open("organization")
     request = organization_pb2.BootstrapRequest(
         slug="home",
         organization_name="Home",

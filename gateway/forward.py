@@ -26,7 +26,7 @@ from gateway.standing import standing_check, while_allowed
 from services.runtime.client import SigningChannel
 from services.runtime.errors import PermissionDenied, Unavailable, detail_of, error_reason, reason_of
 from services.runtime.logging import get_logger
-from services.runtime.principal import Principal, Signer
+from services.runtime.principal import Principal
 from services.runtime.retry import Backoff
 from services.runtime.serving import Context, Given, Handler, Serving
 
@@ -50,23 +50,20 @@ class Forwarder:
         organization: OrganizationServiceStub,
         authenticator: Authenticator,
         placement: Placement,
-        signer: Signer,
     ) -> None:
         self._channels = channels
         self._organization = organization
         self._authenticator = authenticator
         self._placement = placement
-        self._signer = signer
         self._lanes = CallersLanes()
 
     def handler(self, serving: Serving, route: Route) -> Handler:
         """Return the handler of one method."""
         method = route.method
-        channel = self._channels[route.owner].raw
+        channel = self._channels[route.owner]
         path = f"/{method.containing_service.full_name}/{method.name}"
         response_type = GetMessageClass(method.output_type)
-        call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(path)
-        call_stream: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(path)
+        call, call_stream = channel.unary_unary(path), channel.unary_stream(path)
 
         async def forward(given: Given, context: Context) -> bytes:
             deadline = asyncio.get_running_loop().time() + seconds_left(context, route.seconds)
@@ -85,7 +82,7 @@ class Forwarder:
             check = standing_check(
                 self._authenticator, self._placement, route.target, route.wanted(given.message), route.role
             )
-            answers = call_stream(given.data, metadata=self._signer.metadata(principal), timeout=seconds)
+            answers = call_stream(given.data, metadata=channel.metadata(principal), timeout=seconds)
             async with aclosing(while_allowed(answers, check)) as allowed:
                 async for answer in allowed:
                     yield answer
@@ -118,7 +115,7 @@ class Forwarder:
         repeatable = route.repeatable(given.message)
         while True:
             principal = await self._admit(given.message, route, deadline - time())
-            metadata = self._signer.metadata(principal)
+            metadata = self._channels[route.owner].metadata(principal)
             try:
                 return await call(given.data, metadata=metadata, timeout=deadline - time()), principal
             except grpc.aio.AioRpcError as error:
@@ -144,7 +141,7 @@ class Forwarder:
         request = AwaitConsistencyRequest(
             consistency=Consistency(at_least_as_fresh=[token]), organization_id=principal.organization_id
         )
-        metadata = self._signer.metadata(principal)
+        metadata = self._channels[ORGANIZATION].metadata(principal)
         try:
             await self._organization.AwaitConsistency(request, metadata=metadata, timeout=min(left, _PATIENCE_SECONDS))
         except grpc.aio.AioRpcError as error:

@@ -1,6 +1,7 @@
 """Builds the gateway."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 from branchline_internal.organization.v1 import organization_pb2_grpc
@@ -14,16 +15,18 @@ from gateway.info import server_info
 from gateway.placement import Placement
 from gateway.routes import ANONYMOUS, ORGANIZATION, REPOSITORY, ROUTES, SANDBOX, TASK, USER
 from gateway.watches import Watches
-from services.runtime.client import open_channel
-from services.runtime.config import Config, Secret
-from services.runtime.principal import Signer
+from services.runtime.client import Neighbours
+from services.runtime.config import Config, Secret, TlsConfig
 from services.runtime.service import Service
+from services.runtime.tls import Certificate
 
 CALLS_PER_CONNECTION = 250
 """Calls and watches that one connection carries at once; its others wait at the client, and not here before others'.
 
 The server takes calls in the order in which they come, whoever makes them.
 """
+
+_REMEDY = "set gateway.certificate and gateway.key, or gateway.insecure = true where something before it speaks TLS"
 
 
 class GatewayConfig(Config, frozen=True, kw_only=True):
@@ -41,17 +44,29 @@ class GatewayConfig(Config, frozen=True, kw_only=True):
     drain_seconds: float = 5.0
     """Time that running calls get to end when the gateway stops."""
 
+    certificate: Path | None = None
+    """Certificate that clients are shown, and what leads from it to an authority that they trust."""
+
+    key: Path | None = None
+    """Its key, in a file that nobody else can read."""
+
+    insecure: bool = False
+    """Whether clients off this host may speak plaintext; without it, or a certificate, the start is refused."""
+
+    tls: TlsConfig = TlsConfig()
+    """What the gateway shows to the services."""
+
 
 def build(config: GatewayConfig) -> Service:
     """Build the gateway."""
-    signer = Signer(config.signing_key.value, "gateway")
+    neighbours = Neighbours("gateway", config.addresses, config.signing_key, config.tls)
     owners = (ORGANIZATION, REPOSITORY, TASK, SANDBOX, USER)
-    channels: dict[str, Any] = {owner: open_channel(config.addresses[owner], signer) for owner in owners}
+    channels: dict[str, Any] = {owner: neighbours.open(owner) for owner in owners}
     organization = organization_pb2_grpc.OrganizationServiceStub(channels[ORGANIZATION])
     repository = repository_pb2_grpc.RepositoryServiceStub(channels[REPOSITORY])
     authenticator, placement, fan_out = Authenticator(organization), Placement(organization), FanOut()
-    forwarder = Forwarder(channels, organization, authenticator, placement, signer)
-    watches = Watches(fan_out, authenticator, placement, organization, repository, signer)
+    forwarder = Forwarder(channels, organization, authenticator, placement)
+    watches = Watches(fan_out, authenticator, placement, organization, repository, neighbours.signer)
     own: dict[str, Callable[..., Any]] = {
         "ServerService/GetServerInfo": server_info,
         "OrganizationService/WatchOrganization": watches.of_organization,
@@ -73,5 +88,15 @@ def build(config: GatewayConfig) -> Service:
         )
         service.add_handler(route.method.containing_service.full_name, route.method.name, handler)
     service.loops.append(fan_out.run)
+    service.protect(_shown_to_clients(config), _REMEDY, insecure=config.insecure)
+    service.look_after(neighbours.certificate)
     service.after_stop += [channel.close for channel in channels.values()]
     return service
+
+
+def _shown_to_clients(config: GatewayConfig) -> Certificate | None:
+    if config.certificate is None and config.key is None:
+        return None
+    if config.certificate is None or config.key is None:
+        raise ValueError("gateway.certificate and gateway.key belong together: set both")
+    return Certificate(config.certificate, config.key)

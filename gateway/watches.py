@@ -19,16 +19,15 @@ from gateway.forward import seconds_left
 from gateway.frames import FrameWriter
 from gateway.placement import Placement
 from gateway.replica import Upstream, View
-from gateway.routes import STREAM_SECONDS
+from gateway.routes import ORGANIZATION, REPOSITORY, STREAM_SECONDS
 from gateway.selection import HistoryView, OrganizationView, TaskView, event_matcher, task_matcher
 from gateway.standing import CHECK_SECONDS, standing_check
-from services.runtime.principal import Signer
+from services.runtime.principal import Metadata, Principal, Signer
 from services.runtime.serving import Context
 from services.runtime.spine.tokens import history_topic, organization_topic, parse_resume_token, selection_of
 from services.runtime.spine.watch import Sight, Watch, heartbeat_seconds, watch
 
-Metadata = tuple[tuple[str, str], ...]
-Ask = Callable[[WatchSelection, Metadata | None, float | None], Any]
+Ask = Callable[[WatchSelection, Principal | None, float | None], Any]
 """Opens a coordinator's watch, in the gateway's own name or in that of the caller, who waits no longer than so long."""
 
 STALLED_SECONDS = 60.0
@@ -89,12 +88,12 @@ class Watches:
         def sight(resumed: bool) -> Sight:
             return OrganizationView(user_id, frozenset(request.kinds), matches, resumed)
 
-        def ask(selection: WatchSelection, metadata: Metadata | None, seconds: float | None) -> Any:
+        def ask(selection: WatchSelection, principal: Principal | None, seconds: float | None) -> Any:
             upstream = organization_pb2.WatchIndexRequest(organization_id=organization_id, selection=selection)
-            if metadata is not None:  # the caller's own snapshot is no larger than what is seen of it
+            if principal is not None:  # the caller's own snapshot is no larger than what is seen of it
                 upstream.kinds.extend(request.kinds)
                 upstream.tasks.CopyFrom(request.tasks)
-            return self.organization.WatchIndex(upstream, metadata=metadata, timeout=seconds)
+            return self.organization.WatchIndex(upstream, metadata=self._of(ORGANIZATION, principal), timeout=seconds)
 
         topic = organization_topic(organization_id)
         wanted = _Wanted("organization_id", organization_id, topic, user_id, request, _ORGANIZATION, sight)
@@ -104,11 +103,11 @@ class Watches:
         """Watch an organization's feed, or some of its events."""
         organization_id = request.organization_id
 
-        def ask(selection: WatchSelection, metadata: Metadata | None, seconds: float | None) -> Any:
+        def ask(selection: WatchSelection, principal: Principal | None, seconds: float | None) -> Any:
             upstream = organization_pb2.WatchIndexRequest(
                 organization_id=organization_id, selection=selection, history=True
             )
-            return self.organization.WatchIndex(upstream, metadata=metadata, timeout=seconds)
+            return self.organization.WatchIndex(upstream, metadata=self._of(ORGANIZATION, principal), timeout=seconds)
 
         sight = HistoryView(event_matcher(request.filter))
         topic = history_topic(organization_id)
@@ -118,16 +117,20 @@ class Watches:
     def of_task(self, request: tasks_pb2.WatchTaskRequest, context: Context) -> AsyncGenerator[bytes, None]:
         """Watch a task's workbench and transcripts."""
 
-        def ask(selection: WatchSelection, metadata: Metadata | None, seconds: float | None) -> Any:
+        def ask(selection: WatchSelection, principal: Principal | None, seconds: float | None) -> Any:
             upstream = repository_pb2.WatchIndexRequest(task_id=request.task_id, selection=selection)
-            if metadata is not None:
+            if principal is not None:
                 upstream.transcripts.CopyFrom(request.transcripts)
-            return self.repository.WatchIndex(upstream, metadata=metadata, timeout=seconds)
+            return self.repository.WatchIndex(upstream, metadata=self._of(REPOSITORY, principal), timeout=seconds)
 
         sight = TaskView(frozenset(request.transcripts.session_ids))
         topic = f"task/{request.task_id}"
         wanted = _Wanted("task_id", request.task_id, topic, "", request, _TASK, lambda _: sight)
         return self._frames(wanted, ask, context)
+
+    def _of(self, owner: str, principal: Principal | None) -> Metadata | None:
+        """Return what a call of a caller's carries; None stands for the gateway itself."""
+        return principal and self.signer.metadata(owner, principal)
 
     async def _frames(self, wanted: _Wanted, ask: Ask, context: Context) -> AsyncGenerator[bytes, None]:
         """Yield the frames of one watcher. Its resume tokens are good for what its request selects alone."""
@@ -139,7 +142,7 @@ class Watches:
         )
 
         def of_caller(selection: WatchSelection) -> Any:
-            return ask(selection, self.signer.metadata(principal), seconds_left(context, STREAM_SECONDS))
+            return ask(selection, principal, seconds_left(context, STREAM_SECONDS))
 
         heartbeat = heartbeat_seconds(request.heartbeat_interval)
         with self.fan_out.replica(wanted.topic, _own(ask)) as replica:

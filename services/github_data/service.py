@@ -28,7 +28,7 @@ class GithubDataConfig(ServiceConfig, frozen=True):
 
 def build(config: GithubDataConfig) -> Service:
     """Build the service."""
-    chassis = Chassis("github_data", config, Path(__file__).parent)
+    chassis = Chassis("github_data", config, Path(__file__).parent, callers=("organization",))
     store = GithubStore(chassis.outbox)
 
     @cache

@@ -16,7 +16,7 @@ class HistoryConfig(ServiceConfig, frozen=True):
 
 def build(config: HistoryConfig) -> Service:
     """Build the service."""
-    chassis = Chassis("history", config, Path(__file__).parent)
+    chassis = Chassis("history", config, Path(__file__).parent, callers=("organization",))
     servicer = HistoryServicer(chassis.database, HistoryStore(chassis.outbox))
     chassis.serve(servicer, history_pb2.DESCRIPTOR, "HistoryService")
     chassis.push_to("organization")

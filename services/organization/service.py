@@ -54,7 +54,12 @@ class OrganizationConfig(ServiceConfig, frozen=True):
 
 def build(config: OrganizationConfig) -> Service:
     """Build the service."""
-    chassis = Chassis("organization", config, Path(__file__).parent)
+    chassis = Chassis(
+        "organization",
+        config,
+        Path(__file__).parent,
+        callers=("gateway", "user", "github_data", "history", "repository"),
+    )
     database, commands, outbox = chassis.database, chassis.commands, chassis.outbox
     stores = open_stores(database, outbox, chassis.clock, config.blobs.quota_bytes)
     user = chassis.stub(UserServiceStub, "user")

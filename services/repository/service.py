@@ -35,7 +35,7 @@ class RepositoryConfig(ServiceConfig, frozen=True):
 
 def build(config: RepositoryConfig) -> Service:
     """Build the service."""
-    chassis = Chassis("repository", config, Path(__file__).parent)
+    chassis = Chassis("repository", config, Path(__file__).parent, callers=("gateway", "organization", "task"))
     database, outbox, clock = chassis.database, chassis.outbox, chassis.clock
     index = Index(database, WATCHED, clock)
     store, workbench = RepositoryStore(outbox, clock), Workbench(index)

@@ -54,6 +54,32 @@ def _read(kind: type[Any], value: object) -> object:
     raise ValueError(f"expected a text, got {type(value).__name__}")
 
 
+class TlsConfig(Config, frozen=True, kw_only=True):
+    """What a process shows to the other services. In a path {service} stands for the name of the process."""
+
+    ca: Path | None = None
+    """Certificates of the authorities that all services of the installation trust."""
+
+    certificate: Path | None = None
+    """Certificate of this process, and what leads from it to an authority."""
+
+    key: Path | None = None
+    """Its key, in a file that nobody else can read."""
+
+    insecure: bool = False
+    """Whether services may speak plaintext off this host; without it their start is refused."""
+
+    def of(self, service: str) -> "TlsConfig":
+        """Return what one process shows, by its name."""
+
+        def named(path: Path | None) -> Path | None:
+            return path and Path(str(path).replace("{service}", service))
+
+        return msgspec.structs.replace(
+            self, certificate=named(self.certificate), key=named(self.key), ca=named(self.ca)
+        )
+
+
 class ServiceConfig(Config, frozen=True, kw_only=True):
     """Where the services are, where this one keeps its data, and what it shares with the others."""
 
@@ -65,6 +91,9 @@ class ServiceConfig(Config, frozen=True, kw_only=True):
 
     signing_key: Secret
     """Key that principals are signed with; the same for all services of an installation."""
+
+    tls: TlsConfig = TlsConfig()
+    """What this service shows to the others."""
 
     drain_seconds: float = 5.0
     """Time that running calls get to end when the service stops."""

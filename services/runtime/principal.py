@@ -1,7 +1,7 @@
 """Who a call is made for: a principal, signed by the caller and checked by every service.
 
 The gateway makes it from a bearer token; services pass it on. It lives for a minute and travels, signed with a key that
-the installation shares, in the metadata of each internal call.
+the installation shares, in the metadata of each internal call. It is good for the one service that is called.
 """
 
 import hashlib
@@ -97,32 +97,38 @@ class Signer:
     """
 
     def __init__(self, key: str, service: str) -> None:
+        """`service` is whose calls are signed, and whose audience is taken."""
         self._serializer = URLSafeTimedSerializer(key, "principal", signer_kwargs={"digest_method": hashlib.sha256})
         self._system = Principal(service=service)
-        self._signed = TTLCache[Principal, Metadata](_CACHED, _REUSED_SECONDS)
+        self._signed = TTLCache[tuple[str, Principal], Metadata](_CACHED, _REUSED_SECONDS)
         self._verified = LRUCache[str, tuple[float, Principal]](_CACHED)
 
-    def metadata(self, principal: Principal | None = None) -> Metadata:
-        """Return a call's metadata for the principal, or for the service itself."""
+    def metadata(self, audience: str, principal: Principal | None = None) -> Metadata:
+        """Return the metadata of a call to a service for the principal, or for the calling service itself."""
         principal = principal or self._system
-        metadata = self._signed.get(principal)
+        metadata = self._signed.get((audience, principal))
         if metadata is None:
-            metadata = ((METADATA_KEY, str(self._serializer.dumps(asdict(principal)))),)
-            self._signed[principal] = metadata
+            claims = {"audience": audience, **asdict(principal)}
+            metadata = ((METADATA_KEY, str(self._serializer.dumps(claims))),)
+            self._signed[audience, principal] = metadata
         return metadata
 
     def verify(self, token: str) -> Principal:
-        """Return the principal of a token; raise Unauthenticated if it is not ours or too old."""
+        """Return the principal of a token; raise Unauthenticated if it is not ours, too old, or for another service."""
         now = time.time()
         known = self._verified.get(token)
         if known is not None and known[0] > now:
             return known[1]
         try:
             claims, signed = self._serializer.loads(token, return_timestamp=True)
+            audience = claims.pop("audience", "")
             principal, made = Principal(**claims), signed.timestamp()
             principal = replace(principal, organization_ids=tuple(principal.organization_ids))
-        except (BadData, TypeError) as error:
+        except (BadData, TypeError, AttributeError) as error:
             raise Unauthenticated(ERROR_REASON_PRINCIPAL_INVALID, "the call carries no valid principal") from error
+        if audience != self._system.service:
+            words = f"the call's principal is for {audience or 'nobody'}, not for {self._system.service}"
+            raise Unauthenticated(ERROR_REASON_PRINCIPAL_INVALID, words)
         if not made - _LEEWAY_SECONDS <= now <= made + _LIFETIME_SECONDS + _LEEWAY_SECONDS:
             raise Unauthenticated(ERROR_REASON_PRINCIPAL_INVALID, "the call's principal is too old")
         self._verified[token] = (made + _LIFETIME_SECONDS + _LEEWAY_SECONDS, principal)

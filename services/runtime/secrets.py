@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import os
 import secrets
 from pathlib import Path
 
@@ -22,9 +23,24 @@ def token_hash(token: str) -> str:
 
 
 def read_or_create_key(path: Path) -> str:
-    """Return the Fernet key in a file that only its owner can read; make it on first use."""
+    """Return the Fernet key in a file that only its owner can read; make it on first use.
+
+    Raise ValueError if others can read it.
+    """
     if not path.exists():
         make_private(path.parent)
         path.touch(mode=0o600)
         path.write_bytes(base64.urlsafe_b64encode(secrets.token_bytes(_KEY_BYTES)))
+    require_private(path)
     return path.read_text()
+
+
+def require_private(path: Path) -> None:
+    """Raise ValueError unless its owner alone can read a key file; a group may that of root's."""
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    shared = 0o027 if state.st_uid == 0 and os.geteuid() != 0 else 0o077
+    if state.st_mode & shared:
+        raise ValueError(f"{path} is a key that others can read or change: chmod 600 {path}")

@@ -1,12 +1,13 @@
 """Runs one service: gRPC server with health and reflection, background loops, graceful drain."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
+from branchline.v1.errors_pb2 import ERROR_REASON_PRINCIPAL_INVALID
 from branchline_internal.admin.v1 import admin_pb2
 from branchline_internal.spine.v1 import push_pb2, push_pb2_grpc
 from google.protobuf.descriptor import FileDescriptor, ServiceDescriptor
@@ -14,14 +15,15 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
 from services.runtime.admin import AdminServicer
-from services.runtime.client import MESSAGE_LIMIT_BYTES, SigningChannel, open_channel
+from services.runtime.client import MESSAGE_LIMIT_BYTES, REMEDY, Neighbours, SigningChannel
 from services.runtime.clock import Clock
 from services.runtime.config import ServiceConfig, database_url
 from services.runtime.database import Database, open_database
+from services.runtime.errors import Unauthenticated
 from services.runtime.logging import get_logger
 from services.runtime.loops import Every, being_cancelled
 from services.runtime.migrations import bring_up_to_date
-from services.runtime.principal import METADATA_KEY, Signer, bind_principal
+from services.runtime.principal import METADATA_KEY, OPERATOR, bind_principal
 from services.runtime.serving import Admit, Call, Handler, Serving, implemented
 from services.runtime.spine.commands import Commands
 from services.runtime.spine.courier import DEADLINE_SECONDS, BatchCourier, Courier, Deliver, DeliverAll
@@ -29,6 +31,7 @@ from services.runtime.spine.index import Index
 from services.runtime.spine.ingest import Ingest, PushServicer
 from services.runtime.spine.outbox import Outbox
 from services.runtime.spine.push import PushClient
+from services.runtime.tls import Certificate, certified_name, require_safe
 
 log = get_logger(__name__)
 
@@ -76,6 +79,27 @@ class Service:
         self._handlers: dict[str, dict[str, Handler]] = {}
         self._drain_seconds = drain_seconds
         self._checks: HealthServicer | None = None
+        self._certificate: Certificate | None = None
+
+    @property
+    def secured(self) -> bool:
+        """Whether it is reached by TLS alone. A unix socket is as private as its folder."""
+        return self._certificate is not None and not self.listen.startswith("unix:")
+
+    def protect(self, certificate: Certificate | None, remedy: str, *, insecure: bool) -> None:
+        """Show callers a certificate.
+
+        Without one raise ValueError, which names the remedy, if it is reached from off this host and not `insecure`.
+        """
+        if certificate is None:
+            require_safe(self.listen, self.name, remedy, insecure=insecure)
+        self._certificate = certificate
+        self.look_after(certificate)
+
+    def look_after(self, certificate: Certificate | None) -> None:
+        """Warn before a certificate ends."""
+        if certificate is not None:
+            self.every(_HOUR_SECONDS, "look at the certificate", certificate.tell_expiry)
 
     def serve(self, servicer: object, file: FileDescriptor, name: str) -> None:
         """Serve what a servicer implements of a gRPC service, such as `serve(servicer, tasks_pb2.DESCRIPTOR, ...)`.
@@ -162,7 +186,10 @@ class Service:
             add_reflection(server, [*self._handlers, health.SERVICE_NAME])
         if self.listen.startswith("unix:"):
             Path(self.listen.removeprefix("unix:")).unlink(missing_ok=True)
-        port = server.add_insecure_port(self.listen)
+        if self._certificate is not None and self.secured:
+            port = server.add_secure_port(self.listen, self._certificate.server_credentials())
+        else:
+            port = server.add_insecure_port(self.listen)
         if not self.listen.startswith("unix:"):
             self.address = f"{self.listen.rpartition(':')[0]}:{port}"
         return server, checks
@@ -171,17 +198,19 @@ class Service:
 class Chassis:
     """What a service is built from: its parts, made from its configuration."""
 
-    def __init__(self, name: str, config: ServiceConfig, room: Path) -> None:
-        """`room` is the service's folder, which holds the migrations."""
+    def __init__(self, name: str, config: ServiceConfig, room: Path, callers: Collection[str]) -> None:
+        """`room` is the service's folder, which holds the migrations; `callers` are the services that may call."""
         self.name = name
         self.config = config
         self.clock = Clock()
-        self.signer = Signer(config.signing_key.value, name)
+        self.neighbours = Neighbours(name, config.addresses, config.signing_key, config.tls)
+        self._callers = frozenset(certified_name(caller) for caller in (*callers, OPERATOR))
         url = database_url(config.data_dir, name)
         self.database: Database = open_database(url)
         self.outbox = Outbox(self.database, self.clock)
         self.commands = Commands(self.database, self.clock, config.signing_key.value)
         self.service = Service(name, config.addresses[name], self._admit, config.drain_seconds)
+        self.service.protect(self.neighbours.certificate, REMEDY, insecure=config.tls.insecure)
         self._channels: dict[str, SigningChannel] = {}
 
         async def migrate() -> None:
@@ -193,8 +222,17 @@ class Chassis:
         self.service.every(_PARKED_LOOK_SECONDS, "look for parked rows", self.tell_parked)
 
     async def _admit(self, call: Call) -> None:
-        """Let in only calls that carry a principal signed by one of our own."""
-        bind_principal(self.signer.verify(call.metadata(METADATA_KEY)))
+        """Let in only calls from next to us in the tree that carry a principal signed for us by one of our own."""
+        if self.service.secured:
+            self._know(call)
+        bind_principal(self.neighbours.signer.verify(call.metadata(METADATA_KEY)))
+
+    def _know(self, call: Call) -> None:
+        """Raise Unauthenticated unless the caller's certificate is of a service that may call."""
+        names = call.certified_names()
+        if self._callers.isdisjoint(names):
+            words = f"{' '.join(names) or 'a caller without a name'} may not call {self.name}"
+            raise Unauthenticated(ERROR_REASON_PRINCIPAL_INVALID, words)
 
     def serve(self, servicer: object, file: FileDescriptor, name: str) -> None:
         """Serve what a servicer implements of a gRPC service."""
@@ -207,7 +245,7 @@ class Chassis:
     def channel(self, name: str) -> SigningChannel:
         """Return the channel to another service. It is closed with this one."""
         if name not in self._channels:
-            self._channels[name] = open_channel(self.config.addresses[name], self.signer)
+            self._channels[name] = self.neighbours.open(name)
             self.service.after_stop.append(self._channels[name].close)
         return self._channels[name]
 

@@ -44,6 +44,10 @@ class Call:
                 return value if isinstance(value, str) else value.decode(errors="replace")
         return ""
 
+    def certified_names(self) -> list[str]:
+        """Return the names for which the caller's certificate is made."""
+        return [name.decode(errors="replace") for name in self.context.auth_context().get("peer_dns", ())]
+
     def address(self) -> str:
         """Return the address that the call comes from, without its port."""
         return self.context.peer().rpartition(":")[0]

@@ -51,7 +51,7 @@ class SandboxConfig(ServiceConfig, frozen=True):
 
 def build(config: SandboxConfig) -> Service:
     """Build the service."""
-    chassis = Chassis("sandbox", config, Path(__file__).parent)
+    chassis = Chassis("sandbox", config, Path(__file__).parent, callers=("gateway", "task"))
     http = cache(_open_http)
 
     async def close_http() -> None:

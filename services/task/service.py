@@ -34,7 +34,7 @@ class TaskConfig(ServiceConfig, frozen=True):
 
 def build(config: TaskConfig) -> Service:
     """Build the service."""
-    chassis = Chassis("task", config, Path(__file__).parent)
+    chassis = Chassis("task", config, Path(__file__).parent, callers=("gateway", "repository", "sandbox"))
     database, clock = chassis.database, chassis.clock
     store = TaskStore(chassis.outbox, clock)
     turns, lifecycle = Turns(store), Lifecycle()

@@ -26,7 +26,7 @@ class UserConfig(ServiceConfig, frozen=True):
 
 def build(config: UserConfig) -> Service:
     """Build the service."""
-    chassis = Chassis("user", config, Path(__file__).parent)
+    chassis = Chassis("user", config, Path(__file__).parent, callers=("gateway", "organization"))
     database, outbox, clock = chassis.database, chassis.outbox, chassis.clock
     accounts, task_states, drafts = Accounts(outbox, clock), TaskStates(outbox, clock), Drafts(outbox, clock)
     secrets = Secrets(outbox, clock, Cipher(read_or_create_key(config.data_dir / "encryption.key")))

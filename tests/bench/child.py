@@ -48,15 +48,15 @@ def _commit(tx: Tx, outbox: Outbox, rows: Sequence[dict[str, Any]], marks: Seque
 
 
 @asynccontextmanager
-async def child(path: Path, name: str, coordinator: str, key: str) -> AsyncGenerator[Child, None]:
-    """Run a child that pushes to a coordinator's address."""
+async def child(path: Path, name: str, coordinator: str, address: str, key: str) -> AsyncGenerator[Child, None]:
+    """Run a child that pushes to a coordinator at its address."""
     url = f"sqlite:///{path}"
     engine = create_engine(url)
     metadata.create_all(engine)
     engine.dispose()
     database = open_database(url)
     await database.start()
-    channel = open_channel(coordinator, Signer(key, name))
+    channel = open_channel(coordinator, address, Signer(key, name))
     stub: Any = PushServiceStub(channel)  # pyright: ignore[reportArgumentType]
     made = Child(database)
     pushing = asyncio.create_task(PushClient(made.outbox, stub, name).run())

@@ -239,7 +239,7 @@ async def _poison_everywhere(field: Field) -> AsyncGenerator[None, None]:
     key = field.installation.processes.environment["BRANCHLINE_SIGNING_KEY"]
     async with AsyncExitStack() as stack:
         for name, coordinator in EDGES:
-            channel = open_channel(field.installation.address_of(coordinator), Signer(key, name))
+            channel = open_channel(coordinator, field.installation.address_of(coordinator), Signer(key, name))
             stack.push_async_callback(channel.close)
             stub: Any = push_pb2_grpc.PushServiceStub(channel)  # pyright: ignore[reportArgumentType]
             await stack.enter_async_context(_pushing(stub.Push(), _poison()))

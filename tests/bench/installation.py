@@ -91,7 +91,7 @@ class Installed:
         """Run another child of a coordinator, in this process."""
         key = self.processes.environment["BRANCHLINE_SIGNING_KEY"]
         path = self.processes.folder / f"child-{name}.sqlite"
-        async with child(path, name, self.address_of(coordinator), key) as made:
+        async with child(path, name, coordinator, self.address_of(coordinator), key) as made:
             yield made
 
 
@@ -125,7 +125,9 @@ async def start(processes: Processes, services: Sequence[str]) -> None:
         await processes.start(name, "serve", name)
     for name in services:
         address = processes.environment[f"BRANCHLINE_ADDRESSES__{name.upper()}"]
-        async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+        async with grpc.aio.insecure_channel(
+            address, options=(*CHANNEL_OPTIONS, ("grpc.default_authority", "localhost"))
+        ) as channel:
             stub: Any = health_pb2_grpc.HealthStub(channel)
             await stub.Check(health_pb2.HealthCheckRequest(), timeout=_READY_SECONDS, wait_for_ready=True)
 

@@ -69,7 +69,7 @@ class Edge:
     async def _open(self) -> None:
         await self._stack.enter_async_context(self._installation.build(self.name).running())
         key = self._installation.signing_key.value
-        channel = open_channel(self._installation.addresses[self.name], Signer(key, "child"))
+        channel = open_channel(self.name, self._installation.addresses[self.name], Signer(key, "child"))
         self._stack.push_async_callback(channel.close)
         self._call = push_pb2_grpc.PushServiceStub(cast("Any", channel)).Push()
 

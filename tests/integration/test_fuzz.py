@@ -319,11 +319,16 @@ def test_every_method_is_served_by_a_socket(stack: Stack) -> None:
 
 
 async def test_no_socket_takes_what_carries_no_principal_of_ours(stack: Stack) -> None:
-    forged = Signer("another installation's key", "gateway").metadata(Principal(service="gateway"))
+    stranger, ours = (
+        Signer("another installation's key", "gateway"),
+        Signer(stack.installation.signing_key.value, "gateway"),
+    )
     for name, methods in sockets(stack).items():
+        forged = stranger.metadata(name, Principal(service="gateway"))
+        for_another = ours.metadata("another", Principal(service="gateway"))
         async with channel_to(stack, name) as channel:
             for method in methods:
-                for metadata in (None, forged, ((METADATA_KEY, "x.y.z"),)):
+                for metadata in (None, forged, for_another, ((METADATA_KEY, "x.y.z"),)):
                     problem = await answered(channel, method, b"", metadata)
                     assert problem is not None, method.full_name
                     assert (problem.code, problem.reason) == (
@@ -340,10 +345,10 @@ async def test_no_socket_breaks_at_what_its_own_send(stack: Stack) -> None:  # F
     nowhere |= {"entries": push_pb2.PushEntry(outbox_seq=1, id="nowhere", revision=1)}
     key = stack.installation.signing_key.value
     gateway = Signer(key, "gateway")
-    service_itself, operator = gateway.metadata(), Signer(key, OPERATOR).metadata()
-    user = gateway.metadata(Principal(user_id="usr_x", organization_id="x"))
 
-    async def shoot(channel: Any, method: MethodDescriptor, chance: random.Random) -> None:
+    async def shoot(name: str, channel: Any, method: MethodDescriptor, chance: random.Random) -> None:
+        service_itself, operator = gateway.metadata(name), Signer(key, OPERATOR).metadata(name)
+        user = gateway.metadata(name, Principal(user_id="usr_x", organization_id="x"))
         request = good(method, nowhere)
         whole = request.SerializeToString()
         given = [(service_itself, what, data) for what, data in garbled(whole, chance)]
@@ -363,7 +368,7 @@ async def test_no_socket_breaks_at_what_its_own_send(stack: Stack) -> None:  # F
         for name, methods in sockets(stack).items():
             channel = await opened.enter_async_context(channel_to(stack, name))
             inside = [method for method in methods if method.full_name in INTERNAL]
-            shots += [shoot(channel, method, random.Random(SEED)) for method in inside]
+            shots += [shoot(name, channel, method, random.Random(SEED)) for method in inside]
         await asyncio.gather(*shots)
 
     assert not wrong, "\n".join(wrong)

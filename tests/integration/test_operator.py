@@ -37,7 +37,7 @@ class Parking:
             data_dir=installation.settings.data_dir.absolute() / "history",
             signing_key=installation.signing_key,
         )
-        self.chassis = Chassis("history", config, ROOT / "services" / "history")
+        self.chassis = Chassis("history", config, ROOT / "services" / "history", callers=())
         self.chassis.courier(CHILD, self._deliver)
         self.broken = True
         self.delivered: list[str] = []
@@ -124,7 +124,7 @@ async def test_no_role_of_an_organization_opens_the_outbox(
 ) -> None:  # item 5
     service, _ = parking
     signer = Signer(service.chassis.config.signing_key.value, "gateway")
-    metadata = signer.metadata(Principal(user_id="usr_1", organization_id="org_1", role=role))
+    metadata = signer.metadata("history", Principal(user_id="usr_1", organization_id="org_1", role=role))
     async with grpc.aio.insecure_channel(
         service.chassis.config.addresses["history"], options=(("grpc.default_authority", "localhost"),)
     ) as channel:

@@ -39,7 +39,7 @@ async def room(tmp_path: Path) -> AsyncGenerator[Room, None]:
 
 @pytest_asyncio.fixture
 async def stub(room: Room) -> AsyncGenerator[Any, None]:
-    channel: Any = open_channel(f"unix:{room.folder}/sandbox.sock", Signer(KEY, "task"))
+    channel: Any = open_channel("sandbox", f"unix:{room.folder}/sandbox.sock", Signer(KEY, "task"))
     yield ProcessServiceStub(channel)
     await channel.close()
 

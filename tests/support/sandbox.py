@@ -321,7 +321,7 @@ async def sandbox_room(folder: Path, **options: Any) -> AsyncGenerator[Room, Non
     server.add_insecure_port(f"unix:{folder}/task.sock")
     await server.start()
     bind_principal(Principal(service="task", organization_id="org_1"))
-    channel = open_channel(f"unix:{folder}/sandbox.sock", Signer(KEY, "task"))
+    channel = open_channel("sandbox", f"unix:{folder}/sandbox.sock", Signer(KEY, "task"))
     speaking: Any = channel
     stubs = (sandbox_pb2_grpc.SandboxServiceStub(speaking), files_pb2_grpc.FileServiceStub(speaking))
     room = Room(folder, options, coordinator, *stubs)

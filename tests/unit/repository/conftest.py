@@ -208,7 +208,7 @@ async def running_repository(folder: Path, owner: Owner) -> AsyncGenerator[Runni
         config = RepositoryConfig(addresses=addresses, data_dir=folder, signing_key=KEY, drain_seconds=0.1)
         child = Service("task", addresses["task"], _everybody, 0.1)
         child.serve(owner, task_pb2.DESCRIPTOR, "TaskService")
-        caller = Chassis("caller", ServiceConfig(addresses=addresses, data_dir=folder, signing_key=KEY), folder)
+        caller = Chassis("caller", ServiceConfig(addresses=addresses, data_dir=folder, signing_key=KEY), folder, ())
         service = build(config)
         async with child.running(), service.running():
             yield Running(service, owner, caller)

@@ -25,6 +25,6 @@ class Noting:
     ("given", "has"), [({}, UNARY_TIMEOUT_SECONDS), ({"timeout": None}, UNARY_TIMEOUT_SECONDS), ({"timeout": 2.0}, 2.0)]
 )
 def test_a_call_has_a_deadline_also_on_behalf_of_a_caller_without_one(given: dict[str, Any], has: float) -> None:
-    channel = SigningChannel(cast("grpc.aio.Channel", Noting()), Signer("key", "task"))
+    channel = SigningChannel("sandbox", lambda: cast("grpc.aio.Channel", Noting()), Signer("key", "task"))
 
     assert channel.unary_unary("/any")(None, **given) == has

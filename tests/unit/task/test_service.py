@@ -156,7 +156,7 @@ async def installed(tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[
     )
     service = build(config)
     sweep = sweep_of(service)
-    channel = open_channel(addresses["task"], Signer(KEY, "gateway"))
+    channel = open_channel("task", addresses["task"], Signer(KEY, "gateway"))
     room = Room(sweep.database)
     async with service.running():
         yield Installed(
@@ -406,7 +406,7 @@ async def test_deliveries_act_for_the_service_and_for_nobody_else(installed: Ins
         return installed.sandbox.of(sandbox_pb2.StartTurnRequest, session_id=installed.of(task_id))
 
     await eventually(begun)
-    signer = Signer(KEY, "test")
+    signer = Signer(KEY, "sandbox")
     assert {signer.verify(token).user_id for token in installed.sandbox.principals} == {""}
     assert {signer.verify(token).service for token in installed.sandbox.principals} == {"task"}
 
