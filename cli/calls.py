@@ -29,11 +29,22 @@ def address() -> str:
     return os.environ.get("BRANCHLINE_ADDRESS", "127.0.0.1:7700")
 
 
+def _ca() -> str | None:
+    """Return the file of the authorities to believe; None stands for the system's."""
+    return os.environ.get("BRANCHLINE_CA") or None
+
+
+def _insecure() -> bool | None:
+    """Return whether plaintext is wanted, or not, whatever the address; None where nothing was said."""
+    said = os.environ.get("BRANCHLINE_INSECURE")
+    return said == "true" if said else None
+
+
 async def _as_client(data_dir: Path, job: Job) -> int | None:
     token = os.environ.get("BRANCHLINE_TOKEN") or read_token(data_dir)
     if not token:
         raise SettingsError("set BRANCHLINE_TOKEN, or name the data folder of a running `branchline up`")
-    async with AsyncClient(address(), token) as client:
+    async with AsyncClient(address(), token, ca=_ca(), insecure=_insecure()) as client:
         me = await client.users.get_current_user(GetCurrentUserRequest())
         return await job(client.session(), me.memberships[0].organization_id if me.memberships else "")
 

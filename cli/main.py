@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 from cli.terminal import DEFAULT_DATA, DataDir, console, run
 
-_GROUPS = ("call", "github", "history", "member", "org", "outbox", "repo", "task", "token")
+_GROUPS = ("call", "certs", "github", "history", "member", "org", "outbox", "repo", "task", "token")
 
 
 class _Commands(TyperGroup):
@@ -55,6 +55,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Branchline: the multiplayer backend for coding agents.",
 )
+
+
+@app.callback()
+def connection(
+    ca: Annotated[
+        Path | None,
+        typer.Option(envvar="BRANCHLINE_CA", help="Authorities to believe of a gateway; a PEM file."),
+    ] = None,
+    insecure: Annotated[
+        bool | None,
+        typer.Option(envvar="BRANCHLINE_INSECURE", help="Plaintext, also to a gateway on another host."),
+    ] = None,
+) -> None:
+    """Take what all commands that call the gateway share; they find it in the environment."""
+    if ca is not None:
+        os.environ["BRANCHLINE_CA"] = str(ca)
+    if insecure is not None:
+        os.environ["BRANCHLINE_INSECURE"] = str(insecure).lower()
 
 
 @app.command()

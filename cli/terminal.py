@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import grpc
 import typer
 import uvloop
-from branchline import BranchlineError
+from branchline import BranchlineError, TlsError
 from branchline.v1.errors_pb2 import ErrorReason
 from google.protobuf.json_format import MessageToJson
 from google.rpc import error_details_pb2
@@ -36,6 +36,10 @@ def run(main: Coroutine[Any, Any, int | None]) -> None:
         raise typer.Exit(2) from error
     except grpc.aio.AioRpcError as error:
         print_failure(error)
+        raise typer.Exit(1) from error
+    except TlsError as error:
+        errors.print("[red]no safe connection[/red] to", end=" ")
+        errors.print(error.message, markup=False)
         raise typer.Exit(1) from error
     except BranchlineError as error:
         errors.print(

@@ -14,6 +14,8 @@ from google.protobuf.descriptor_pb2 import MethodOptions
 from google.protobuf.message import Message
 
 from branchline.errors import BranchlineError, error_of
+from branchline.tls import Endpoint, TlsError
+from branchline.v1.errors_pb2 import ERROR_REASON_UNSPECIFIED
 from branchline.v1.options_pb2 import ACCESS_READ, rule
 
 MESSAGE_BYTES = 4 * 1024 * 1024
@@ -38,15 +40,24 @@ class Caller:
     With `consistent`, what was changed through it is visible to all that is read through it later.
     """
 
-    def __init__(self, channel: grpc.aio.Channel, token: str, seconds: float, *, consistent: bool = False) -> None:
-        self.channel = channel
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        token: str,
+        seconds: float,
+        *,
+        consistent: bool = False,
+        channel: grpc.aio.Channel | None = None,
+    ) -> None:
+        self.channel: grpc.aio.Channel = channel or endpoint.open(_OPTIONS)
+        self._endpoint = endpoint
         self._token = token
         self._seconds = seconds
         self._tokens: deque[str] | None = deque(maxlen=_REMEMBERED_TOKENS) if consistent else None
 
     def consistently(self) -> "Caller":
         """Return a caller that sees its own changes, over the same channel."""
-        return Caller(self.channel, self._token, self._seconds, consistent=True)
+        return Caller(self._endpoint, self._token, self._seconds, consistent=True, channel=self.channel)
 
     async def call(
         self, method: MethodDescriptor, request: Message, response: type[R], timeout_seconds: float | None = None
@@ -59,11 +70,15 @@ class Caller:
         make: grpc.aio.UnaryUnaryMultiCallable[Message, R] = self.channel.unary_unary(
             _path(method), request_serializer=_serialize, response_deserializer=response.FromString
         )
+        looked = False
         while True:
             try:
                 answer = await make(request, timeout=max(0.0, deadline - loop.time()), metadata=self._metadata())
             except grpc.aio.AioRpcError as error:
                 failure = error_of(error)
+                if not looked:
+                    looked = True
+                    await self._look(failure)
                 wait = failure.retry_delay.total_seconds() if failure.retry_delay is not None else pause
                 again = error.code() in _TRANSIENT and _repeatable(method, request) and "limit" not in failure.metadata
                 if not again or loop.time() + wait >= deadline:
@@ -93,9 +108,18 @@ class Caller:
                     return
                 yield answer
         except grpc.aio.AioRpcError as error:
-            raise error_of(error) from error
+            failure = error_of(error)
+            await self._look(failure)
+            raise failure from error
         finally:
             call.cancel()
+
+    async def _look(self, failure: BranchlineError) -> None:
+        """Raise TlsError if that is why the server could not be reached: gRPC does not say."""
+        if failure.code == grpc.StatusCode.UNAVAILABLE and failure.reason == ERROR_REASON_UNSPECIFIED:
+            fault = await self._endpoint.fault()
+            if fault is not None:
+                raise fault from failure
 
     def _prepared(self, method: MethodDescriptor, request: Message) -> Message:
         """Return the request as it goes out: with an id of its own, and fresh enough for this caller."""
@@ -122,14 +146,9 @@ class Caller:
         return (("authorization", f"Bearer {self._token}"),) if self._token else ()
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
-    """Open a channel to a gateway."""
-    return grpc.aio.insecure_channel(address, options=_OPTIONS)
-
-
 def is_transient(error: BranchlineError) -> bool:
     """Say whether a watch that failed so goes on by itself."""
-    return error.code in {
+    return not isinstance(error, TlsError) and error.code in {
         grpc.StatusCode.UNAVAILABLE,
         grpc.StatusCode.CANCELLED,
         grpc.StatusCode.DEADLINE_EXCEEDED,

@@ -12,12 +12,13 @@ it is repeated while the server cannot be reached, until the call's time is over
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from google.protobuf.message import Message
 
 from branchline.bridge import Bridge
-from branchline.calls import Caller, open_channel
+from branchline.calls import Caller
 from branchline.services import (
     AgentService,
     AsyncAgentService,
@@ -44,6 +45,7 @@ from branchline.services import (
     TaskService,
     UserService,
 )
+from branchline.tls import endpoint
 from branchline.v1.common_pb2 import EntityKind
 from branchline.v1.history_pb2 import HistoryChange, HistoryFilter, WatchHistoryRequest
 from branchline.v1.organizations_pb2 import OrganizationChange, WatchOrganizationRequest
@@ -72,11 +74,23 @@ class AsyncClient:
     """A connection to a server."""
 
     def __init__(
-        self, address: str, token: str = "", *, timeout_seconds: float = CALL_SECONDS, caller: Caller | None = None
+        self,
+        address: str,
+        token: str = "",
+        *,
+        ca: Path | str | None = None,
+        insecure: bool | None = None,
+        timeout_seconds: float = CALL_SECONDS,
+        caller: Caller | None = None,
     ) -> None:
-        """`address` is the gateway's, such as "127.0.0.1:7700"; without a token only open methods answer."""
+        """`address` is the gateway's, such as "branchline.example:443"; without a token only open methods answer.
+
+        The connection is TLS, unless the gateway is on this host. `ca` is a file with the authorities to believe in the
+        place of the system's, and asks for TLS everywhere; `insecure` says for itself: True is plaintext, False TLS.
+        Raise ValueError if the file holds no authorities.
+        """
         self._owns = caller is None
-        self.caller: Caller = caller or Caller(open_channel(address), token, timeout_seconds)
+        self.caller: Caller = caller or Caller(endpoint(address, ca, insecure=insecure), token, timeout_seconds)
         self.agents = AsyncAgentService(self.caller)
         self.blobs = AsyncBlobService(self.caller)
         self.files = AsyncFileService(self.caller)
@@ -151,13 +165,15 @@ class Client:
         address: str,
         token: str = "",
         *,
+        ca: Path | str | None = None,
+        insecure: bool | None = None,
         timeout_seconds: float = CALL_SECONDS,
         bridge: Bridge | None = None,
         client: AsyncClient | None = None,
     ) -> None:
-        """`address` is the gateway's, such as "127.0.0.1:7700"; without a token only open methods answer."""
+        """As `AsyncClient`."""
         self._bridge = bridge or Bridge()
-        self._client = client or self._bridge.run(_opened(address, token, timeout_seconds))
+        self._client = client or self._bridge.run(_opened(address, token, ca, insecure, timeout_seconds))
         self._owns = bridge is None
         caller = self._client.caller
         self.agents = AgentService(caller, self._bridge)
@@ -259,9 +275,11 @@ class Watched(Generic[V, C]):
         return self._bridge.iterate(self.view.changes())
 
 
-async def _opened(address: str, token: str, seconds: float) -> AsyncClient:
+async def _opened(
+    address: str, token: str, ca: Path | str | None, insecure: bool | None, seconds: float
+) -> AsyncClient:
     """Open a client within the loop that will use it."""
-    return AsyncClient(address, token, timeout_seconds=seconds)
+    return AsyncClient(address, token, ca=ca, insecure=insecure, timeout_seconds=seconds)
 
 
 def _connect(call: Callable[[Any], Any], request: Any, heartbeat: timedelta | None) -> Connect:
