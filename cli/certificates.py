@@ -75,7 +75,7 @@ def _authority(folder: Path) -> tuple[Authority, str]:
         decipher_only=False,
     )
     made = (
-        _begun(name, name, private.public_key(), _AUTHORITY_DAYS)
+        _begun(name, name, private.public_key(), datetime.now(UTC) + timedelta(days=_AUTHORITY_DAYS))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(usage, critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(private.public_key()), critical=False)
@@ -94,23 +94,29 @@ def _certify(folder: Path, authority: Authority, names: list[str]) -> str:
         return _until("kept", found)
     if authority.key is None:
         raise SettingsError(f"{path} is to be made, and the key of the authority is not there: put back ca/ca.key")
-    private = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0][:64])])
-    issuer = authority.certificate
-    made = (
-        _begun(subject, issuer.subject, private.public_key(), _DAYS)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName([_general(name) for name in names]), critical=False)
-        .add_extension(
-            x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False
-        )
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key()), critical=False)
-        .sign(authority.key, hashes.SHA256())
-    )
-    _write(folder / "ca.crt", issuer.public_bytes(serialization.Encoding.PEM), 0o644)
-    _write(folder / "tls.key", _pem_of_key(private), 0o600)
+    made, key = issue(authority.certificate, authority.key, names, datetime.now(UTC) + timedelta(days=_DAYS))
+    _write(folder / "ca.crt", authority.certificate.public_bytes(serialization.Encoding.PEM), 0o644)
+    _write(folder / "tls.key", key, 0o600)
     _write(path, made.public_bytes(serialization.Encoding.PEM), 0o644)
     return _until("made" if found is None else "renewed", made)
+
+
+def issue(
+    issuer: x509.Certificate, issuer_key: ec.EllipticCurvePrivateKey, names: Sequence[str], ends: datetime
+) -> tuple[x509.Certificate, bytes]:
+    """Sign a certificate for names, to show to servers and to clients; return it with its key as PEM."""
+    private = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0][:64])])
+    usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+    made = (
+        _begun(subject, issuer.subject, private.public_key(), ends)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName([_general(name) for name in names]), critical=False)
+        .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False)
+        .sign(issuer_key, hashes.SHA256())
+    )
+    return made, _pem_of_key(private)
 
 
 def _serves(certificate: x509.Certificate, authority: Authority, names: list[str]) -> bool:
@@ -137,16 +143,17 @@ def _names_of(path: Path) -> list[str]:
     return [str(name.value) for name in found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value]
 
 
-def _begun(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int) -> x509.CertificateBuilder:
-    now = datetime.now(UTC)
+def _begun(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, ends: datetime
+) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _SKEW)
-        .not_valid_after(now + timedelta(days=days))
+        .not_valid_before(datetime.now(UTC) - _SKEW)
+        .not_valid_after(ends)
     )
 
 

@@ -111,11 +111,15 @@ def _serialize(message: Message) -> bytes:
 
 
 @asynccontextmanager
-async def served() -> AsyncGenerator[Server, None]:
-    """Serve on a port of its own."""
+async def served(credentials: grpc.ServerCredentials | None = None) -> AsyncGenerator[Server, None]:
+    """Serve on a port of its own, with TLS if credentials are given."""
     server, grpc_server = Server(), grpc.aio.server()
     grpc_server.add_generic_rpc_handlers((server,))
-    server.address = f"127.0.0.1:{grpc_server.add_insecure_port('127.0.0.1:0')}"
+    if credentials is None:
+        port = grpc_server.add_insecure_port("127.0.0.1:0")
+    else:
+        port = grpc_server.add_secure_port("127.0.0.1:0", credentials)
+    server.address = f"127.0.0.1:{port}"
     await grpc_server.start()
     try:
         yield server
