@@ -30,6 +30,7 @@ ROWS = {
     "page": "reads.page",
     "snapshot": "reads.snapshot",
     "get": "reads.get_task",
+    "tls": "encrypted.get_task",
     "service-memory": "memory.services",
     "up-memory": "memory.everything",
     "hold-git": "hold.hanging_git",

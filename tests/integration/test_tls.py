@@ -32,8 +32,8 @@ from services.runtime.principal import OPERATOR, Signer
 from services.runtime.tls import Certificate, certified_name
 from services.sandbox.providers.ports import free_port
 from tests.integration.test_command_line import run
-from tests.support.certificates import certificates, replace
-from tests.support.process import PROGRAM, Processes, own_processes
+from tests.support.certificates import certificates, replace, tls_settings
+from tests.support.process import PROGRAM, Processes, own_processes, ports
 from tests.support.stack import eventually, failure, git, make_remote
 
 BIN = Path(sys.executable).parent
@@ -47,8 +47,8 @@ class Certified:
         self.certs = certificates(folder / "certs")
         self.ca = self.certs / "ca" / "ca.crt"
         self.processes: Processes = own_processes(folder)
-        self.processes.environment.update(tcp(), **tls(self.certs))
-        self.address = self.processes.address = self.address_of("gateway")
+        self.processes.environment.update(ports(), **tls_settings(self.certs))
+        self.address = self.processes.address
         self.client: AsyncClient
         self.organization_id = ""
 
@@ -81,22 +81,6 @@ class Certified:
         """Run a command of the client."""
         given = {"BRANCHLINE_ADDRESS": self.address, "BRANCHLINE_TOKEN": self.token, **environment}
         return await run(str(PROGRAM), *arguments, **given)
-
-
-def tcp() -> dict[str, str]:
-    """Return addresses with ports for all services."""
-    return {f"BRANCHLINE_ADDRESSES__{name.upper()}": f"127.0.0.1:{free_port()}" for name in SERVICES}
-
-
-def tls(certs: Path) -> dict[str, str]:
-    """Return the settings that name the certificates of `branchline certs`."""
-    return {
-        "BRANCHLINE_TLS__CA": str(certs / "{service}" / "ca.crt"),
-        "BRANCHLINE_TLS__CERTIFICATE": str(certs / "{service}" / "tls.crt"),
-        "BRANCHLINE_TLS__KEY": str(certs / "{service}" / "tls.key"),
-        "BRANCHLINE_GATEWAY__CERTIFICATE": str(certs / DOOR / "tls.crt"),
-        "BRANCHLINE_GATEWAY__KEY": str(certs / DOOR / "tls.key"),
-    }
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -335,11 +319,11 @@ REFUSED_STARTS: dict[str, tuple[str, dict[str, Any] | None, dict[str, str], str]
 @pytest.mark.parametrize("what", REFUSED_STARTS)
 async def test_a_start_that_would_not_be_safe_is_refused_with_words(tmp_path: Path, what: str) -> None:
     service, wrong, settings, words = REFUSED_STARTS[what]
-    environment = {**own_processes(tmp_path).environment, **tcp()}
+    environment = {**own_processes(tmp_path).environment, **ports()}
     if wrong is not None:
         given: dict[str, Any] = {"of": service, "names": [certified_name(service)], **wrong}
         replace(certificates(tmp_path / "certs"), **given)
-        environment |= tls(tmp_path / "certs")
+        environment |= tls_settings(tmp_path / "certs")
 
     code, _, errors = await run(
         str(PROGRAM), "serve", service, "--data-dir", str(tmp_path / "data"), **{**environment, **settings}
@@ -354,7 +338,7 @@ async def test_plaintext_leaves_the_host_with_a_warning_when_the_configuration_s
     processes = own_processes(tmp_path)
     address = f"0.0.0.0:{free_port()}"
     processes.environment.update(
-        {**tcp(), "BRANCHLINE_ADDRESSES__HISTORY": address, "BRANCHLINE_TLS__INSECURE": "true"}
+        {**ports(), "BRANCHLINE_ADDRESSES__HISTORY": address, "BRANCHLINE_TLS__INSECURE": "true"}
     )
     await processes.start("history", "serve", "history")
     try:

@@ -8,7 +8,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from cli.certificates import issue, make_certificates
+from cli.certificates import DOOR, issue, make_certificates
 
 
 def certificates(folder: Path, *names: str) -> Path:
@@ -29,6 +29,17 @@ def replace(folder: Path, of: str, names: Sequence[str], *, days: float = 30.0, 
     (place / "tls.key").chmod(key_mode)
     (place / "tls.crt").write_bytes(made.public_bytes(serialization.Encoding.PEM))
     return place
+
+
+def tls_settings(folder: Path) -> dict[str, str]:
+    """Return the settings that name certificates as `branchline certs` has made them."""
+    return {
+        "BRANCHLINE_TLS__CA": str(folder / "{service}" / "ca.crt"),
+        "BRANCHLINE_TLS__CERTIFICATE": str(folder / "{service}" / "tls.crt"),
+        "BRANCHLINE_TLS__KEY": str(folder / "{service}" / "tls.key"),
+        "BRANCHLINE_GATEWAY__CERTIFICATE": str(folder / DOOR / "tls.crt"),
+        "BRANCHLINE_GATEWAY__KEY": str(folder / DOOR / "tls.key"),
+    }
 
 
 def serial_of(path: Path) -> int:

@@ -14,7 +14,7 @@ import grpc
 import psutil
 from branchline.v1 import users_pb2
 
-from cli.installation import SERVICES, scripted_agents, socket_folder
+from cli.installation import GATEWAY, SERVICES, scripted_agents, socket_folder
 from services.sandbox.providers.ports import free_port
 from tests.support.client import Client
 from tests.support.stack import DEADLINE_SECONDS, eventually
@@ -139,6 +139,11 @@ def own_processes(folder: Path) -> Processes:
     environment["BRANCHLINE_GATEWAY__CALLS_PER_MINUTE"] = "1000000"
     environment["BRANCHLINE_SANDBOX__LOCAL__AGENTS"] = json.dumps(scripted_agents())
     return Processes(folder, {**environment, **_common(folder)}, addresses["gateway"])
+
+
+def ports() -> dict[str, str]:
+    """Return settings that give the services behind the gateway ports in the place of sockets."""
+    return {f"BRANCHLINE_ADDRESSES__{name.upper()}": f"127.0.0.1:{free_port()}" for name in SERVICES if name != GATEWAY}
 
 
 def _common(folder: Path) -> dict[str, str]:
