@@ -32,11 +32,9 @@ from services.runtime.principal import OPERATOR, Signer
 from services.runtime.tls import Certificate, certified_name
 from services.sandbox.providers.ports import free_port
 from tests.integration.test_command_line import run
-from tests.integration.test_typescript import PACKAGE
 from tests.support.certificates import certificates, replace, tls_settings
 from tests.support.process import PROGRAM, Processes, own_processes, ports
 from tests.support.stack import eventually, failure, git, make_remote
-from tests.unit.sdk.server import served
 
 BIN = Path(sys.executable).parent
 _READY_SECONDS = 90.0
@@ -285,35 +283,6 @@ async def test_operators_commands_reach_services_that_speak_tls(certified: Certi
 
     assert code == 0, errors
     assert out == "nothing waits\n"
-
-
-async def typescript(address: str, certs: Path, other: Path, fault: str) -> None:
-    """Run the TypeScript package's own tests against a server that there is something wrong with, or nothing."""
-    code, out, errors = await run(
-        *("node", "--test", str(PACKAGE / "dist" / "test" / "tls.test.js")),
-        BRANCHLINE_ADDRESS=address,
-        BRANCHLINE_CA=str(certs / "ca" / "ca.crt"),
-        TEST_OTHER_CA=str(other / "ca" / "ca.crt"),
-        TEST_FAULT=fault,
-    )
-    assert code == 0, out + errors
-    assert "# skipped 0" in out
-
-
-async def test_the_typescript_client_speaks_tls_and_says_what_is_wrong(
-    certified: Certified, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    other = certificates(tmp_path_factory.mktemp("other"))
-
-    assert (await run("npm", "--prefix", str(PACKAGE), "run", "build"))[0] == 0
-    await typescript(certified.address, certified.certs, other, "none")
-    for fault, names, days in (("wrong_name", ["gateway.example"], 30), ("expired", ["127.0.0.1"], -0.001)):
-        place = replace(other, DOOR, names, days=days)
-        pair = ((place / "tls.key").read_bytes(), (place / "tls.crt").read_bytes())
-        async with served(grpc.ssl_server_credentials([pair])) as server:
-            await typescript(server.address, other, other, fault)
-    async with served() as server:
-        await typescript(server.address, other, other, "no_tls")
 
 
 REFUSED_STARTS: dict[str, tuple[str, dict[str, Any] | None, dict[str, str], str]] = {

@@ -4,12 +4,16 @@ import asyncio
 import os
 from pathlib import Path
 
+import grpc
 import pytest
 from branchline.v1 import tasks_pb2, users_pb2
 from branchline.v1.roles_pb2 import ROLE_MEMBER
 
+from cli.certificates import DOOR
 from tests.integration.test_command_line import run
+from tests.support.certificates import certificates, replace
 from tests.support.stack import Stack, eventually, request_id
+from tests.unit.sdk.server import served
 
 PACKAGE = Path(__file__).parents[2] / "sdk" / "typescript"
 
@@ -26,6 +30,32 @@ async def test_the_typescript_client_calls_lists_and_watches(stack: Stack) -> No
     assert code == 0, out + errors
     assert "# fail 0" in out
     assert "# skipped 0" in out
+
+
+@pytest.mark.timeout(300)
+async def test_the_typescript_client_speaks_tls_and_says_what_is_wrong(tmp_path: Path) -> None:  # issue 12, 5
+    certs, other = certificates(tmp_path / "certs"), certificates(tmp_path / "other")
+    assert (await run("npm", "--prefix", str(PACKAGE), "run", "build"))[0] == 0
+
+    async def look(address: str, fault: str) -> None:
+        code, out, errors = await run(
+            *("node", "--test", str(PACKAGE / "dist" / "test" / "tls.test.js")),
+            BRANCHLINE_ADDRESS=address,
+            BRANCHLINE_CA=str(certs / "ca" / "ca.crt"),
+            TEST_OTHER_CA=str(other / "ca" / "ca.crt"),
+            TEST_FAULT=fault,
+        )
+        assert code == 0, out + errors
+        assert "# skipped 0" in out
+
+    shown = (("none", ["127.0.0.1"], 30), ("wrong_name", ["gateway.example"], 30), ("expired", ["127.0.0.1"], -0.001))
+    for fault, names, days in shown:
+        place = replace(certs, DOOR, names, days=days)
+        pair = ((place / "tls.key").read_bytes(), (place / "tls.crt").read_bytes())
+        async with served(grpc.ssl_server_credentials([pair])) as server:
+            await look(server.address, fault)
+    async with served() as server:
+        await look(server.address, "no_tls")
 
 
 def test_the_session_in_the_readme_is_the_one_that_compiles() -> None:

@@ -173,8 +173,12 @@ class Client:
     ) -> None:
         """As `AsyncClient`."""
         self._bridge = bridge or Bridge()
-        self._client = client or self._bridge.run(_opened(address, token, ca, insecure, timeout_seconds))
         self._owns = bridge is None
+        try:
+            self._client = client or self._bridge.run(_opened(address, token, ca, insecure, timeout_seconds))
+        except ValueError:
+            self._bridge.close()
+            raise
         caller = self._client.caller
         self.agents = AgentService(caller, self._bridge)
         self.blobs = BlobService(caller, self._bridge)
