@@ -51,14 +51,19 @@ class Installation:
     def databases(self) -> dict[Path, str]:
         """Return the URL of each service's database, by the folder of its migrations."""
         folders = {name: ROOT / "services" / name / "migrations" for name in SERVICES if name != GATEWAY}
-        return {folder: database_url(self._data_dir(name), name) for name, folder in folders.items()}
+        return {
+            folder: database_url(self.settings.databases.of(name), self._data_dir(name), name)
+            for name, folder in folders.items()
+        }
 
     def _configuration(self, name: str) -> dict[str, Any]:
         section = self.settings.section(name)
         if name == "sandbox":
             section["local"] = self._local_provider(section.get("local", {}))
         shared = {"addresses": self.addresses, "signing_key": self.signing_key, "tls": self.settings.tls.of(name)}
-        return {**section, **shared} if name == GATEWAY else {**section, **shared, "data_dir": self._data_dir(name)}
+        if name == GATEWAY:
+            return {**section, **shared}
+        return {**section, **shared, "data_dir": self._data_dir(name), "database_url": self.settings.databases.of(name)}
 
     def _data_dir(self, name: str) -> Path:
         return self.settings.data_dir.resolve() / name

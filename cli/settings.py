@@ -46,6 +46,25 @@ class Addresses(Config, frozen=True, kw_only=True):
         return msgspec.structs.asdict(self)
 
 
+class Databases(Config, frozen=True, kw_only=True):
+    """The database of each service on a PostgreSQL server, `postgresql://...`; the others are in the data folder."""
+
+    organization: Secret = Secret("")
+    user: Secret = Secret("")
+    github_data: Secret = Secret("")
+    history: Secret = Secret("")
+    repository: Secret = Secret("")
+    task: Secret = Secret("")
+    sandbox: Secret = Secret("")
+
+    def of(self, service: str) -> Secret:
+        """Return what was set for a service; raise SettingsError if it names no server."""
+        url: Secret = getattr(self, service)
+        if url.value and not url.value.startswith("postgresql://"):
+            raise SettingsError(f"databases.{service} is not postgresql://ROLE@HOST/DATABASE")
+        return url
+
+
 class Settings(Config, frozen=True, kw_only=True):
     """All settings of an installation."""
 
@@ -57,6 +76,7 @@ class Settings(Config, frozen=True, kw_only=True):
     log_json: bool = False
     addresses: Addresses = Addresses()
     tls: TlsConfig = TlsConfig()
+    databases: Databases = Databases()
 
     gateway: dict[str, Any] = {}
     organization: dict[str, Any] = {}

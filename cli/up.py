@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from cli.settings import TOKEN_FILE, read_token
 from services.runtime.migrations import bring_up_to_date
 from services.runtime.principal import OPERATOR
 from services.runtime.retry import Backoff
-from services.runtime.service import Service
+from services.runtime.service import Service, once_reachable
 
 _BOOTSTRAP_SECONDS = 30.0
 
@@ -56,7 +57,7 @@ async def bootstrap_apart(console: Console, data_dir: Path, agent: str) -> None:
 async def everything(installation: Installation) -> AsyncGenerator[dict[str, Service], None]:
     """Run all services for the length of the block, their databases brought up to date before; yield them by name."""
     services = {name: installation.build(name) for name in SERVICES}
-    await bring_up_to_date(installation.databases())
+    await once_reachable(partial(bring_up_to_date, installation.databases()), "the databases' server")
     async with AsyncExitStack() as stack:
         for service in services.values():
             await stack.enter_async_context(service.running())

@@ -47,7 +47,7 @@ class Drafts:
         placeless = {one.id for one in lost}
         for one in pushed:
             self._take(tx, one, keeps=not one.deleted and one.id not in placeless)
-            tx.after_commit(partial(self.hub.touch, ENTITY_KIND_DRAFT, one.id))
+            tx.after_commit(partial(self.hub.announce, ENTITY_KIND_DRAFT, one.id))
         send_back(tx, self.outbox, lost)
 
     def _take(self, tx: Tx, one: Pushed[DraftState], *, keeps: bool) -> None:

@@ -60,13 +60,13 @@ class People:
         USERS.put_many(tx, [one.state for one in pushed])
         tx.change_many(_ADD_EMAIL, [{"email": one.state.email, "user_id": one.id} for one in pushed if one.state.email])
         for one in pushed:
-            tx.after_commit(partial(self.hub.touch, ENTITY_KIND_USER, one.id))
+            tx.after_commit(partial(self.hub.announce, ENTITY_KIND_USER, one.id))
 
     def take_tokens(self, tx: Tx, pushed: Sequence[Pushed[ApiTokenState]]) -> None:
         """Index the hashes of tokens."""
         tx.change_many(_PUT_TOKEN, [_token_row(one.state) for one in pushed])
         for one in pushed:
-            tx.after_commit(partial(self.hub.touch, ENTITY_KIND_API_TOKEN, one.id))
+            tx.after_commit(partial(self.hub.announce, ENTITY_KIND_API_TOKEN, one.id))
 
     def of_email(self, tx: Reader, email: str) -> User | None:
         """Return the person with this address, or None."""
@@ -95,7 +95,7 @@ class People:
         ]
         tx.change_many(_PUT_SECRET, rows)
         for one in pushed:
-            tx.after_commit(partial(self.hub.touch, ENTITY_KIND_SECRET, one.id))
+            tx.after_commit(partial(self.hub.announce, ENTITY_KIND_SECRET, one.id))
 
     def prune(self, tx: Tx) -> None:
         """Forget which secrets were deleted."""

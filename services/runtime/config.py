@@ -95,13 +95,16 @@ class ServiceConfig(Config, frozen=True, kw_only=True):
     tls: TlsConfig = TlsConfig()
     """What this service shows to the others."""
 
+    database_url: Secret = Secret("")
+    """Its database on a PostgreSQL server, `postgresql://...`; a SQLite file in its folder where there is none."""
+
     drain_seconds: float = 5.0
     """Time that running calls get to end when the service stops."""
 
 
-def database_url(data_dir: Path, name: str) -> str:
-    """Return the URL of a service's database, which is in its data folder."""
-    return f"sqlite:///{data_dir / f'{name}.sqlite'}"
+def database_url(given: Secret, data_dir: Path, name: str) -> str:
+    """Return the URL of a service's database: the given one, or of a file in its data folder."""
+    return given.value or f"sqlite:///{data_dir / f'{name}.sqlite'}"
 
 
 def make_private(folder: Path) -> None:

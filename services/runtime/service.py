@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,17 +14,19 @@ from branchline_internal.spine.v1 import push_pb2, push_pb2_grpc
 from google.protobuf.descriptor import FileDescriptor, ServiceDescriptor
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
+from sqlalchemy import literal, select
 
 from services.runtime.admin import AdminServicer
 from services.runtime.client import MESSAGE_LIMIT_BYTES, REMEDY, Neighbours, SigningChannel
 from services.runtime.clock import Clock
 from services.runtime.config import ServiceConfig, database_url
-from services.runtime.database import Database, open_database
+from services.runtime.database import Database, DatabaseError, DatabaseUnavailable, Reader, Statement, open_database
 from services.runtime.errors import Unauthenticated
 from services.runtime.logging import get_logger
 from services.runtime.loops import Every, being_cancelled
 from services.runtime.migrations import bring_up_to_date
 from services.runtime.principal import METADATA_KEY, OPERATOR, bind_principal
+from services.runtime.retry import Backoff
 from services.runtime.serving import Admit, Call, Handler, Serving, implemented
 from services.runtime.spine.commands import Commands
 from services.runtime.spine.courier import DEADLINE_SECONDS, BatchCourier, Courier, Deliver, DeliverAll
@@ -56,6 +59,9 @@ OUTBOX_PART = "branchline.outbox"
 
 _PARKED_LOOK_SECONDS = 60.0
 _HOUR_SECONDS = 3600.0
+_DATABASE_LOOK_SECONDS = 2.0
+_DATABASE_ANSWER_SECONDS = 5.0
+_ANSWER = Statement(select(literal(1).label("answer")))
 
 Step = Callable[[], Awaitable[object]]
 S = TypeVar("S")
@@ -125,15 +131,23 @@ class Service:
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[None, None]:
-        """Run the service for the length of the block. A loop that ends takes the service down."""
+        """Run the service for the length of the block. A loop that ends takes the service down.
+
+        It listens from the beginning, and refuses calls and says that it is not serving until it is prepared.
+        """
         try:
-            for prepare in self.before_start:
-                await prepare()
             server, checks = self._server()
             self._checks = checks
-            for name in ("", *self._handlers):
-                await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+            await self.tell_all(well=False)
             await server.start()
+            try:
+                for prepare in self.before_start:
+                    await prepare()
+            except BaseException:
+                await server.stop(None)
+                raise
+            self.serving.ready = True
+            await self.tell_all(well=True)
             log.info("service started", service=self.name, address=self.address)
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._run(loop)) for loop in self.loops]
@@ -148,6 +162,11 @@ class Service:
         finally:
             await self._clean_up()
             log.info("service stopped", service=self.name)
+
+    async def tell_all(self, *, well: bool) -> None:
+        """Say of the service as a whole, and of all that it serves, whether it is well."""
+        for name in ("", *self._handlers):
+            await self.tell_health(name, well=well)
 
     async def tell_health(self, part: str, *, well: bool) -> None:
         """Say of a part of the service whether it is well; health checks ask for it by its name."""
@@ -195,6 +214,19 @@ class Service:
         return server, checks
 
 
+async def once_reachable(step: Step, what: str) -> None:
+    """Take a step as soon as a database's server is there, however long that takes; say so meanwhile."""
+    backoff = Backoff(first_seconds=0.2, most_seconds=5.0)
+    while True:
+        try:
+            await step()
+            return
+        except DatabaseUnavailable as error:
+            seconds = backoff.next_seconds()
+            log.warning("not reached yet, tried again", what=what, reason=str(error), in_seconds=round(seconds, 1))
+        await asyncio.sleep(seconds)
+
+
 class Chassis:
     """What a service is built from: its parts, made from its configuration."""
 
@@ -205,21 +237,28 @@ class Chassis:
         self.clock = Clock()
         self.neighbours = Neighbours(name, config.addresses, config.signing_key, config.tls)
         self._callers = frozenset(certified_name(caller) for caller in (*callers, OPERATOR))
-        url = database_url(config.data_dir, name)
+        url = self.database_url = database_url(config.database_url, config.data_dir, name)
         self.database: Database = open_database(url)
+        self._database_well = True
         self.outbox = Outbox(self.database, self.clock)
         self.commands = Commands(self.database, self.clock, config.signing_key.value)
         self.service = Service(name, config.addresses[name], self._admit, config.drain_seconds)
         self.service.protect(self.neighbours.certificate, REMEDY, insecure=config.tls.insecure)
         self._channels: dict[str, SigningChannel] = {}
 
-        async def migrate() -> None:
+        async def open_database_up_to_date() -> None:
             await bring_up_to_date({room / "migrations": url})
+            await self.database.start()
 
-        self.service.before_start += [migrate, self.database.start, self.outbox.start]
+        self.service.before_start += [
+            partial(once_reachable, open_database_up_to_date, f"the database of {name}"),
+            self.outbox.start,
+        ]
         self.service.after_stop.append(self.database.close)
         self.serve(AdminServicer(self.outbox), admin_pb2.DESCRIPTOR, "AdminService")
         self.service.every(_PARKED_LOOK_SECONDS, "look for parked rows", self.tell_parked)
+        if self.database.shared:
+            self.service.every(_DATABASE_LOOK_SECONDS, "look after the database", self.tell_database)
 
     async def _admit(self, call: Call) -> None:
         """Let in only calls from next to us in the tree that carry a principal signed for us by one of our own."""
@@ -274,6 +313,19 @@ class Chassis:
         """Carry what is marked for a destination there, many at a time and in order."""
         self.outbox.line(destination)
         self.service.loops.append(BatchCourier(self.outbox, destination, deliver).run)
+
+    async def tell_database(self) -> None:
+        """Say in the health check and in the log whether the database's server works."""
+        try:
+            async with asyncio.timeout(_DATABASE_ANSWER_SECONDS):
+                await self.database.read(Reader.value, _ANSWER)
+            why = "it refused the last transaction" if self.database.refusing else ""
+        except (DatabaseError, TimeoutError) as error:
+            why = str(error) or "it does not answer"
+        if bool(why) == self._database_well:
+            self._database_well = not why
+            log.warning("health of the database", service=self.name, well=self._database_well, reason=why)
+            await self.service.tell_all(well=self._database_well)
 
     async def tell_parked(self) -> None:
         """Say in the health check and in the log whether anything is parked."""

@@ -11,7 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import grpc
-from branchline.v1.errors_pb2 import ERROR_REASON_DRAINING, ERROR_REASON_INTERNAL, ERROR_REASON_REQUEST_MALFORMED
+from branchline.v1.errors_pb2 import (
+    ERROR_REASON_DATABASE_UNAVAILABLE,
+    ERROR_REASON_DRAINING,
+    ERROR_REASON_INTERNAL,
+    ERROR_REASON_REQUEST_MALFORMED,
+)
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
@@ -81,6 +86,9 @@ class Serving:
     """Told the full name of every method that is called."""
 
     meters: list[Meter] = field(default_factory=list[Meter])
+    ready: bool = False
+    """Whether the service has what it needs. Calls are refused until then."""
+
     _streams: set["asyncio.Task[Any]"] = field(default_factory=set["asyncio.Task[Any]"])
     _draining: bool = False
 
@@ -107,12 +115,19 @@ class Serving:
         for task in self._streams:
             task.cancel()
 
+    def _require_ready(self) -> None:
+        if not self.ready:
+            raise Unavailable(
+                ERROR_REASON_DATABASE_UNAVAILABLE, f"{self.service} is starting: its database is not ready"
+            )
+
     def _unary(self, name: str, serve: Callable[..., Any], decode: Decode) -> Callable[..., Any]:
         async def wrapped(data: bytes, context: Context) -> Any:
             call, started = Call(name, context), time.monotonic()
             try:
                 for observe in self.observers:
                     observe(name)
+                self._require_ready()
                 await self.admit(call)
                 answer = await serve(decode(data), context)
             except BaseException as error:
@@ -132,6 +147,7 @@ class Serving:
             try:
                 for observe in self.observers:
                     observe(name)
+                self._require_ready()
                 await self.admit(call)
                 requests = _decoded(given, decode) if many else decode(given)
                 async with aclosing(serve(requests, context)) as answers:

@@ -1,4 +1,4 @@
-"""Durable workflows: DBOS, with its state in SQLite.
+"""Durable workflows: DBOS, with its state in a SQLite file, or beside the service's tables in a schema of its own.
 
 DBOS is one per process. A workflow that a kill interrupted goes on after the next start; launched inside the event
 loop, it runs recovered workflows there too.
@@ -11,10 +11,11 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from dbos import DBOS
+from dbos import DBOS, DBOSConfig
 from dbos._dbos import _get_or_create_dbos_registry  # pyright: ignore[reportPrivateUsage]
 
 from services.runtime.config import make_private
@@ -25,6 +26,9 @@ _APPLICATION_VERSION = "1"
 
 _LIVE = frozenset({"PENDING", "ENQUEUED", "DELAYED"})
 _OVER = ["SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED"]
+_CONNECTIONS = 8
+"""Most that DBOS may have to a server, one of them to listen."""
+
 _KEEP = timedelta(days=7)
 _PART = 500
 
@@ -61,18 +65,15 @@ class Outcome:
 class WorkflowEngine:
     """The process's workflow engine. Register workflows before it starts."""
 
-    def __init__(self, path: Path) -> None:
-        make_private(path.parent)
-        DBOS(
-            config={
-                "name": "branchline",
-                "system_database_url": f"sqlite:///{path}",
-                "application_version": _APPLICATION_VERSION,
-                "executor_id": "local",
-                "console_log_level": "ERROR",
-                "log_level": "ERROR",
-            }
-        )
+    def __init__(self, database_url: str) -> None:
+        config: DBOSConfig = {
+            "name": "branchline",
+            "application_version": _APPLICATION_VERSION,
+            "executor_id": "local",
+            "console_log_level": "ERROR",
+            "log_level": "ERROR",
+        }
+        DBOS(config={**config, **_state(database_url)})
         logging.getLogger("dbos").setLevel(logging.ERROR)
 
     async def start(self) -> None:
@@ -107,6 +108,23 @@ class WorkflowEngine:
             await DBOS.delete_workflows_async([one.workflow_id for one in old])
             if len(old) < _PART:
                 return
+
+
+def _state(database_url: str) -> "DBOSConfig":
+    """Say where DBOS keeps its state: beside a service's SQLite file, or in its database on a server."""
+    if database_url.startswith("sqlite:///"):
+        path = Path(database_url.removeprefix("sqlite:///")).parent / "workflows.sqlite"
+        make_private(path.parent)
+        return {"system_database_url": f"sqlite:///{path}"}
+    from services.runtime.database.server import open_connection  # noqa: PLC0415 - only where there is a server
+
+    options = {"creator": partial(open_connection, database_url), "max_overflow": 0, "pool_pre_ping": True}
+    return {
+        "system_database_url": "postgresql:///",  # the creator knows it, and its password
+        "dbos_system_schema": "dbos",
+        "sys_db_pool_size": _CONNECTIONS,
+        "db_engine_kwargs": options,
+    }
 
 
 def failure_of(error: BaseException) -> str:

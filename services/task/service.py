@@ -41,7 +41,7 @@ def build(config: TaskConfig) -> Service:
     sandbox = chassis.stub(SandboxServiceStub, "sandbox")
     repository = chassis.stub(RepositoryServiceStub, "repository")
     machine = Machine(sandbox, repository, config.deadlines)
-    engine = WorkflowEngine(config.data_dir / "workflows.sqlite")
+    engine = WorkflowEngine(chassis.database_url)
     workflows = TaskWorkflows(chassis, store, turns, machine)
     downward = Downward(database, store, turns, sandbox, workflows, config.deadlines)
     sweep = Sweep(database, store, chassis.outbox, turns, downward, workflows, engine, config.deadlines)

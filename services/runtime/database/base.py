@@ -3,11 +3,11 @@
 import asyncio
 import contextvars
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from services.runtime.database.transaction import Driver, Reader, Tx
+from services.runtime.database.transaction import DatabaseUnavailable, Driver, Reader, Tx
 from services.runtime.logging import get_logger
 
 log = get_logger(__name__)
@@ -97,6 +97,27 @@ class Database(ABC):
         self._ride_timer: asyncio.TimerHandle | None = None
         self.commits = 0
         """Transactions committed so far; a group counts once."""
+        self.refusing = False
+        """Whether the last transaction failed for no fault of its own: the database was away, or full."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes may commit to it, too; then `tell` and `hear` work."""
+        return False
+
+    def tell(self, topic: str, subject: str, word: str) -> None:  # noqa: B027 - nobody is there
+        """Tell other processes what was committed: a word on a subject, the newest of which they hear."""
+
+    def hear(  # noqa: B027
+        self,
+        topic: str,
+        hear: Callable[[Mapping[str, str]], None],
+        look: Callable[[bool], Awaitable[None]],
+    ) -> None:
+        """Have words of other processes on a topic heard, by their subjects, some time after the commit.
+
+        A notice may be lost: `look` is called every few seconds to see for itself, with True where many may be.
+        """
 
     @abstractmethod
     async def start(self) -> None:
@@ -113,6 +134,12 @@ class Database(ABC):
     @abstractmethod
     def _flush(self) -> None:
         """Run what rides although nothing else happens, at the next opportunity."""
+
+    def _deliver(self, job: Job) -> None:
+        """Tell how a job ended, and remember whether the database works."""
+        if job.error is None or isinstance(job.error, DatabaseUnavailable):
+            self.refusing = job.error is not None
+        job.deliver()
 
     @property
     @abstractmethod

@@ -5,22 +5,34 @@ commit side by side, but are announced in an order in which each comes behind th
 """
 
 import asyncio
+import contextlib
+import os
 import random
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from queue import SimpleQueue
+from queue import LifoQueue
 from typing import Any, Concatenate, LiteralString, ParamSpec, TypeVar, cast
 
 import psycopg
 from psycopg.pq import TransactionStatus
 
 from services.runtime.database.base import Database, Job, in_context, raisable
+from services.runtime.database.notices import CHANNEL, Hear, Look, Notices
+from services.runtime.database.server import connect
 from services.runtime.database.statement import Compiled, Statement, Values
-from services.runtime.database.transaction import DatabaseBusy, DatabaseError, DatabaseUnavailable, Raced, Reader
+from services.runtime.database.transaction import (
+    DatabaseBusy,
+    DatabaseError,
+    DatabaseRefused,
+    DatabaseUnavailable,
+    Raced,
+    Reader,
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -30,15 +42,16 @@ READERS = 4
 _ATTEMPTS = 8
 _ATTEMPTS_TAKEN = 3
 _PAUSE_SECONDS = 0.01
-_CONNECT_SECONDS = 10
 _PREPARED = 512
-_KEEPALIVE: dict[str, Any] = {
-    "keepalives_idle": 10,
-    "keepalives_interval": 5,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 25_000,
-}
-"""A server that is gone without a word is given up in 25 seconds, in the middle of a statement too."""
+
+ANSWER_SECONDS = 15.0
+"""Longest time that a statement may take, which the server is told, too; a lock is waited for less."""
+
+_CUT_SECONDS = ANSWER_SECONDS + 5.0
+"""Time after which a server that answers nothing at all, not even that, is hung up on."""
+
+_SETTINGS = f"SET lock_timeout = '10s'; SET statement_timeout = '{ANSWER_SECONDS:.0f}s'"
+_NOTIFY = "SELECT pg_notify(%s, message) FROM unnest(%s::text[]) AS messages (message)"
 
 _CONFLICTS = frozenset({"40001", "40P01"})
 """Serialization failure, deadlock."""
@@ -58,6 +71,7 @@ class _Driver:
         self._raw: psycopg.Connection[Any] | None = None
         self.statements = 0
         self.attempt = 0
+        self._asked: float | None = None
 
     @property
     def status(self) -> TransactionStatus:
@@ -72,22 +86,36 @@ class _Driver:
                 return
             except psycopg.OperationalError:
                 self._raw.close()
-        self._raw = psycopg.connect(
-            self._url, autocommit=True, prepare_threshold=0, connect_timeout=_CONNECT_SECONDS, **_KEEPALIVE
-        )
-        self._raw.prepared_max = _PREPARED
-        self._raw.execute("SET lock_timeout = '10s'")
+        self._raw = connect(self._url)
+        self._raw.prepare_threshold, self._raw.prepared_max = 0, _PREPARED
+        self._raw.execute(cast("LiteralString", _SETTINGS), prepare=False)
         self._raw.execute(cast("LiteralString", text))
 
     def execute(self, text: str, parameters: Values | None = None) -> Any:
         assert self._raw is not None
-        return self._raw.execute(cast("LiteralString", text), parameters)
+        self._asked = time.monotonic()
+        try:
+            return self._raw.execute(cast("LiteralString", text), parameters)
+        finally:
+            self._asked = None
 
     def execute_many(self, text: str, parameters: Sequence[Values]) -> int:
         assert self._raw is not None
-        with self._raw.cursor() as cursor:
-            cursor.executemany(cast("LiteralString", text), parameters)
-            return cursor.rowcount
+        self._asked = time.monotonic()
+        try:
+            with self._raw.cursor() as cursor:
+                cursor.executemany(cast("LiteralString", text), parameters)
+                return cursor.rowcount
+        finally:
+            self._asked = None
+
+    def hang_up_on_silence(self) -> None:
+        """Break the connection if the server has not answered for too long; from any thread. Its user hears of it."""
+        raw, asked = self._raw, self._asked
+        if raw is None or asked is None or time.monotonic() - asked < _CUT_SECONDS:
+            return
+        with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(raw.fileno())) as line:
+            line.shutdown(socket.SHUT_RDWR)
 
     def compiled(self, statement: Statement) -> Compiled:
         return statement.postgres
@@ -116,7 +144,9 @@ class _Pool:
 
     def __init__(self, url: str, size: int) -> None:
         self.drivers = [_Driver(url) for _ in range(size)]
-        self._free: SimpleQueue[_Driver] = SimpleQueue()
+        self._free: LifoQueue[_Driver] = (
+            LifoQueue()
+        )  # what is idle stays so: few connections unless there is much to do
         for driver in self.drivers:
             self._free.put(driver)
         self._threads = ThreadPoolExecutor(size, thread_name_prefix="postgres")
@@ -186,7 +216,7 @@ class _Work:
                 return psycopg.errors.InFailedSqlTransaction("the function went on after an error of the database")
             self._take_place()
             driver.execute("COMMIT")
-        except psycopg.Error as error:
+        except (psycopg.Error, DatabaseRefused, DatabaseUnavailable) as error:
             return error
         return None
 
@@ -215,10 +245,14 @@ class PostgresDatabase(Database):
         self._running: set[asyncio.Future[bool]] = set()
         self._commits: deque[_Commit] = deque()
         self._closed = False
+        self._notices = Notices(url, self._send)
+        self._guard: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """See whether the server answers."""
+        """See whether the server answers, and listen to what others commit."""
         await self.read(lambda _: None)
+        await self._notices.start()
+        self._guard = asyncio.create_task(self._hang_up_on_silence())
 
     async def close(self) -> None:
         """Run what waits, then close."""
@@ -227,7 +261,10 @@ class PostgresDatabase(Database):
         self._ride_now()
         while self._running:
             await asyncio.wait(self._running)
+        await self._notices.close()
         self._closed = True
+        if self._guard is not None:
+            self._guard.cancel()
         await self._writers.close()
         await self._readers.close()
 
@@ -235,6 +272,37 @@ class PostgresDatabase(Database):
     def statements(self) -> int:
         """Statements run so far."""
         return sum(driver.statements for driver in (*self._writers.drivers, *self._readers.drivers))
+
+    @property
+    def shared(self) -> bool:
+        """Other processes may use it, too."""
+        return True
+
+    def hear(self, topic: str, hear: Hear, look: Look) -> None:
+        """Have what other processes tell of a topic heard."""
+        self._notices.add(topic, hear, look)
+
+    def tell(self, topic: str, subject: str, word: str) -> None:
+        """Tell other processes."""
+        self._notices.tell(topic, subject, word)
+
+    async def _send(self, messages: list[str]) -> None:
+        def notify(driver: _Driver) -> None:
+            driver.begin("BEGIN")
+            driver.execute("SET LOCAL synchronous_commit = off")
+            driver.execute(_NOTIFY, [CHANNEL, messages])
+            driver.execute("COMMIT")
+
+        try:
+            await self._writers.run(notify)
+        except (psycopg.Error, DatabaseRefused) as error:
+            raise DatabaseUnavailable(str(error)) from error
+
+    async def _hang_up_on_silence(self) -> None:
+        while True:
+            await asyncio.sleep(_CUT_SECONDS / 8)
+            for driver in (*self._writers.drivers, *self._readers.drivers):
+                driver.hang_up_on_silence()
 
     def _submit(self, job: Job) -> None:
         if self._closed:
@@ -262,10 +330,10 @@ class PostgresDatabase(Database):
             work.leave()
             for job in work.jobs:
                 job.error = job.error or error
-                job.deliver()
+                self._deliver(job)
         while self._commits and self._commits[0].ended:
             for job in self._commits.popleft().jobs:
-                job.deliver()
+                self._deliver(job)
 
     async def read(self, fn: Callable[Concatenate[Reader, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a function that only reads, on one consistent state."""
@@ -278,7 +346,7 @@ def _read(fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any], d
     try:
         driver.begin("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
         return fn(Reader(driver), *args, **kwargs)
-    except psycopg.Error as error:
+    except (psycopg.Error, DatabaseRefused) as error:
         raise _refusal(error) from error.__cause__
     except StopIteration as error:
         raise raisable(error) from error
@@ -299,6 +367,8 @@ def _is_race(error: BaseException) -> bool:
 def _refusal(error: BaseException) -> BaseException:
     """Return the error as callers know it: what the server cannot do is a DatabaseError."""
     state = getattr(error, "sqlstate", None)
+    if isinstance(error, DatabaseRefused):
+        return DatabaseUnavailable(str(error))
     if isinstance(error, DatabaseError) or not (isinstance(error, psycopg.OperationalError) or state == _READ_ONLY):
         return error
     refusal = DatabaseBusy(str(error)) if state in _BUSY else DatabaseUnavailable(str(error))

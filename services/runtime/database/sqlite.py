@@ -135,7 +135,7 @@ class SqliteDatabase(Database):
             self._next_group()
         for job in group:
             job.error = job.error or error
-            job.deliver()
+            self._deliver(job)
         self._at_rest.set()
 
     async def read(self, fn: Callable[Concatenate[Reader, P], T], *args: P.args, **kwargs: P.kwargs) -> T:

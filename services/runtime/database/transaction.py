@@ -35,6 +35,10 @@ class DatabaseUnavailable(DatabaseError):
         super().__init__(ERROR_REASON_DATABASE_UNAVAILABLE, f"the database is not available: {message}")
 
 
+class DatabaseRefused(ValueError):
+    """The database that the settings name will not do, now or later; the message says why, and holds no password."""
+
+
 class Raced(Unavailable):
     """What the function read is no more so: another was faster. The function is run again, a few times."""
 

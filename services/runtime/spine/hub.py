@@ -6,7 +6,7 @@ that outgrows the limit the queue is dropped and the reader is told to catch up 
 
 import asyncio
 from collections import deque
-from collections.abc import Collection, Generator
+from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 from weakref import WeakValueDictionary
 
@@ -75,6 +75,10 @@ class Watcher:
         return changes
 
 
+def _nobody() -> None:
+    return
+
+
 class Hub:
     """Knows who watches which scope, and who waits for which entity.
 
@@ -85,6 +89,8 @@ class Hub:
         self._watchers: dict[str, set[Watcher]] = {}
         self._to_wake: deque[Watcher] = deque()
         self._waiting: WeakValueDictionary[tuple[int, str], asyncio.Event] = WeakValueDictionary()
+        self.tell_others: Callable[[], None] = _nobody
+        """Has those who wait in other processes look."""
 
     @contextmanager
     def watcher(self, scope: str) -> Generator[Watcher, None, None]:
@@ -102,6 +108,15 @@ class Hub:
     def heard(self, scope: str) -> bool:
         """Whether anybody would hear of a change of a scope."""
         return scope in self._watchers or len(self._waiting) > 0
+
+    def watched(self, scope: str) -> bool:
+        """Whether anybody watches a scope."""
+        return scope in self._watchers
+
+    @property
+    def scopes(self) -> list[str]:
+        """What is watched."""
+        return list(self._watchers)
 
     def publish(self, scope: str, changes: Collection[WatchChange]) -> None:
         """Give committed changes of a scope to all who watch it."""
@@ -141,6 +156,17 @@ class Hub:
         event = self._waiting.pop((kind, entity_id), None)
         if event is not None:
             event.set()
+
+    def announce(self, kind: Kind, entity_id: str) -> None:
+        """Wake those who wait for an entity to change, here and in other processes; for what nobody watches."""
+        self.touch(kind, entity_id)
+        self.tell_others()
+
+    def wake_waiting(self) -> None:
+        """Have all who wait for an entity look."""
+        for event in list(self._waiting.values()):
+            event.set()
+        self._waiting.clear()
 
     def awaited(self, kind: Kind, entity_id: str) -> asyncio.Event:
         """Return what is set when an entity changes next. It is forgotten with the last who holds it."""

@@ -53,6 +53,9 @@ TOMBSTONE_SECONDS = 24 * 3600.0
 PAGE_CHANGES = 200
 """Most changes in a frame."""
 
+_TOPIC = "change"
+"""Of notices to other processes on the same database: a scope, and the number of its newest change."""
+
 _MARGIN_SECONDS = 0.2
 _CATCH_UPS = 2
 """Pages of catching up that are read at once: fewer than a database has readers, so that there is one for others."""
@@ -242,9 +245,13 @@ class Index:
         self._unwatched = {index.kind: index for index in unwatched}
         self._clock = clock
         self._catching_up = Turns(_CATCH_UPS)
+        self._told: dict[str, int] = {}
+        """Of a shared database: up to which change those who watch a scope have been told all there is."""
 
     async def start(self) -> None:
-        """Learn which database this is."""
+        """Learn which database this is, and listen to other processes that commit to it."""
+        self._database.hear(_TOPIC, self._hear, self._look)
+        self.hub.tell_others = partial(self._database.tell, _TOPIC, "", "")
         self.epoch = await self._database.write(_incarnate, uuid.uuid4().hex)
 
     def put(self, tx: Tx, entry: Entry) -> bool:
@@ -263,9 +270,18 @@ class Index:
         by_kind: dict[Kind, list[tuple[Entry, int]]] = {}
         for entry, number in zip(newest, numbers, strict=True):
             by_kind.setdefault(entry.kind, []).append((entry, number))
-        return [entry for kind, found in by_kind.items() for entry in self._put(tx, self._tables[kind], found)]
+        fresh: list[Entry] = []
+        put: list[tuple[IndexTable, Sequence[Mapping[str, Any]]]] = []
+        for kind, found in by_kind.items():
+            stored, rows = self._put(tx, self._tables[kind], found)
+            fresh += stored
+            put.append((self._tables[kind], rows))
+        tx.after_commit(partial(self._publish, put, _spans(newest, numbers)))
+        return fresh
 
-    def _put(self, tx: Tx, spec: IndexTable, numbered: Sequence[tuple[Entry, int]]) -> list[Entry]:
+    def _put(
+        self, tx: Tx, spec: IndexTable, numbered: Sequence[tuple[Entry, int]]
+    ) -> tuple[list[Entry], list[dict[str, Any]]]:
         fresh = [entry for entry, _ in numbered]
         now = self._clock.seconds()
         rows = [_row(spec, entry, number, now) for entry, number in numbered]
@@ -274,19 +290,54 @@ class Index:
             held = _held(tx, spec, fresh)
             stored = [held.get((row["id"], row["scope"])) == row["change_seq"] for row in rows]
             fresh, rows = list(compress(fresh, stored)), list(compress(rows, stored))
-        tx.after_commit(partial(self._publish, spec, rows))
-        return fresh
+        return fresh, rows
 
-    def _publish(self, spec: IndexTable, rows: Sequence[Mapping[str, Any]]) -> None:
+    def _publish(
+        self, put: Sequence[tuple[IndexTable, Sequence[Mapping[str, Any]]]], spans: Mapping[str, tuple[int, int]]
+    ) -> None:
         """Tell those who listen. What nobody hears is not even put into words."""
+        if self._database.shared:
+            for scope, (before, upto) in spans.items():
+                self._follow(scope, before, upto)
         changes: dict[str, list[WatchChange]] = {}
-        for row in rows:
-            scope = row["scope"]
-            if self.hub.heard(scope):
-                values = (row.get(name, "") for name in _COLUMNS)
-                changes.setdefault(scope, []).append(_change(spec, *values, hidden=spec.hides(row)))
+        for spec, rows in put:
+            for row in rows:
+                scope = row["scope"]
+                if self.hub.heard(scope):
+                    values = (row.get(name, "") for name in _COLUMNS)
+                    changes.setdefault(scope, []).append(_change(spec, *values, hidden=spec.hides(row)))
         for scope, told in changes.items():
             self.hub.publish(scope, told)
+
+    def _follow(self, scope: str, before: int, upto: int) -> None:
+        """See that nobody is told what comes behind a change of another process that they have not been told."""
+        self._database.tell(_TOPIC, scope, str(upto))
+        if not self.hub.heard(scope):
+            self._told.pop(scope, None)
+        elif self._told.get(scope) != before and self._told.get(scope, -1) < upto:
+            self._behind(scope, upto)
+        else:
+            self._told[scope] = max(upto, self._told.get(scope, upto))
+
+    def _behind(self, scope: str, upto: int) -> None:
+        """Have all who watch a scope read what they have not been told."""
+        self._told[scope] = upto
+        self.hub.lag(scope)
+
+    def _hear(self, told: Mapping[str, str]) -> None:
+        """Take what other processes say of the newest changes of scopes."""
+        for scope, upto in told.items():
+            if scope and self.hub.watched(scope) and self._told.get(scope, -1) < int(upto):
+                self._behind(scope, int(upto))
+        self.hub.wake_waiting()
+
+    async def _look(self, lost: bool) -> None:
+        """Look for changes of other processes that nobody told of."""
+        watched = self.hub.scopes
+        for scope in self._told.keys() - watched:
+            del self._told[scope]
+        rows: list[Any] = await self._database.read(Reader.rows, _VALUES, {"scopes": watched}) if watched else []
+        self._hear({row.scope: str(row.value) for row in rows})
 
     async def catch_up(
         self,
@@ -312,6 +363,8 @@ class Index:
                 if page.reset:
                     reason = page.reset
                 else:
+                    if not page.more:
+                        self._seen(scope, page)
                     yield page
                     if not page.more:
                         return
@@ -320,12 +373,18 @@ class Index:
                     continue
             now = await self._read(scope, self.present)
             if tail:
+                self._seen(scope, Page(now))
                 yield Page(now, reset=reason)
                 return
             yield Page(None, reset=reason, more=True)
             async for page in self._snapshot(scope, kinds, now, viewer_id, narrow):
                 yield page
             position = now  # what was forgotten meanwhile shows in the next look
+
+    def _seen(self, scope: str, page: Page) -> None:
+        """Take note that a watcher has been told all up to its position, the first of its scope."""
+        if self._database.shared and page.position is not None:
+            self._told.setdefault(scope, page.position.change_seq)
 
     async def _snapshot(
         self, scope: str, kinds: Sequence[Kind], now: Position, viewer_id: str, narrow: Narrow
@@ -480,6 +539,15 @@ def _newest(entries: Sequence[Entry]) -> list[Entry]:
         if known is None or known.revision < entry.revision:
             newest[key] = entry
     return list(newest.values())
+
+
+def _spans(entries: Sequence[Entry], numbers: Sequence[int]) -> dict[str, tuple[int, int]]:
+    """Return for each scope the number before the first that was taken, and the last."""
+    spans: dict[str, tuple[int, int]] = {}
+    for entry, number in zip(entries, numbers, strict=True):
+        before, upto = spans.get(entry.scope, (number - 1, number))
+        spans[entry.scope] = min(before, number - 1), max(upto, number)
+    return spans
 
 
 def _held(tx: Reader, spec: IndexTable, entries: Sequence[Entry]) -> dict[tuple[str, str], int]:

@@ -10,7 +10,7 @@ carrier reads that has just begun or has fallen behind. Rows that arrived are re
 import asyncio
 import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any as AnyValue
@@ -22,7 +22,7 @@ from google.protobuf.message import Message
 from sqlalchemy import bindparam, delete, func, select, update
 
 from services.runtime.clock import Clock
-from services.runtime.database import Database, Reader, Statement, Tx, is_in, upsert
+from services.runtime.database import Database, DatabaseError, Reader, Statement, Tx, is_in, upsert
 from services.runtime.errors import ResourceExhausted
 from services.runtime.spine.chunks import PART_BYTES, parts
 from services.runtime.spine.tables import outbox
@@ -32,6 +32,9 @@ COORDINATOR = "coordinator"
 
 STATE_BYTES = 2 * PART_BYTES
 """Most that one state may take. A larger one is refused where it is made: no edge above or below could carry it."""
+
+_TOPIC = "outbox"
+"""Of notices to other processes on the same database: the number of a row, and its destination."""
 
 _LINE_ROWS = 4096
 _LINE_BYTES = 16 * 1024 * 1024
@@ -115,6 +118,12 @@ _ABOUT = Statement(
     )
     .order_by(outbox.c.seq)
 )
+_OF_SEQS = is_in(outbox.c.seq, "seqs")
+_MARKED = Statement(
+    select(outbox)
+    .where(outbox.c.destination == bindparam("to"), outbox.c.parked_reason == "", _OF_SEQS)
+    .order_by(outbox.c.seq)
+)
 _COUNTS = Statement(
     select(
         func.count().filter(outbox.c.parked_reason == "").label("waiting"),
@@ -142,7 +151,6 @@ _LISTED = Statement(
     .limit(bindparam("most"))
 )
 _NEWEST = Statement(select(func.max(outbox.c.seq)))
-_OF_SEQS = is_in(outbox.c.seq, "seqs")
 _UNPARK = Statement(update(outbox).where(outbox.c.parked_reason != "", _OF_SEQS).values(parked_reason="", attempts=0))
 _UNPARK_ALL = Statement(update(outbox).where(outbox.c.parked_reason != "").values(parked_reason="", attempts=0))
 _DROP_PARKED = Statement(delete(outbox).where(outbox.c.parked_reason != "", _OF_SEQS))
@@ -274,9 +282,14 @@ class Outbox:
     _awaited: dict[tuple[str, str], set[asyncio.Event]] = field(
         default_factory=dict[tuple[str, str], set[asyncio.Event]]
     )
+    _fetching: set["asyncio.Task[None]"] = field(default_factory=set["asyncio.Task[None]"])
 
     async def start(self) -> None:
-        """Begin the numbers of new rows behind all that are held, also where the clock was set back."""
+        """Begin the numbers of new rows behind all that are held, also where the clock was set back.
+
+        From here on it is heard of what other processes mark.
+        """
+        self.database.hear(_TOPIC, self._hear, self._look)
         newest: int | None = await self.database.read(Reader.value, _NEWEST)
         self._numbers = itertools.count(max(time.time_ns(), (newest or 0) + 1))
 
@@ -323,6 +336,32 @@ class Outbox:
         for destination, found in by_destination.items():
             if destination in self._lines:
                 self._lines[destination].put(found)
+        if self.database.shared:
+            for row in rows:
+                self.database.tell(_TOPIC, str(row.seq), row.destination)
+
+    def _hear(self, told: Mapping[str, str]) -> None:
+        """Take what another process has marked for destinations that something is carried to from here."""
+        marked: dict[str, list[int]] = {}
+        for seq, destination in told.items():
+            if destination in self._lines:
+                marked.setdefault(destination, []).append(int(seq))
+        for destination, seqs in marked.items():
+            fetching = asyncio.create_task(self._fetch(self._lines[destination], seqs))
+            self._fetching.add(fetching)
+            fetching.add_done_callback(self._fetching.discard)
+
+    async def _fetch(self, line: Line, seqs: Sequence[int]) -> None:
+        try:
+            line.put(await self.database.read(_read_marked, line.destination, seqs))
+        except DatabaseError:
+            line.fall_behind()
+
+    async def _look(self, lost: bool) -> None:
+        """Have lines begin anew where it may be that nobody told of a mark."""
+        if lost:
+            for line in self._lines.values():
+                line.fall_behind()
 
     async def about(self, destination: str, entity_id: str, after_seq: int) -> list[OutboxRow]:
         """Return what waits about one entity, in the order in which it leaves."""
@@ -431,6 +470,10 @@ def _read_pending(tx: Reader, destination: str, after: int) -> tuple[list[Outbox
     pages = parts(map(_outbox_row, rows), lambda row: len(row.payload), _PAGE_ROWS, _PAGE_BYTES)
     page = next(pages, None) or []
     return page, next(pages, None) is not None
+
+
+def _read_marked(tx: Reader, destination: str, seqs: Sequence[int]) -> list[OutboxRow]:
+    return [_outbox_row(row) for row in tx.rows(_MARKED, {"to": destination, "seqs": seqs})]
 
 
 def _outbox_row(row: AnyValue) -> OutboxRow:

@@ -1,0 +1,81 @@
+"""A PostgreSQL server as a service reaches it: every connection is made here.
+
+    postgresql://task@db.internal/task?password_file=/run/secrets/task
+
+names a database in libpq's words, and one of ours: a file that holds the password, read anew for each connection.
+Source: https://www.postgresql.org/docs/current/libpq-connect.html
+"""
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+
+from services.runtime.database.transaction import DatabaseRefused, DatabaseUnavailable
+
+CONNECT_SECONDS = 10
+_PASSWORD_FILE = "password_file"  # noqa: S105 - a name
+_WATCHFUL: dict[str, Any] = {
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 25_000,
+    "fallback_application_name": "branchline",
+}
+"""A machine that is gone without a word is given up in 25 seconds, in the middle of a statement too."""
+
+_FOR_GOOD = re.compile(
+    r"authentication failed|does not exist|permission denied|no password supplied|no pg_hba\.conf entry"
+    r"|not permitted to log in"
+)
+"""What a server, or libpq for it, answers that will not mend itself; error codes do not reach the client so early."""
+
+
+@cache
+def _split(url: str) -> tuple[str, Path | None]:
+    """Return a URL as libpq takes it, and where its password is."""
+    parts = urlsplit(url)
+    given = parse_qsl(parts.query, keep_blank_values=True)
+    files = [Path(value) for name, value in given if name == _PASSWORD_FILE]
+    query = urlencode([(name, value) for name, value in given if name != _PASSWORD_FILE], quote_via=quote)
+    plain = urlunsplit(parts._replace(query=query))
+    try:
+        conninfo_to_dict(plain)
+    except psycopg.Error:  # it quotes what it does not understand, which may be the password
+        raise DatabaseRefused('a database on a server is "postgresql://ROLE@HOST/DATABASE"; this URL is none') from None
+    return plain, files[-1] if files else None
+
+
+def parameters(url: str) -> dict[str, Any]:
+    """Return what a URL says, in libpq's names. Raise DatabaseRefused, without its words, if it is none."""
+    return conninfo_to_dict(_split(url)[0])
+
+
+def open_connection(url: str, *, autocommit: bool = False) -> psycopg.Connection[Any]:
+    """Connect, for those who know psycopg's errors, such as SQLAlchemy."""
+    plain, file = _split(url)
+    password: dict[str, Any] = {} if file is None else {"password": _read(file)}
+    return psycopg.connect(plain, autocommit=autocommit, connect_timeout=CONNECT_SECONDS, **_WATCHFUL, **password)
+
+
+def connect(url: str) -> psycopg.Connection[Any]:
+    """Connect, every statement a transaction by itself.
+
+    Raise DatabaseRefused if the server will never have us so, DatabaseUnavailable if it cannot be reached now.
+    """
+    try:
+        return open_connection(url, autocommit=True)
+    except psycopg.OperationalError as error:
+        kind = DatabaseRefused if _FOR_GOOD.search(str(error)) else DatabaseUnavailable
+        raise kind(" ".join(str(error).split())) from error
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except OSError as error:
+        raise DatabaseRefused(f"its password is not to be read from {file}: {error.strerror}") from error
