@@ -10,7 +10,6 @@ from services.repository.summary import summary_of
 from services.repository.tables import WATCHED
 from services.repository.workbench import Workbench
 from services.runtime.clock import Clock
-from services.runtime.config import database_url
 from services.runtime.database import Tx, open_database
 from services.runtime.spine.index import Index
 from tests.bench.child import Child
@@ -20,7 +19,7 @@ _CHUNK = 1000
 
 async def seed_repository(data_dir: Path, tasks: Sequence[Task]) -> None:
     """Write into the database of a repository service that does not run."""
-    database = open_database(database_url(data_dir / "repository", "repository"))
+    database = open_database(f"sqlite:///{data_dir / 'repository' / 'repository.sqlite'}")
     await database.start()
     index = Index(database, WATCHED, Clock())
     await index.start()

@@ -27,6 +27,7 @@ from cli.settings import Addresses, Settings
 from services.runtime.service import Service
 from services.runtime.spine.courier import BatchCourier, Courier
 from services.runtime.spine.outbox import Mark
+from tests.support.databases import installed
 from tests.support.stack import eventually
 
 HANGS = "hangs"
@@ -105,7 +106,7 @@ async def alone(folder: Path, name: str) -> AsyncGenerator[tuple[Service, dict[s
 
 def installation_in(folder: Path) -> Installation:
     given: dict[str, Any] = {"addresses": Addresses(gateway="127.0.0.1:0"), "sandbox": {"local": {"isolation": "none"}}}
-    return local_installation(Settings(data_dir=folder, **given))
+    return local_installation(Settings(data_dir=folder, databases=installed(), **given))
 
 
 def couriers(service: Service) -> dict[str, Courier | BatchCourier]:

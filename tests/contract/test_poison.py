@@ -27,7 +27,7 @@ from cli.installation import Installation, local_installation
 from cli.settings import Settings
 from services.runtime.client import open_channel
 from services.runtime.principal import Signer
-from tests.support.databases import migrated
+from tests.support.databases import installed
 from tests.support.messages import messages
 
 UNCHECKED = cast("list[HealthCheck]", list(HealthCheck))
@@ -92,8 +92,7 @@ class Edge:
 @pytest.fixture(scope="module", params=sorted(EDGES))
 def edge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[Edge, None, None]:
     folder: Path = tmp_path_factory.mktemp("edge")
-    migrated(request.param, folder / "data" / request.param)
-    opened = Edge(request.param, local_installation(Settings(data_dir=folder / "data")))
+    opened = Edge(request.param, local_installation(Settings(data_dir=folder / "data", databases=installed())))
     opened.open()
     yield opened
     opened.close()

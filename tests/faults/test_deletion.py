@@ -19,7 +19,8 @@ from tests.support.views import View
 async def test_a_repository_is_deleted_with_its_tasks_though_all_are_killed_in_it(
     tmp_path: Path,
 ) -> None:  # ORG-9
-    processes, books = own_processes(tmp_path), Books(tmp_path)
+    processes = own_processes(tmp_path)
+    books = Books(processes)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(processes.stop)
         for name in SERVICES:

@@ -6,7 +6,6 @@ import itertools
 import os
 import random
 import signal
-import sqlite3
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -26,6 +25,7 @@ from branchline.v1.transcripts_pb2 import InputRequest, TranscriptEntry
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.support.client import Client
+from tests.support.databases import look_into
 from tests.support.people import Person, Promise, get_task, insist, rests, sessions, transcript
 from tests.support.process import SERVICES, Processes, own_processes
 from tests.support.stack import eventually, make_remote
@@ -130,15 +130,10 @@ class Faults:
 class Books:
     """The owners' databases, read directly."""
 
-    folder: Path
+    processes: Processes
 
-    def rows(self, service: str, sql: str) -> list[tuple[object, ...]]:
-        path = self.folder / "data" / service / f"{service}.sqlite"
-        connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10)
-        try:
-            return connection.execute(sql).fetchall()
-        finally:
-            connection.close()
+    def rows(self, service: str, sql: str) -> list[Any]:
+        return look_into(self.processes.database(service), sql)
 
     def unsettled(self) -> list[str]:
         """Say what has not come to rest."""
@@ -205,7 +200,7 @@ def _bytes(value: object) -> bytes:
 @pytest.mark.timeout(600)
 async def test_everything_is_killed_and_all_agree_at_rest(tmp_path: Path) -> None:  # OPS-2, OPS-3, API-4, SES-7
     processes, chance = own_processes(tmp_path), random.Random(SEED)
-    books, enough, acknowledged = Books(tmp_path), asyncio.Event(), asyncio.Event()
+    books, enough, acknowledged = Books(processes), asyncio.Event(), asyncio.Event()
     async with AsyncExitStack() as stack:
         stack.push_async_callback(processes.stop)
         for name in SERVICES:

@@ -16,6 +16,7 @@ from branchline.v1.tasks_pb2 import Task
 from branchline.v1.transcripts_pb2 import TranscriptEntry
 
 from tests.support.client import Client
+from tests.support.databases import empty
 from tests.support.process import SERVICES, Processes, one_process, own_processes
 from tests.support.stack import eventually, git, make_remote
 
@@ -189,8 +190,7 @@ async def test_an_orphaned_sandbox_is_stopped_at_the_next_start_and_its_files_ar
         task = await create_task(client, organization_id, tmp_path, "write work.txt: done", hold=False)
         await until(client, task.id, IDLE, turn=1)
         await processes.kill("up")
-        for file in (tmp_path / "data" / "sandbox").glob("sandbox.sqlite*"):
-            file.unlink()  # the service has forgotten its sandboxes
+        empty(processes.database("sandbox"))  # the service has forgotten its sandboxes
         assert processes.sandbox_processes()
 
         await processes.start("up", "up")

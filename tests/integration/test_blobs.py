@@ -1,8 +1,6 @@
 """Blobs through the gateway: uploaded by a member, named by a task, read by its agent's machine."""
 
 import hashlib
-import sqlite3
-from contextlib import closing
 
 import grpc
 import pytest
@@ -11,6 +9,7 @@ from branchline.v1.blobs_pb2 import BLOB_STATE_COMPLETE, Blob
 from branchline.v1.common_pb2 import Attachment, BlobReference, Prompt
 from branchline.v1.tasks_pb2 import TASK_ACTIVITY_IDLE
 
+from tests.support.databases import look_into
 from tests.support.stack import Stack, request_id
 
 _PART = 1024 * 1024
@@ -49,10 +48,8 @@ def naming(*blobs: Blob, text: str = "say hello") -> Prompt:
 
 
 def claims(stack: Stack, blob: Blob) -> list[str]:
-    path = stack.installation.settings.data_dir / "organization" / "organization.sqlite"
-    with closing(sqlite3.connect(path)) as connection:
-        rows = connection.execute("SELECT task_id FROM blob_claims WHERE blob_id = ?", (blob.id,))
-        return [row[0] for row in rows]
+    query = "SELECT task_id FROM blob_claims WHERE blob_id = :id"
+    return [row[0] for row in look_into(stack.database("organization"), query, id=blob.id)]
 
 
 async def test_a_blob_goes_up_and_down_whole(stack: Stack) -> None:

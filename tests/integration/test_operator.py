@@ -23,6 +23,7 @@ from services.runtime.service import OUTBOX_PART, Chassis
 from services.runtime.spine.outbox import Mark, OutboxRow
 from tests.integration.test_command_line import BIN, branchline, run
 from tests.support.client import Client
+from tests.support.databases import installed
 from tests.support.stack import Stack, eventually, failure
 
 CHILD = "child"
@@ -35,6 +36,7 @@ class Parking:
         config = ServiceConfig(
             addresses=installation.addresses,
             data_dir=installation.settings.data_dir.absolute() / "history",
+            database_url=installation.settings.databases.history,
             signing_key=installation.signing_key,
         )
         self.chassis = Chassis("history", config, ROOT / "services" / "history", callers=())
@@ -61,7 +63,7 @@ class Parking:
 @pytest_asyncio.fixture(loop_scope="session")
 async def parking(tmp_path: Path) -> AsyncGenerator[tuple[Parking, Path], None]:
     """A service with a folder of its own, running."""
-    installation = local_installation(Settings(data_dir=tmp_path / "data"))
+    installation = local_installation(Settings(data_dir=tmp_path / "data", databases=installed()))
     service = Parking(installation)
     async with service.chassis.service.running():
         yield service, tmp_path / "data"

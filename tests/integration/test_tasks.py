@@ -1,10 +1,7 @@
 """A task from its creation to its end, through the gateway alone."""
 
 import asyncio
-import sqlite3
 from collections import Counter
-from contextlib import closing
-from pathlib import Path
 
 import grpc
 from branchline.v1 import (
@@ -27,6 +24,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 
+from tests.support.databases import look_into
 from tests.support.processes import execute
 from tests.support.stack import Stack, eventually, failure, git, make_remote, request_id
 
@@ -421,7 +419,7 @@ async def test_a_deleted_task_leaves_nothing_in_the_sandbox_service(stack: Stack
     await stack.send(task, "write a.txt: x")
     await stack.until(task.id, activity=IDLE, turn=1)
     folder = stack.installation.settings.data_dir / "sandbox"
-    held = [row for table in _OF_A_TASK for row in _rows_of(folder / "sandbox.sqlite", table, task.id)]
+    held = [row for table in _OF_A_TASK for row in _rows_of(stack, table, task.id)]
     assert len(held) == len(_OF_A_TASK)
 
     await stack.client.repositories.DeleteRepository(
@@ -429,13 +427,12 @@ async def test_a_deleted_task_leaves_nothing_in_the_sandbox_service(stack: Stack
     )
 
     async def gone() -> bool:
-        return not any(_rows_of(folder / "sandbox.sqlite", table, task.id) for table in _OF_A_TASK)
+        return not any(_rows_of(stack, table, task.id) for table in _OF_A_TASK)
 
     assert await eventually(gone)
     assert not (folder / "local" / held[0]).exists()
 
 
-def _rows_of(path: Path, table: str, task_id: str) -> list[str]:
-    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
-        query = f"SELECT {_OF_A_TASK[table]} FROM {table} WHERE task_id = ?"
-        return [str(row[0]) for row in database.execute(query, (task_id,))]
+def _rows_of(stack: Stack, table: str, task_id: str) -> list[str]:
+    query = f"SELECT {_OF_A_TASK[table]} FROM {table} WHERE task_id = :id"
+    return [str(row[0]) for row in look_into(stack.database("sandbox"), query, id=task_id)]

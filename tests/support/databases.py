@@ -113,13 +113,18 @@ def server() -> Server:
     return started
 
 
-def migrated(room: str, folder: Path) -> str:
+def migrated(room: str, folder: Path, *, lasts: bool = False) -> str:
     """Make a service's empty database, as its migrations make it, in its data folder or on the server; return its URL.
 
-    One on the server is there for the test alone: it is gone once nobody uses it.
+    One on the server is gone after the test, unless it lasts.
     """
     if DIALECT == "postgresql":
-        return _copy(_template(room))
+        return _copy(_template(room), lasts=lasts)
+    return migrated_file(room, folder)
+
+
+def migrated_file(room: str, folder: Path) -> str:
+    """Make a service's SQLite file, for what is about SQLite alone."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{room}.sqlite"
     path.write_bytes(_migrated(room))
@@ -130,7 +135,7 @@ def installed() -> DatabaseSettings:
     """Return the databases of a new installation: on the server, or nothing, so that they are in its data folder."""
     if DIALECT != "postgresql":
         return DatabaseSettings()
-    made = {service: Secret(_copy(_template(service), keep=True)) for service in SERVICES if service != GATEWAY}
+    made = {service: Secret(_copy(_template(service), lasts=True)) for service in SERVICES if service != GATEWAY}
     return DatabaseSettings(**made)
 
 
@@ -158,20 +163,21 @@ def empty_database(name: str) -> str:
     return server().url_of(name)
 
 
-_made: list[str] = []
+_made: dict[str, str] = {}
+"""Copies by their names, and the tests that they were made for."""
 
 
-def _copy(template: str, *, keep: bool = False) -> str:
-    """Return the URL of a copy of a database; forget copies that nobody uses any more."""
-    name = f"test_{uuid.uuid4().hex[:12]}"
+def _copy(template: str, *, lasts: bool = False) -> str:
+    """Return the URL of a copy of a database; forget those of tests that are over, if nobody uses them."""
+    name, test = f"test_{uuid.uuid4().hex[:12]}", os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0]
     with psycopg.connect(server().url, autocommit=True) as connection:
-        for made in _made.copy():
+        for made in [made for made, of in _made.items() if of != test]:
             with contextlib.suppress(psycopg.errors.ObjectInUse):
                 connection.execute(f"DROP DATABASE {made}".encode())
-                _made.remove(made)
+                del _made[made]
         connection.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy".encode())
-    if not keep:
-        _made.append(name)
+    if not lasts:
+        _made[name] = test
     return server().url_of(name)
 
 
@@ -198,6 +204,54 @@ def tamper_with(url: str, statement: str, **given: Any) -> None:
     """Run a statement of text, behind the service's back."""
     with engine_of(url).begin() as connection:
         connection.execute(text(statement), given)
+
+
+def empty(url: str) -> None:
+    """Forget all rows but the version of the schema."""
+    with engine_of(url).begin() as connection:
+        metadata = MetaData()
+        metadata.reflect(connection)
+        for table in reversed(metadata.sorted_tables):
+            if table.name != "alembic_version":
+                connection.execute(table.delete())
+
+
+def holding(url: str, words: str) -> list[str]:
+    """Return the tables that have words in any of their rows."""
+    with engine_of(url).connect() as connection:
+        metadata = MetaData()
+        metadata.reflect(connection)
+        found: list[str] = []
+        for table in metadata.sorted_tables:
+            rows = connection.execute(table.select())
+            if any(words.encode() in repr(tuple(row)).encode() for row in rows):
+                found.append(table.name)
+        return found
+
+
+_BREAK = {
+    "sqlite": [
+        """CREATE TRIGGER broken BEFORE INSERT ON {table} WHEN NEW.{column} = '{value}'
+           BEGIN SELECT RAISE(ABORT, '{words}'); END"""
+    ],
+    "postgresql": [
+        "CREATE FUNCTION broken() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN RAISE '{words}'; END$$",
+        """CREATE TRIGGER broken BEFORE INSERT ON {table} FOR EACH ROW WHEN (NEW.{column} = '{value}')
+           EXECUTE FUNCTION broken()""",
+    ],
+}
+_MEND = {"sqlite": ["DROP TRIGGER broken"], "postgresql": ["DROP FUNCTION broken CASCADE"]}
+
+
+def break_inserts(url: str, table: str, column: str, value: str, words: str) -> None:
+    """Have the database refuse rows of a table that have a value in a column."""
+    for statement in _BREAK[DIALECT]:
+        tamper_with(url, statement.format(table=table, column=column, value=value, words=words))
+
+
+def mend_inserts(url: str) -> None:
+    for statement in _MEND[DIALECT]:
+        tamper_with(url, statement)
 
 
 def created(metadata: MetaData, path: Path) -> str:

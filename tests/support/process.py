@@ -13,12 +13,15 @@ from pathlib import Path
 import grpc
 import psutil
 from branchline.v1 import users_pb2
+from msgspec.structs import asdict
 
 from cli.installation import GATEWAY, SERVICES, scripted_agents, socket_folder
 from services.sandbox.providers.ports import free_port
 from tests.support.client import Client
+from tests.support.databases import installed
 from tests.support.stack import DEADLINE_SECONDS, eventually
 
+_DATABASE = "BRANCHLINE_DATABASES__"
 PROGRAM = Path(sys.executable).with_name("branchline")
 
 
@@ -30,6 +33,11 @@ class Processes:
     environment: dict[str, str]
     address: str
     running: dict[str, asyncio.subprocess.Process] = field(default_factory=dict[str, asyncio.subprocess.Process])
+
+    def database(self, service: str) -> str:
+        """Return the URL of a service's database, to look behind its back."""
+        file = f"sqlite:///{self.folder / 'data' / service / f'{service}.sqlite'}"
+        return self.environment.get(_DATABASE + service.upper(), file)
 
     async def start(self, name: str, *arguments: str, kill_at: str = "") -> None:
         """Start a command in a session of its own; have it killed at a moment."""
@@ -149,4 +157,7 @@ def ports() -> dict[str, str]:
 def _common(folder: Path) -> dict[str, str]:
     remotes = folder / "remotes"
     remotes.mkdir(parents=True, exist_ok=True)
-    return {"BRANCHLINE_SANDBOX__LOCAL__WRITABLE_PATHS": json.dumps([str(remotes)])}
+    return {
+        "BRANCHLINE_SANDBOX__LOCAL__WRITABLE_PATHS": json.dumps([str(remotes)]),
+        **{_DATABASE + name.upper(): url.value for name, url in asdict(installed()).items() if url.value},
+    }

@@ -301,6 +301,7 @@ def config(folder: Path, options: dict[str, Any]) -> SandboxConfig:
     return SandboxConfig(
         addresses={"sandbox": f"unix:{folder}/sandbox.sock", "task": f"unix:{folder}/task.sock"},
         data_dir=folder / "data",
+        database_url=Secret(options["database_url"]),
         signing_key=Secret(KEY),
         drain_seconds=0.2,
         local=read_config(LocalProviderConfig, local),
@@ -313,7 +314,7 @@ def config(folder: Path, options: dict[str, Any]) -> SandboxConfig:
 @asynccontextmanager
 async def sandbox_room(folder: Path, **options: Any) -> AsyncGenerator[Room, None]:
     """Prepare the service with its coordinator; the test starts it."""
-    migrated("sandbox", folder / "data")
+    options["database_url"] = migrated("sandbox", folder / "data", lasts=True)
     coordinator = Coordinator()
     server = grpc.aio.server()
     push_pb2_grpc.add_PushServiceServicer_to_server(coordinator, server)

@@ -21,7 +21,7 @@ from branchline_internal.organization.v1.organization_pb2_grpc import Organizati
 from google.rpc import error_details_pb2
 
 from cli.calls import operating
-from cli.installation import Installation, local_installation, scripted_agents
+from cli.installation import ROOT, Installation, local_installation, scripted_agents
 from cli.settings import Addresses, Settings
 from cli.up import bootstrap, everything
 from services.runtime.errors import detail_of
@@ -29,6 +29,7 @@ from services.runtime.principal import bind_principal
 from services.runtime.service import Service
 from services.sandbox.providers.ports import free_port
 from tests.support.client import Client
+from tests.support.databases import installed
 
 DEADLINE_SECONDS = 60.0
 
@@ -87,6 +88,10 @@ class Stack:
     def address(self) -> str:
         """Where the gateway listens."""
         return self.services["gateway"].address
+
+    def database(self, service: str) -> str:
+        """Return the URL of a service's database, to look behind its back."""
+        return self.installation.databases()[ROOT / "services" / service / "migrations"]
 
     async def add_repository(self, remote: Path | None = None, url: str = "") -> str:
         remote_url = url or f"file://{remote or make_remote(self.remotes)}"
@@ -227,7 +232,7 @@ async def running_stack(folder: Path, **settings: Any) -> AsyncGenerator[Stack, 
     for name, section in settings.items():
         sections[name] = {**sections.get(name, {}), **section}
     given: dict[str, Any] = {"data_dir": folder / "data", "addresses": Addresses(gateway="127.0.0.1:0"), **sections}
-    made = Settings(**given)
+    made = Settings(databases=installed(), **given)
     installation = local_installation(made)
     calls: list[tuple[str, str]] = []
     async with everything(installation) as services:

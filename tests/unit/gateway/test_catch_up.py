@@ -1,7 +1,6 @@
 """Watchers that the coordinator brings to the present: one that is older than the replica, many at once."""
 
 import asyncio
-import shutil
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from services.runtime.errors import Unavailable
 from services.runtime.spine.index import Index
 from services.runtime.spine.tokens import parse_resume_token
 from services.runtime.spine.watch import HEARTBEAT_SECONDS, Watch, watch
-from tests.support.databases import created
+from tests.support.databases import copied, created
 from tests.unit.gateway.backend import (
     ORGANIZATION_ID,
     Backend,
@@ -92,8 +91,8 @@ async def lives(tmp_path: Path) -> AsyncIterator[Lives]:
     url = created(metadata, tmp_path / "newer.sqlite")
     async with coordinator(url) as first:
         await first.put(("a", 1))
-    shutil.copy(tmp_path / "newer.sqlite", tmp_path / "older.sqlite")
-    async with coordinator(url) as newer, coordinator(f"sqlite:///{tmp_path / 'older.sqlite'}") as older:
+    other = copied(url, tmp_path / "older.sqlite")
+    async with coordinator(url) as newer, coordinator(other) as older:
         await newer.put(("a", 2), ("b", 1))
         replica = Replica(TOPIC, newer.upstream)
         following = asyncio.create_task(replica.follow())

@@ -37,7 +37,7 @@ from services.runtime.spine.commands import Commands
 from services.runtime.spine.ingest import Ingest
 from services.runtime.spine.outbox import Outbox, OutboxRow
 from services.runtime.spine.tables import outbox as outbox_table
-from tests.support.databases import migrated
+from tests.support.databases import look_into, migrated, migrated_file
 
 NOBODY: Any = None
 MEMBERS_OF = MEMBERS.by("scope")
@@ -50,7 +50,8 @@ _PENDING = Statement(
 class Room:
     """One organization service without its neighbours."""
 
-    path: Path
+    url: str
+    folder: Path
     database: Database
     outbox: Outbox
     stores: Stores
@@ -131,14 +132,14 @@ class Room:
         return {member.user_id for member in found}
 
     def count(self, table: str) -> int:
-        """Return how many rows a table has, as the file says."""
-        with closing(sqlite3.connect(self.path)) as connection:
-            return connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+        """Return how many rows a table has, as the database says."""
+        return look_into(self.url, f"SELECT count(*) FROM {table}")[0][0]
 
     def plan(self, statement: Statement, **given: object) -> str:
         """Return how SQLite would go about a query."""
         text = f"EXPLAIN QUERY PLAN {statement.sqlite.text}"
-        with closing(sqlite3.connect(self.path)) as connection:
+        path = migrated_file("organization", self.folder / "plan").removeprefix("sqlite:///")
+        with closing(sqlite3.connect(path)) as connection:
             return " / ".join(row[3] for row in connection.execute(text, statement.sqlite.values(given)))
 
     async def marks(self, destination: str, kind: type[Message]) -> list[Any]:
@@ -201,23 +202,24 @@ def summary(organization_id: str, repository_id: str, number: int, **fields: Any
     return task
 
 
-async def open_room(path: Path, quota_bytes: int = DEFAULT_QUOTA_BYTES) -> Room:
-    database = open_database(f"sqlite:///{path}")
+async def open_room(url: str, folder: Path, quota_bytes: int = DEFAULT_QUOTA_BYTES) -> Room:
+    database = open_database(url)
     await database.start()
     time = Time()
     clock = time.clock
     outbox = Outbox(database, clock)
     stores = open_stores(database, outbox, clock, quota_bytes)
     await stores.index.start()
-    kept = open_bytes(BlobsConfig(), path.parent)
+    kept = open_bytes(BlobsConfig(), folder)
     uploads = Uploads(database, clock, stores.blobs, stores.claims, kept)
-    return Room(path, database, outbox, stores, OrganizationIngest(outbox, stores).ingest(database), uploads, time)
+    return Room(
+        url, folder, database, outbox, stores, OrganizationIngest(outbox, stores).ingest(database), uploads, time
+    )
 
 
 @pytest.fixture
 async def room(tmp_path: Path) -> AsyncGenerator[Room, None]:
-    migrated("organization", tmp_path)
-    opened = await open_room(tmp_path / "organization.sqlite")
+    opened = await open_room(migrated("organization", tmp_path), tmp_path)
     yield opened
     await opened.database.close()
     bind_principal(None)

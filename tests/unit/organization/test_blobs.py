@@ -4,11 +4,9 @@ import asyncio
 import hashlib
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 from collections.abc import AsyncGenerator
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +51,7 @@ from services.runtime.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from tests.support.databases import migrated
+from tests.support.databases import look_into, migrated
 from tests.support.object_store import bucket
 from tests.unit.organization.conftest import NOBODY, Room, call_as, open_room, summary
 
@@ -67,7 +65,7 @@ def some_bytes(size: int, seed: int = 1) -> bytes:
 
 def files(room: Room) -> list[str]:
     """Return the names of all that is kept, with what is left over."""
-    kept = room.path.parent / "blobs"
+    kept = room.folder / "blobs"
     return sorted(str(path.relative_to(kept)) for path in kept.rglob("*") if path.is_file())
 
 
@@ -123,8 +121,7 @@ async def is_there(room: Room, blob: Blob) -> bool:
 
 def charged(room: Room) -> int:
     """Return what all blobs count against their quota."""
-    with closing(sqlite3.connect(room.path)) as connection:
-        return connection.execute("SELECT coalesce(sum(charged_bytes), 0) FROM blob_usage").fetchone()[0]
+    return look_into(room.url, "SELECT coalesce(sum(charged_bytes), 0) FROM blob_usage")[0][0]
 
 
 async def test_a_blob_is_uploaded_in_parts_of_any_size_and_read_in_others(room: Room) -> None:
@@ -244,8 +241,7 @@ async def test_another_member_cannot_spoil_an_upload(room: Room) -> None:
 @pytest.fixture
 async def small(tmp_path: Path) -> AsyncGenerator[Room, None]:
     """A room whose organizations may keep 10 KiB."""
-    migrated("organization", tmp_path)
-    opened = await open_room(tmp_path / "organization.sqlite", 10 * KILOBYTE)
+    opened = await open_room(migrated("organization", tmp_path), tmp_path, 10 * KILOBYTE)
     yield opened
     await opened.database.close()
 
@@ -515,7 +511,7 @@ async def test_a_full_or_broken_store_is_told_as_such_and_the_upload_goes_on_lat
     organization = await room.found()
     blob = await begin(room, organization, b"12345678")
     await write(room, blob, 0, b"1234")
-    folder = room.path.parent / "blobs"
+    folder = room.folder / "blobs"
     folder.rename(folder.with_name("away"))
     folder.write_text("not a folder")
     with pytest.raises(Unavailable) as broken:
@@ -556,7 +552,7 @@ async def test_a_writer_that_leaves_harms_nobody_and_what_it_wrote_counts(room: 
 async def test_bytes_that_no_row_knows_are_deleted_after_a_day(room: Room) -> None:
     organization = await room.found()
     blob = await upload(room, organization)
-    stray = room.path.parent / "blobs" / "blob_stray"
+    stray = room.folder / "blobs" / "blob_stray"
     stray.mkdir()
     (stray / "00.3").write_bytes(b"123")
     await room.uploads.collect_strays()
@@ -575,8 +571,8 @@ from services.organization.blob_bytes import BlobBytes
 from tests.unit.organization.conftest import call_as, open_room
 from tests.unit.organization.test_blobs import write
 
-async def main(folder, organization_id, blob_id, step, action):
-    room = await open_room(Path(folder) / "organization.sqlite")
+async def main(url, folder, organization_id, blob_id, step, action):
+    room = await open_room(url, Path(folder))
     call_as("usr_owner", organization_id)
     whole = getattr(BlobBytes, step)
     async def killed(*given):
@@ -592,7 +588,7 @@ asyncio.run(main(*sys.argv[1:]))
 
 def kill(room: Room, blob: Blob, step: str, action: str) -> None:
     """Have another process do something to a blob, and die when it has done a step with the bytes."""
-    given = [str(room.path.parent), blob.organization_id, blob.id, step, action]
+    given = [room.url, str(room.folder), blob.organization_id, blob.id, step, action]
     command = [sys.executable, "-c", _KILLED, *given]
     ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
@@ -631,7 +627,7 @@ async def test_an_s3_compatible_store_keeps_blobs_as_a_folder_does(room: Room) -
             access_key_id="key",
             secret_access_key=Secret("secret"),
         )
-        room.uploads = replace(room.uploads, kept=open_bytes(config, room.path.parent))
+        room.uploads = replace(room.uploads, kept=open_bytes(config, room.folder))
         data = some_bytes(SEGMENT_BYTES + 1000)
         blob = await begin(room, organization, data)
         await write(room, blob, 0, data[:500])
@@ -647,6 +643,6 @@ async def test_an_s3_compatible_store_keeps_blobs_as_a_folder_does(room: Room) -
         await room.uploads.collect()
         assert server.objects == {}
     away = BlobsConfig(bucket="ours", endpoint="http://127.0.0.1:1", access_key_id="key")
-    room.uploads = replace(room.uploads, kept=open_bytes(away, room.path.parent))
+    room.uploads = replace(room.uploads, kept=open_bytes(away, room.folder))
     with pytest.raises(Unavailable):
         await write(room, await begin(room, organization, b"nobody answers"), 0, b"nobody answers")

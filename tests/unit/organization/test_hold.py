@@ -14,7 +14,7 @@ from branchline_internal.spine.v1.push_pb2 import ConsistencyPoint
 
 from services.runtime.database.sqlite import SqliteDatabase
 from services.runtime.spine.tokens import Position
-from tests.support.databases import migrated
+from tests.support.databases import migrated_file
 from tests.unit.organization.conftest import Room, call_as, open_room, summary
 
 LARGE, SMALL = "org_large", "org_small"
@@ -46,7 +46,7 @@ def seed(path: Path) -> None:
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the database of organizations of which one is large."""
     folder = tmp_path_factory.mktemp("large")
-    migrated("organization", folder)
+    migrated_file("organization", folder)
     seed(folder / "organization.sqlite")
     return folder / "organization.sqlite"
 
@@ -54,7 +54,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 async def beside(large: Path) -> AsyncGenerator[Room, None]:
     """Run the room in which a small organization is beside a large one."""
-    opened = await open_room(large)
+    opened = await open_room(f"sqlite:///{large}", large.parent)
     yield opened
     await opened.database.close()
 

@@ -1,9 +1,7 @@
 """Deletion of repositories and organizations: driven by rows, so that a stop at any point is gone on from."""
 
 import hashlib
-import sqlite3
 import uuid
-from contextlib import closing
 from typing import Any
 
 import pytest
@@ -33,6 +31,7 @@ from services.organization.organizations import ORGANIZATIONS
 from services.organization.repositories import REPOSITORIES
 from services.runtime.errors import FailedPrecondition, PermissionDenied
 from services.runtime.principal import bind_principal
+from tests.support.databases import tamper_with
 from tests.unit.organization.conftest import Room, call_as, open_room, summary
 
 CONTEXT: Any = None
@@ -139,9 +138,8 @@ async def test_an_organization_that_cannot_end_holds_up_no_other(room: Room) -> 
         call_as("usr_owner", organization.id)
         await delete_organization(room, organization.id)
     bind_principal(None)
-    with closing(sqlite3.connect(room.path)) as connection, connection:
-        connection.execute("UPDATE teardowns SET done = true")  # as if every child had forgotten them
-        connection.execute("UPDATE organizations SET payload = x'ff' WHERE id = ?", (doomed[0].id,))
+    tamper_with(room.url, "UPDATE teardowns SET done = true")  # as if every child had forgotten them
+    tamper_with(room.url, "UPDATE organizations SET payload = :bad WHERE id = :id", bad=b"\xff", id=doomed[0].id)
 
     await room.stores.teardown.sweep(room.database)
 
@@ -238,7 +236,7 @@ async def test_an_organization_is_torn_down_whenever_the_service_stops(room: Roo
 
     for number, step in enumerate([*ids, *CHILDREN]):
         if number == stop_before:  # nothing is left but the file; the sweep is what a start does
-            current = await open_room(room.path)
+            current = await open_room(room.url, room.folder)
             opened.append(current)
             await current.stores.teardown.sweep(current.database)
         told.append(bool(await current.marks(TO_HISTORY, DeleteFeedRequest)))
@@ -256,7 +254,7 @@ async def test_an_organization_is_torn_down_whenever_the_service_stops(room: Roo
     assert current.count("invitations") == current.count("drafts") == current.count("blob_claims") == 0
     await current.uploads.collect()
     assert current.count("blobs") == current.count("blob_usage") == current.count("blob_releases") == 0
-    assert list((current.path.parent / "blobs").iterdir()) == []
+    assert list((current.folder / "blobs").iterdir()) == []
     assert await current.database.read(current.stores.organizations.of_slug, "doomed") is None
     assert (await current.found("doomed")).id != organization_id
     assert await current.database.read(REPOSITORIES.get, kept.id)

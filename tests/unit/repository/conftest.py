@@ -121,15 +121,13 @@ def newer(task: Task, **changes: Any) -> Task:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Return a data folder with an empty database."""
-    migrated("repository", tmp_path)
-    return tmp_path
+def url(tmp_path: Path) -> str:
+    """Return the URL of an empty database."""
+    return migrated("repository", tmp_path)
 
 
 @pytest_asyncio.fixture
-async def room(folder: Path) -> AsyncGenerator[Room, None]:
-    url = f"sqlite:///{folder / 'repository.sqlite'}"
+async def room(url: str) -> AsyncGenerator[Room, None]:
     ahead = [timedelta()]
     database, clock = open_database(url), Clock(now=lambda: datetime.now(UTC) + ahead[-1])
     await database.start()
@@ -202,10 +200,13 @@ class Running:
 
 
 @asynccontextmanager
-async def running_repository(folder: Path, owner: Owner) -> AsyncGenerator[Running, None]:
+async def running_repository(url: str, owner: Owner) -> AsyncGenerator[Running, None]:
     with TemporaryDirectory() as sockets:  # a socket's path must be short
         addresses = {name: f"unix:{sockets}/{name}" for name in ("organization", "repository", "task", "caller")}
-        config = RepositoryConfig(addresses=addresses, data_dir=folder, signing_key=KEY, drain_seconds=0.1)
+        folder = Path(sockets)
+        config = RepositoryConfig(
+            addresses=addresses, data_dir=folder, database_url=Secret(url), signing_key=KEY, drain_seconds=0.1
+        )
         child = Service("task", addresses["task"], _everybody, 0.1)
         child.serve(owner, task_pb2.DESCRIPTOR, "TaskService")
         caller = Chassis("caller", ServiceConfig(addresses=addresses, data_dir=folder, signing_key=KEY), folder, ())
@@ -229,8 +230,8 @@ async def eventually(condition: Callable[[], bool]) -> None:
 
 
 @pytest_asyncio.fixture
-async def running(folder: Path) -> AsyncGenerator[Running, None]:
+async def running(url: str) -> AsyncGenerator[Running, None]:
     owner = Owner()
     owner.ready.set()
-    async with running_repository(folder, owner) as service:
+    async with running_repository(url, owner) as service:
         yield service

@@ -1,7 +1,6 @@
 """Creation of tasks: one for each request, on a branch of its own."""
 
 import asyncio
-from pathlib import Path
 
 import grpc
 import pytest
@@ -44,9 +43,9 @@ async def test_the_same_command_twice_at_once_makes_one_task(running: Running) -
     assert [one.task.id for one in running.owner.created] == [answers[0].task.id]
 
 
-async def test_a_repeated_command_does_not_wait_for_the_child_again(folder: Path) -> None:
+async def test_a_repeated_command_does_not_wait_for_the_child_again(url: str) -> None:
     owner = Owner()
-    async with running_repository(folder, owner) as running:
+    async with running_repository(url, owner) as running:
         await running.add_repository()
         request = tasks_pb2.CreateTaskRequest(
             request_id=REQUEST_ID, repository_id="repo_1", prompt=Prompt(text="Add a window")

@@ -3,7 +3,6 @@
 import asyncio
 from datetime import timedelta
 from itertools import pairwise
-from pathlib import Path
 
 import grpc
 import pytest
@@ -267,9 +266,9 @@ async def refusal(running: Running) -> grpc.StatusCode:
     return refused.value.code()
 
 
-async def test_a_deletion_goes_on_after_a_restart(folder: Path) -> None:
+async def test_a_deletion_goes_on_after_a_restart(url: str) -> None:
     silent = Owner()
-    async with running_repository(folder, silent) as running:
+    async with running_repository(url, silent) as running:
         await running.add_repository()
         task: Task = await running.create()
         organization = Principal(service="organization", organization_id="org_1")
@@ -279,7 +278,7 @@ async def test_a_deletion_goes_on_after_a_restart(folder: Path) -> None:
     owner = Owner()
     owner.ready.set()
 
-    async with running_repository(folder, owner):
+    async with running_repository(url, owner):
         await eventually(lambda: owner.deleted == [task.id])
 
     assert [one.task.id for one in owner.created] == [task.id]

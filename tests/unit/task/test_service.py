@@ -2,9 +2,7 @@
 
 import asyncio
 import hashlib
-import sqlite3
 from collections.abc import AsyncGenerator, Callable
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from google.protobuf.message import Message
 
 from services.runtime.client import open_channel
 from services.runtime.config import Secret
+from services.runtime.database import open_database
 from services.runtime.principal import Signer
 from services.runtime.service import Service
 from services.runtime.spine.outbox import OutboxRow
@@ -37,9 +36,10 @@ from services.task.service import TaskConfig, build
 from services.task.standing import FAILED, IDLE, KILLED, KILLING, PROVISIONING, RUNNING, TURN_FAILED, Standing
 from services.task.sweep import Sweep
 from services.task.workflows import workflow_id
+from tests.support.databases import break_inserts, mend_inserts, migrated, tamper_with
 from tests.support.stack import eventually, failure
 from tests.unit.task.neighbours import Refusal, RepositoryNeighbour, SandboxNeighbour
-from tests.unit.task.room import Room, birth, entry_of, new_database, new_id, request_id, sandbox_of
+from tests.unit.task.room import Room, birth, entry_of, new_id, request_id, sandbox_of
 
 KEY = "k" * 40
 PENDING, AT_REST, BROKEN = (
@@ -61,7 +61,7 @@ class Installed:
     tasks: Any
     sessions: Any
     pushes: Any
-    folder: Path
+    url: str
     stuck: str
     """A task that was found in provisioning, without a workflow, when the service started."""
 
@@ -118,12 +118,6 @@ class Installed:
         return await self.sessions.SendMessage(request)
 
 
-def sql(folder: Path, statement: str) -> None:
-    """Do something to the service's database behind its back."""
-    with closing(sqlite3.connect(folder / "task.sqlite", timeout=10)) as connection, connection:
-        connection.execute(statement)
-
-
 def sweep_of(service: Service) -> Sweep:
     """Return the sweep of a built service."""
     for loop in service.loops:
@@ -146,10 +140,12 @@ async def installed(tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[
     for server, name in zip(servers, ("sandbox", "repository"), strict=True):
         server.add_insecure_port(addresses[name])
         await server.start()
-    stuck = await _leave_stuck(folder)
+    url = migrated("task", folder, lasts=True)
+    stuck = await _leave_stuck(url)
     config = TaskConfig(
         addresses=addresses,
         data_dir=folder,
+        database_url=Secret(url),
         signing_key=Secret(KEY),
         drain_seconds=0.2,
         deadlines=Deadlines(patience_seconds=0.5),
@@ -168,7 +164,7 @@ async def installed(tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[
             tasks_pb2_grpc.TaskServiceStub(channel),  # pyright: ignore
             sessions_pb2_grpc.SessionServiceStub(channel),  # pyright: ignore
             push_pb2_grpc.PushServiceStub(channel),  # pyright: ignore
-            folder,
+            url,
             stuck,
         )
     await channel.close()
@@ -176,9 +172,9 @@ async def installed(tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[
         await server.stop(0)
 
 
-async def _leave_stuck(folder: Path) -> str:
+async def _leave_stuck(url: str) -> str:
     """Leave a task behind as a crash of a release before might have: provisioning, and nothing that does it."""
-    database = new_database(folder)
+    database = open_database(url)
     await database.start()
     room = Room(database)
     task_id = new_id("task")
@@ -190,7 +186,7 @@ async def _leave_stuck(folder: Path) -> str:
 
     await room.change(task_id, leave)
     await database.close()
-    sql(folder, "DELETE FROM outbox")
+    tamper_with(url, "DELETE FROM outbox")
     return task_id
 
 
@@ -331,15 +327,11 @@ async def test_a_stage_that_fails_says_so_with_the_outputs_tail_and_can_be_retri
 
 async def test_a_step_that_raises_again_and_again_fails_the_task(installed: Installed) -> None:  # F4
     task_id = new_id("task")
-    sql(
-        installed.folder,
-        f"CREATE TRIGGER broken BEFORE INSERT ON transcript_entries WHEN NEW.task_id = '{task_id}' "
-        "BEGIN SELECT RAISE(ABORT, 'the disk is haunted'); END",
-    )
+    break_inserts(installed.url, "transcript_entries", "task_id", task_id, "the disk is haunted")
 
     await installed.internal.CreateTask(birth(task_id))
     failed = await installed.until(task_id, FAILED)
-    sql(installed.folder, "DROP TRIGGER broken")
+    mend_inserts(installed.url)
 
     assert failed.task.failure.message == "provisioning failed: the disk is haunted"
     assert failed.task.failure.reason == common_pb2.FAILURE_REASON_INTERNAL
@@ -367,7 +359,7 @@ async def test_a_turn_whose_delivery_was_parked_fails_and_is_not_begun_later(ins
     installed.sandbox.hanging.add(installed.of(task_id))
     await installed.send(task_id)
     parked = f"UPDATE outbox SET parked_reason = 'too slow' WHERE entity_id = '{installed.of(task_id)}'"
-    sql(installed.folder, f"{parked} AND destination = 'sandbox'")
+    tamper_with(installed.url, f"{parked} AND destination = 'sandbox'")
 
     await installed.sweep.end_refused_turns()
 
@@ -500,7 +492,7 @@ async def test_a_session_whose_opening_was_parked_has_failed(installed: Installe
     installed.sandbox.refusals["OpenSession"] = Refusal(grpc.StatusCode.INTERNAL, "no luck")
     session_id = await create_session(installed, task_id)
     parked = f"UPDATE outbox SET parked_reason = 'no luck' WHERE entity_id = '{session_id}'"
-    sql(installed.folder, f"{parked} AND destination = 'sandbox'")
+    tamper_with(installed.url, f"{parked} AND destination = 'sandbox'")
 
     await installed.sweep.end_refused_turns()
 
@@ -732,8 +724,12 @@ async def test_workflows_that_ended_a_week_ago_are_forgotten(installed: Installe
         return not any(one.live for one in (await installed.sweep.engine.outcomes(names)).values())
 
     await eventually(over)
-    with closing(sqlite3.connect(installed.folder / "workflows.sqlite", timeout=10)) as connection, connection:
-        connection.execute("UPDATE workflow_status SET completed_at = 1000 WHERE workflow_uuid = ?", (names[0],))
+    change = "UPDATE {} SET completed_at = 1000 WHERE workflow_uuid = :name"
+    if installed.url.startswith("sqlite:///"):
+        beside = installed.url.replace("task.sqlite", "workflows.sqlite")
+        tamper_with(beside, change.format("workflow_status"), name=names[0])
+    else:
+        tamper_with(installed.url, change.format("dbos.workflow_status"), name=names[0])
 
     await installed.sweep.forget_old()
 
