@@ -101,6 +101,25 @@ def migrate(data_dir: DataDir = DEFAULT_DATA) -> None:
 
 
 @app.command()
+def databases(
+    admin_url: Annotated[
+        str,
+        typer.Option(
+            envvar="BRANCHLINE_ADMIN_URL",
+            help="How a role that may make others reaches the server: postgresql://postgres@HOST/postgres, if need be "
+            "with ?password_file=PATH.",
+        ),
+    ],
+    data_dir: DataDir = DEFAULT_DATA,
+) -> None:
+    """Make the roles and databases that the settings under `databases` name, each open to its own role alone.
+
+    What is there stays, but for passwords, which become those of the settings.
+    """
+    run(_module("databases").make_databases(console, admin_url, data_dir))
+
+
+@app.command()
 def bootstrap(
     data_dir: DataDir = DEFAULT_DATA,
     agent: Annotated[str, typer.Option(help="Agent of tasks that name none.")] = "claude",

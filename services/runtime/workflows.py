@@ -116,11 +116,11 @@ def _state(database_url: str) -> "DBOSConfig":
         path = Path(database_url.removeprefix("sqlite:///")).parent / "workflows.sqlite"
         make_private(path.parent)
         return {"system_database_url": f"sqlite:///{path}"}
-    from services.runtime.database.server import open_connection  # noqa: PLC0415 - only where there is a server
+    from services.runtime.database.server import named, open_connection  # noqa: PLC0415 - only where there is a server
 
     options = {"creator": partial(open_connection, database_url), "max_overflow": 0, "pool_pre_ping": True}
     return {
-        "system_database_url": "postgresql:///",  # the creator knows it, and its password
+        "system_database_url": f"postgresql:///{named(database_url)['dbname']}",  # the creator knows the rest
         "dbos_system_schema": "dbos",
         "sys_db_pool_size": _CONNECTIONS,
         "db_engine_kwargs": options,

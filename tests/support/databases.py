@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import psycopg
 import pytest
 import pytest_asyncio
@@ -54,9 +55,14 @@ def _programs() -> Path:
 
 @dataclass
 class Server:
-    """A PostgreSQL server in a folder of its own, on a unix socket. It refuses to run as root."""
+    """A PostgreSQL server in a folder of its own, on a unix socket, and on a port of loopback if it has one.
+
+    It refuses to run as root. With passwords, only its superuser goes without one.
+    """
 
     folder: Path
+    port: int = 0
+    passwords: bool = False
     user: str | None = field(default_factory=lambda: None if os.getuid() else _unprivileged())
     _process: subprocess.Popen[bytes] | None = None
 
@@ -66,16 +72,28 @@ class Server:
         options = ["--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C", "--no-sync"]
         command = [str(_programs() / "initdb"), "-D", str(self.folder / "data"), *options]
         subprocess.run(command, check=True, capture_output=True, user=self.user, cwd=self.folder, env={})
+        if self.passwords:
+            rules = "local all postgres trust\nlocal all all scram-sha-256\nhost all all all scram-sha-256\n"
+            (self.folder / "data" / "pg_hba.conf").write_text(rules)
 
     def start(self) -> None:
-        settings = ("listen_addresses=", "fsync=off", "max_connections=200", "deadlock_timeout=100ms")
+        address = ("listen_addresses=127.0.0.1", f"port={self.port}") if self.port else ("listen_addresses=",)
+        settings = (*address, "fsync=off", "max_connections=200", "deadlock_timeout=100ms")
         command = [str(_programs() / "postgres"), "-D", str(self.folder / "data"), "-k", str(self.folder)]
         command += [word for setting in settings for word in ("-c", setting)]
         log = (self.folder / "log").open("ab")
         self._process = subprocess.Popen(command, stdout=log, stderr=log, user=self.user, cwd=self.folder, env={})
-        ready = [str(_programs() / "pg_isready"), "-q", "-h", str(self.folder)]
+        ready = [str(_programs() / "pg_isready"), "-q", "-h", str(self.folder), "-p", str(self.port or 5432)]
         while subprocess.run(ready, check=False).returncode:
             assert self._process.poll() is None, (self.folder / "log").read_text()
+
+    def signal(self, number: int) -> None:
+        """Send a signal to all of the server's processes, as SIGSTOP, which makes it hang."""
+        assert self._process is not None
+        process = psutil.Process(self._process.pid)
+        for one in (process, *process.children()):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.send_signal(number)
 
     def stop(self) -> None:
         """Stop at once, whatever runs: connections break."""
@@ -89,7 +107,11 @@ class Server:
         return self.url_of("postgres")
 
     def url_of(self, database: str, role: str = "postgres") -> str:
-        return f"postgresql://{role}@/{database}?host={self.folder}"
+        return f"postgresql://{role}@/{database}?host={self.folder}&port={self.port or 5432}"
+
+    def address_of(self, database: str, role: str, password: str = "") -> str:
+        """Return a database's URL by the port."""
+        return f"postgresql://{role}{password and ':' + password}@127.0.0.1:{self.port}/{database}"
 
 
 def _unprivileged() -> str:

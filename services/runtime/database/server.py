@@ -50,9 +50,12 @@ def _split(url: str) -> tuple[str, Path | None]:
     return plain, files[-1] if files else None
 
 
-def parameters(url: str) -> dict[str, Any]:
-    """Return what a URL says, in libpq's names. Raise DatabaseRefused, without its words, if it is none."""
-    return conninfo_to_dict(_split(url)[0])
+def named(url: str) -> dict[str, str]:
+    """Return what a URL says, in libpq's names, with its password. Raise DatabaseRefused if it is none."""
+    plain, file = _split(url)
+    given = {name: str(value) for name, value in conninfo_to_dict(plain).items()}
+    given.setdefault("dbname", given.get("user", ""))
+    return given if file is None else {**given, "password": _read(file)}
 
 
 def open_connection(url: str, *, autocommit: bool = False) -> psycopg.Connection[Any]:

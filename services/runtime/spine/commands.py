@@ -17,8 +17,8 @@ from google.protobuf.message import Message
 from sqlalchemy import bindparam, delete, select
 
 from services.runtime.clock import Clock
-from services.runtime.database import Database, Reader, Statement, Tx, insert
-from services.runtime.errors import InvalidArgument
+from services.runtime.database import Database, Raced, Reader, Statement, Tx, insert
+from services.runtime.errors import DomainError, InvalidArgument
 from services.runtime.lanes import Lanes
 from services.runtime.principal import current_principal
 from services.runtime.spine.tables import requests
@@ -79,10 +79,16 @@ class Commands:
             if not request.request_id:
                 return fn(tx, *args, **kwargs)
             known = _recall(tx, request, answer)
-            if known is None:
-                known = fn(tx, *args, **kwargs)
-                _remember(tx, request, known, now)
-            return known
+            if known is not None:
+                return known
+            try:
+                made = fn(tx, *args, **kwargs)
+            except DomainError as error:
+                if _recall(tx, request, answer) is not None:  # the same at the same moment has done it: that is why
+                    raise Raced from error
+                raise
+            _remember(tx, request, made, now)
+            return made
 
         now = self._clock.seconds()
         return await self._database.write(whole)

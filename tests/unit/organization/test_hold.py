@@ -126,8 +126,12 @@ async def all_steps(room: Room) -> dict[str, int]:
     return {name: await steps(room, work) for name, work in WORK.items()}
 
 
-async def test_no_read_or_write_of_a_small_organization_takes_a_step_for_a_large_one(room: Room, beside: Room) -> None:
+async def test_no_read_or_write_of_a_small_organization_takes_a_step_for_a_large_one(
+    beside: Room, tmp_path: Path
+) -> None:
+    room = await open_room(migrated_file("organization", tmp_path), tmp_path)
     alone = await all_steps(room)
+    await room.database.close()
 
     assert await all_steps(beside) == alone
     assert all(alone.values())
