@@ -6,9 +6,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 3
+DATABASE ?= sqlite
+export DATABASE
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test test-faults test-needs check breaking generate generate-check bench format lock clean
+.PHONY: setup demo test test-unit test-integration test-faults test-needs check breaking generate generate-check bench format lock clean
 
 setup: $(VENV)/.installed node_modules/.installed sdk/typescript/node_modules/.installed
 
@@ -30,10 +32,17 @@ sdk/typescript/node_modules/.installed: sdk/typescript/package.json sdk/typescri
 demo: setup
 	$(BIN)/branchline demo
 
+# All tests run on SQLite, and on PostgreSQL with `make test DATABASE=postgresql`, each for itself or in these parts.
 # Most of a test is waiting: more run at once than the machine has cores, and those that take longest begin.
 test: test-needs setup
 	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
 	    tests/faults/test_kills.py tests/integration tests/contract tests/unit
+
+test-unit: test-needs setup
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile tests/unit tests/contract
+
+test-integration: test-needs setup
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile tests/integration
 
 test-faults: test-needs setup
 	$(BIN)/pytest -q tests/faults

@@ -37,7 +37,7 @@ def guarded() -> Generator[Server, None, None]:
         made.start()
         yield made
     finally:
-        made.stop()
+        made.kill()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -80,8 +80,10 @@ async def serving(folder: Path, service: str, environment: Mapping[str, str]) ->
 
 async def until_health(stub: Any, status: int) -> None:
     async def look() -> bool:
-        request = health_pb2.HealthCheckRequest()
-        return (await stub.Check(request, timeout=5, wait_for_ready=True)).status == status
+        try:
+            return (await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)).status == status
+        except grpc.aio.AioRpcError:
+            return False
 
     await eventually(look)
 
@@ -231,5 +233,5 @@ async def test_a_service_waits_for_its_server_and_says_so(tmp_path: Path) -> Non
             late.start()
             await until_health(health, health_pb2.HealthCheckResponse.SERVING)
     finally:
-        late.stop()
+        late.kill()
         shutil.rmtree(folder)

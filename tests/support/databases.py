@@ -10,6 +10,7 @@ import importlib.util
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 import uuid
@@ -87,7 +88,7 @@ class Server:
         while subprocess.run(ready, check=False).returncode:
             assert self._process.poll() is None, (self.folder / "log").read_text()
 
-    def signal(self, number: int) -> None:
+    def tell(self, number: int) -> None:
         """Send a signal to all of the server's processes, as SIGSTOP, which makes it hang."""
         assert self._process is not None
         process = psutil.Process(self._process.pid)
@@ -97,9 +98,16 @@ class Server:
 
     def stop(self) -> None:
         """Stop at once, whatever runs: connections break."""
+        self._end(signal.SIGINT)
+
+    def kill(self) -> None:
+        """Stop as in a crash."""
+        self._end(signal.SIGQUIT)
+
+    def _end(self, number: int) -> None:
         if self._process is not None:
-            self._process.send_signal(2)
-            self._process.wait(20)
+            self._process.send_signal(number)
+            self._process.wait(30)
             self._process = None
 
     @property
@@ -126,7 +134,7 @@ def server() -> Server:
     started = Server(folder)
 
     def forget() -> None:
-        started.stop()
+        started.kill()
         shutil.rmtree(folder, ignore_errors=True)
 
     atexit.register(forget)
