@@ -53,6 +53,7 @@ class Notices:
         self._waiting: dict[tuple[str, str], str] = {}
         self._sending: asyncio.Task[None] | None = None
         self._connection: psycopg.Connection[Any] | None = None
+        self._file = -1
         self._lost = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -98,14 +99,14 @@ class Notices:
 
     async def _listen(self) -> None:
         connection = await asyncio.to_thread(_listening, self._url)
-        self._connection = connection
+        self._connection, self._file = connection, connection.fileno()
         self._lost.clear()
-        asyncio.get_running_loop().add_reader(connection.fileno(), self._read, connection)
+        asyncio.get_running_loop().add_reader(self._file, self._read, connection)
 
     def _hang_up(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
-            asyncio.get_running_loop().remove_reader(connection.fileno())
+            asyncio.get_running_loop().remove_reader(self._file)  # a broken one does not know its own any more
             connection.close()
 
     def _read(self, connection: psycopg.Connection[Any]) -> None:
