@@ -100,6 +100,12 @@ def migrate(data_dir: DataDir = DEFAULT_DATA) -> None:
     run(_module("server").migrate(data_dir))
 
 
+@app.command("migrate-data")
+def migrate_data(data_dir: DataDir = DEFAULT_DATA) -> None:
+    """Copy a stopped installation's SQLite files into the databases that the settings under `databases` name."""
+    run(_module("migrate_data").migrate_data(console, data_dir))
+
+
 @app.command()
 def databases(
     admin_url: Annotated[

@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from dbos import DBOS, DBOSConfig
 from dbos._dbos import _get_or_create_dbos_registry  # pyright: ignore[reportPrivateUsage]
+from sqlalchemy import URL
 
 from services.runtime.config import make_private
 from services.runtime.errors import reason_of
@@ -26,6 +27,9 @@ _APPLICATION_VERSION = "1"
 
 _LIVE = frozenset({"PENDING", "ENQUEUED", "DELAYED"})
 _OVER = ["SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED"]
+SCHEMA = "dbos"
+"""Of DBOS's tables in a database on a server."""
+
 _CONNECTIONS = 8
 """Most that DBOS may have to a server, one of them to listen."""
 
@@ -121,10 +125,25 @@ def _state(database_url: str) -> "DBOSConfig":
     options = {"creator": partial(open_connection, database_url), "max_overflow": 0, "pool_pre_ping": True}
     return {
         "system_database_url": f"postgresql:///{named(database_url)['dbname']}",  # the creator knows the rest
-        "dbos_system_schema": "dbos",
+        "dbos_system_schema": SCHEMA,
         "sys_db_pool_size": _CONNECTIONS,
         "db_engine_kwargs": options,
     }
+
+
+def make_state(database_url: str) -> None:
+    """Make DBOS's tables in a database on a server."""
+    from services.runtime.database.server import named  # noqa: PLC0415
+
+    given = named(database_url)
+    url = URL.create(
+        "postgresql",
+        given.pop("user", None),
+        given.pop("password", None),
+        database=given.pop("dbname"),
+        query=given,
+    )
+    DBOS.migrate(url.render_as_string(hide_password=False), schema=SCHEMA)
 
 
 def failure_of(error: BaseException) -> str:

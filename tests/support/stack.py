@@ -22,7 +22,7 @@ from google.rpc import error_details_pb2
 
 from cli.calls import operating
 from cli.installation import ROOT, Installation, local_installation, scripted_agents
-from cli.settings import Addresses, Settings
+from cli.settings import Addresses, Databases, Settings
 from cli.up import bootstrap, everything
 from services.runtime.errors import detail_of
 from services.runtime.principal import bind_principal
@@ -219,8 +219,10 @@ class Stack:
 
 
 @asynccontextmanager
-async def running_stack(folder: Path, **settings: Any) -> AsyncGenerator[Stack, None]:
-    """Run an installation with its data in a folder. `settings` are sections, such as `task={...}`."""
+async def running_stack(
+    folder: Path, databases: Databases | None = None, **settings: Any
+) -> AsyncGenerator[Stack, None]:
+    """Run an installation with its data in a folder and databases. `settings` are sections, such as `task={...}`."""
     bind_principal(None)  # other tests of this process may have bound one: the operator's calls are the operator's
     remotes = folder / "remotes"
     remotes.mkdir(parents=True, exist_ok=True)
@@ -232,7 +234,7 @@ async def running_stack(folder: Path, **settings: Any) -> AsyncGenerator[Stack, 
     for name, section in settings.items():
         sections[name] = {**sections.get(name, {}), **section}
     given: dict[str, Any] = {"data_dir": folder / "data", "addresses": Addresses(gateway="127.0.0.1:0"), **sections}
-    made = Settings(databases=installed(), **given)
+    made = Settings(databases=installed() if databases is None else databases, **given)
     installation = local_installation(made)
     calls: list[tuple[str, str]] = []
     async with everything(installation) as services:
