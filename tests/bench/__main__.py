@@ -27,6 +27,8 @@ ROWS = {
     "message": "message.statements",
     "change": "spine.one_change",
     "changes": "spine.sustained",
+    "change-postgres": "spine.one_change_on_postgres",
+    "changes-postgres": "spine.sustained_on_postgres",
     "page": "reads.page",
     "snapshot": "reads.snapshot",
     "get": "reads.get_task",

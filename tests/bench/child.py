@@ -3,12 +3,10 @@
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 from branchline_internal.spine.v1.push_pb2_grpc import PushServiceStub
 from google.protobuf.message import Message
-from sqlalchemy import create_engine
 
 from services.runtime.client import open_channel
 from services.runtime.clock import Clock
@@ -17,6 +15,7 @@ from services.runtime.principal import Signer
 from services.runtime.spine.outbox import COORDINATOR, Mark, Outbox
 from services.runtime.spine.push import PushClient
 from tests.bench.write import entities, metadata
+from tests.support.databases import engine_of
 
 _PUT = Statement(upsert(entities, ["id"], newer="revision"))
 _ARRIVAL_SECONDS = 300.0
@@ -48,12 +47,9 @@ def _commit(tx: Tx, outbox: Outbox, rows: Sequence[dict[str, Any]], marks: Seque
 
 
 @asynccontextmanager
-async def child(path: Path, name: str, coordinator: str, address: str, key: str) -> AsyncGenerator[Child, None]:
-    """Run a child that pushes to a coordinator at its address."""
-    url = f"sqlite:///{path}"
-    engine = create_engine(url)
-    metadata.create_all(engine)
-    engine.dispose()
+async def child(url: str, name: str, coordinator: str, address: str, key: str) -> AsyncGenerator[Child, None]:
+    """Run a child that has its rows in a database and pushes to a coordinator at its address."""
+    metadata.create_all(engine_of(url))
     database = open_database(url)
     await database.start()
     channel = open_channel(coordinator, address, Signer(key, name))

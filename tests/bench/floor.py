@@ -1,6 +1,6 @@
 """The floor: what any such pipeline must do, and nothing else.
 
-A coordinator of the floor takes batches on a stream, commits them to SQLite with one upsert per row, passes the
+A coordinator of the floor takes batches on a stream, commits them with one upsert per row, passes the
 bytes on to its own coordinator and to whoever watches, and acknowledges. Its gateway passes on what it gets.
 """
 
@@ -11,29 +11,40 @@ import signal
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import grpc
+import psycopg
 import uvloop
 from branchline_internal.spine.v1.push_pb2 import PushRequest, PushResponse
 
 PUSH, WATCH, STREAM, GET, PUT, HANG = (f"/floor/{name}" for name in ("Push", "Watch", "Stream", "Get", "Put", "Hang"))
 OPTIONS = (("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 64 * 1024 * 1024))
 
+_PUT = (
+    "INSERT INTO entities VALUES (?, ?, ?) ON CONFLICT (id)"
+    " DO UPDATE SET revision = excluded.revision, payload = excluded.payload"
+)
+
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class Store:
-    """One SQLite file with one writer thread: write-ahead log, synchronous=FULL, as ours."""
+    """Rows behind one writer thread: a SQLite file with write-ahead log and synchronous=FULL as ours, or psycopg."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, database: str) -> None:
         self._thread = ThreadPoolExecutor(1)
-        self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        self._connection.execute("PRAGMA journal_mode=WAL")
-        self._connection.execute("PRAGMA synchronous=FULL")
+        self._kind = "BYTEA" if database.startswith("postgresql:") else "BLOB"
+        if self._kind == "BYTEA":
+            self._connection: Any = psycopg.connect(database, autocommit=True, prepare_threshold=0)
+            self._cursor: Any = self._connection.cursor()
+        else:
+            self._connection = self._cursor = sqlite3.connect(database, isolation_level=None, check_same_thread=False)
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute("PRAGMA synchronous=FULL")
+        self._put = _PUT if self._kind == "BLOB" else _PUT.replace("?", "%s")
         self._connection.execute(
-            "CREATE TABLE IF NOT EXISTS entities (id TEXT PRIMARY KEY, revision INTEGER, payload BLOB)"
+            f"CREATE TABLE IF NOT EXISTS entities (id TEXT PRIMARY KEY, revision INTEGER, payload {self._kind})"
         )
 
     async def commit(self, rows: list[tuple[str, int, bytes]]) -> None:
@@ -41,12 +52,8 @@ class Store:
         await asyncio.get_running_loop().run_in_executor(self._thread, self._commit, rows)
 
     def _commit(self, rows: list[tuple[str, int, bytes]]) -> None:
-        self._connection.execute("BEGIN IMMEDIATE")
-        self._connection.executemany(
-            "INSERT INTO entities VALUES (?, ?, ?) ON CONFLICT (id)"
-            " DO UPDATE SET revision = excluded.revision, payload = excluded.payload",
-            rows,
-        )
+        self._connection.execute("BEGIN IMMEDIATE" if self._kind == "BLOB" else "BEGIN")
+        self._cursor.executemany(self._put, rows)
         self._connection.execute("COMMIT")
 
 
@@ -191,7 +198,7 @@ def main() -> None:
     """Run one server of the floor."""
     parser = argparse.ArgumentParser()
     parser.add_argument("listen")
-    parser.add_argument("--database", type=Path)
+    parser.add_argument("--database", default="")
     parser.add_argument("--upstream", default="")
     given = parser.parse_args()
     store = Store(given.database) if given.database else None

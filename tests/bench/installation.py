@@ -1,5 +1,6 @@
 """Branchline in processes of its own, with any number of tasks that were put into its databases directly."""
 
+import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -13,17 +14,21 @@ from branchline.v1.common_pb2 import Prompt
 from branchline.v1.tasks_pb2 import Task
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from cli.settings import Databases
 from services.runtime.client import CHANNEL_OPTIONS
 from tests.bench.child import Child, child
 from tests.bench.seed import seed_organization, seed_repository
 from tests.support.client import Client
+from tests.support.databases import Server, installed_on
 from tests.support.process import Processes, own_processes
-from tests.support.stack import make_remote, request_id
+from tests.support.stack import eventually, make_remote, request_id
 
 READING = ("organization", "user", "history", "repository", "gateway")
 """What is needed to read and to watch."""
 
 _FEW = 10
+_OF_ALL = health_pb2.HealthCheckRequest()
+_SERVING = health_pb2.HealthCheckResponse.SERVING
 _READY_SECONDS = 120.0
 
 
@@ -67,6 +72,8 @@ class Installed:
     other_organization_id: str = ""
     """A second organization, of the same person, with few tasks."""
     other_repository_id: str = ""
+    server: Server | None = None
+    """Where its databases are, if they are no files."""
 
     @property
     def address(self) -> str:
@@ -90,8 +97,10 @@ class Installed:
     async def child(self, name: str, coordinator: str) -> AsyncGenerator[Child, None]:
         """Run another child of a coordinator, in this process."""
         key = self.processes.environment["BRANCHLINE_SIGNING_KEY"]
-        path = self.processes.folder / f"child-{name}.sqlite"
-        async with child(path, name, coordinator, self.address_of(coordinator), key) as made:
+        url = f"sqlite:///{self.processes.folder / f'child-{name}.sqlite'}"
+        if self.server is not None:
+            url = self.server.create(f"child_{name}_{uuid.uuid4().hex[:8]}")
+        async with child(url, name, coordinator, self.address_of(coordinator), key) as made:
             yield made
 
 
@@ -102,9 +111,10 @@ async def installed(
     few: int = _FEW,
     services: Sequence[str] = READING,
     settings: Mapping[str, str] = {},
+    server: Server | None = None,
 ) -> AsyncGenerator[Installed, None]:
     """Run services with so many tasks in the first organization and few in another."""
-    processes = own_processes(folder)
+    processes = own_processes(folder, installed_on(server) if server is not None else Databases())
     processes.environment["BRANCHLINE_GATEWAY__CALLS_PER_MINUTE"] = "100000000"
     processes.environment["BRANCHLINE_LOG_LEVEL"] = "warning"
     processes.environment.update(settings)
@@ -112,6 +122,7 @@ async def installed(
         stack.push_async_callback(processes.stop)
         first = await _furnished(processes, stack, services)
         await processes.stop()
+        first.server = server
         await _seed(first, tasks, few)
         await start(processes, services)
         client, _ = await processes.client(stack)
@@ -129,7 +140,11 @@ async def start(processes: Processes, services: Sequence[str]) -> None:
             address, options=(*CHANNEL_OPTIONS, ("grpc.default_authority", "localhost"))
         ) as channel:
             stub: Any = health_pb2_grpc.HealthStub(channel)
-            await stub.Check(health_pb2.HealthCheckRequest(), timeout=_READY_SECONDS, wait_for_ready=True)
+
+            async def serving() -> bool:
+                return (await stub.Check(_OF_ALL, timeout=_READY_SECONDS, wait_for_ready=True)).status == _SERVING
+
+            await eventually(serving, _READY_SECONDS)
 
 
 async def _furnished(processes: Processes, stack: AsyncExitStack, services: Sequence[str]) -> Installed:
@@ -163,7 +178,7 @@ async def _seed(installation: Installed, tasks: int, few: int) -> None:
         (installation.other_organization_id, installation.other_repository_id, range(tasks, tasks + few)),
     )
     made = [a_task(owner, repository, number) for owner, repository, numbers in places for number in numbers]
-    await seed_repository(installation.processes.folder / "data", made)
+    await seed_repository(installation.processes.database("repository"), made)
     await start(installation.processes, ["organization"])
     async with installation.child("repository", "organization") as repository:
         await seed_organization(repository, made)

@@ -20,6 +20,7 @@ from services.sandbox.providers.ports import free_port
 from tests.bench.child import Child
 from tests.bench.floor import OPTIONS, WATCH, Pusher, Store
 from tests.bench.installation import Installed, a_task, installed, task_id
+from tests.support.databases import Server
 
 Seen = Callable[[str, int], None]
 """Called with an entity's id and revision when a client has received it."""
@@ -56,9 +57,12 @@ class Ours:
 
 
 @asynccontextmanager
-async def ours(folder: Path, count: int) -> AsyncGenerator[Ours, None]:
-    """Run Branchline with so many idle tasks."""
-    async with installed(folder, count) as installation, installation.child("task", "repository") as child:
+async def ours(folder: Path, count: int, server: Server | None = None) -> AsyncGenerator[Ours, None]:
+    """Run Branchline with so many idle tasks, on SQLite or on a PostgreSQL server."""
+    async with (
+        installed(folder, count, server=server) as installation,
+        installation.child("task", "repository") as child,
+    ):
         tasks = [a_task(installation.organization_id, installation.repository_id, number) for number in range(count)]
         yield Ours(installation, child, tasks)
 
@@ -102,13 +106,17 @@ class Floor:
 
 
 @asynccontextmanager
-async def floor(folder: Path, tasks: int) -> AsyncGenerator[Floor, None]:
-    """Run the floor with so many entities."""
+async def floor(folder: Path, tasks: int, server: Server | None = None) -> AsyncGenerator[Floor, None]:
+    """Run the floor with so many entities, on SQLite or on a PostgreSQL server."""
     folder.mkdir(parents=True, exist_ok=True)
     root, middle, door = (f"127.0.0.1:{free_port()}" for _ in range(3))
+
+    def database(name: str) -> str:
+        return str(folder / f"{name}.sqlite") if server is None else server.create(f"floor_{name}")
+
     commands = (
-        (root, "--database", str(folder / "root.sqlite")),
-        (middle, "--database", str(folder / "middle.sqlite"), "--upstream", root),
+        (root, "--database", database("root")),
+        (middle, "--database", database("middle"), "--upstream", root),
         (door, "--upstream", root),
     )
     running: list[asyncio.subprocess.Process] = []
@@ -121,7 +129,7 @@ async def floor(folder: Path, tasks: int) -> AsyncGenerator[Floor, None]:
                 await gateway.channel_ready()
                 pusher = Pusher(channel)
                 try:
-                    yield Floor(door, middle, Store(folder / "child.sqlite"), pusher, tasks)
+                    yield Floor(door, middle, Store(database("child")), pusher, tasks)
                 finally:
                     await pusher.close()
     finally:

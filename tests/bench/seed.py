@@ -1,7 +1,6 @@
 """Puts tasks into the databases of repository and organization as if they had been created and pushed."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from branchline.v1.sessions_pb2 import Session
 from branchline.v1.tasks_pb2 import Task
@@ -17,9 +16,9 @@ from tests.bench.child import Child
 _CHUNK = 1000
 
 
-async def seed_repository(data_dir: Path, tasks: Sequence[Task]) -> None:
+async def seed_repository(url: str, tasks: Sequence[Task]) -> None:
     """Write into the database of a repository service that does not run."""
-    database = open_database(f"sqlite:///{data_dir / 'repository' / 'repository.sqlite'}")
+    database = open_database(url)
     await database.start()
     index = Index(database, WATCHED, Clock())
     await index.start()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tests.bench.pipelines import Floor, Ours, floor, ours
 from tests.bench.result import Figures, Options, Row, against, interleave, latencies
+from tests.support.databases import Server, running_server
 
 Pipeline = Ours | Floor
 
@@ -23,22 +24,40 @@ _ARRIVAL_SECONDS = 30.0
 
 async def one_change(options: Options, folder: Path) -> list[Row]:
     """Change one task at a time, each after the one before has arrived at the client."""
-    async with floor(folder / "floor", _TASKS) as low, ours(folder / "ours", _TASKS) as own:
-        measure = partial(_one_at_a_time, count=options.samples)
-        rounds = await interleave(options.rounds, partial(measure, low), partial(measure, own))
-    name = "one change to a client's watch"
-    return [
-        *against(f"{name}, p50", "ms", rounds["p50"], 1.6),
-        *against(f"{name}, p99", "ms", rounds["p99"], 3.0),
-    ]
+    return await _latencies(options, folder, "one change to a client's watch", 1.6, 3.0)
+
+
+async def one_change_on_postgres(options: Options, folder: Path) -> list[Row]:
+    """Do the same on PostgreSQL, against bare psycopg."""
+    with running_server(settings=()) as server:
+        return await _latencies(options, folder, "one change to a client's watch on PostgreSQL", 2.0, 3.5, server)
 
 
 async def sustained(options: Options, folder: Path) -> list[Row]:
     """Change tasks in batches, as fast as they arrive at the client."""
-    async with floor(folder / "floor", _TASKS) as low, ours(folder / "ours", _TASKS) as own:
+    return await _rates(options, folder, "sustained changes through all levels", 0.3)
+
+
+async def sustained_on_postgres(options: Options, folder: Path) -> list[Row]:
+    """Do the same on PostgreSQL, against bare psycopg."""
+    with running_server(settings=()) as server:
+        return await _rates(options, folder, "sustained changes through all levels on PostgreSQL", 0.25, server)
+
+
+async def _latencies(
+    options: Options, folder: Path, name: str, p50: float, p99: float, server: Server | None = None
+) -> list[Row]:
+    async with floor(folder / "floor", _TASKS, server) as low, ours(folder / "ours", _TASKS, server) as own:
+        measure = partial(_one_at_a_time, count=options.samples)
+        rounds = await interleave(options.rounds, partial(measure, low), partial(measure, own))
+    return [*against(f"{name}, p50", "ms", rounds["p50"], p50), *against(f"{name}, p99", "ms", rounds["p99"], p99)]
+
+
+async def _rates(options: Options, folder: Path, name: str, bound: float, server: Server | None = None) -> list[Row]:
+    async with floor(folder / "floor", _TASKS, server) as low, ours(folder / "ours", _TASKS, server) as own:
         measure = partial(_sustained, seconds=options.seconds)
         rounds = await interleave(options.rounds, partial(measure, low), partial(measure, own))
-    return against("sustained changes through all levels", "1/s", rounds["rate"], 0.3, at_least=True)
+    return against(name, "1/s", rounds["rate"], bound, at_least=True)
 
 
 @asynccontextmanager

