@@ -1,6 +1,6 @@
 """What a sandbox provider must do. All of it is idempotent by the sandbox's id."""
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
@@ -30,6 +30,25 @@ class Machine:
     new connection; None where nobody else can listen there."""
 
 
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose a sandbox is, for those who look at machines with the provider's own tools."""
+
+    organization_id: str = ""
+    task_id: str = ""
+
+
+NOBODY = Owner()
+
+
+@dataclass(frozen=True, slots=True)
+class Overuse:
+    """A sandbox that was ended because it used more than it may."""
+
+    sandbox_id: str
+    words: str
+
+
 class Condition(Enum):
     """Whether a machine is there."""
 
@@ -47,6 +66,9 @@ class Probe:
     machine: Machine | None = None
     """The machine, if it is alive."""
 
+    words: str = ""
+    """Why it is not, where more is known than that: such as that it ran out of memory."""
+
 
 class ProviderError(Exception):
     """The machine could not be made or started; the message says why, with the output's tail."""
@@ -61,11 +83,11 @@ class SandboxProvider(Protocol):
         """Prepare, before anything else is asked. Raise ProviderError if machines cannot be kept apart as wanted."""
         ...
 
-    async def create(self, sandbox_id: str) -> Machine:
+    async def create(self, sandbox_id: str, owner: Owner = NOBODY) -> Machine:
         """Make the machine, or return it if it runs. Raise ProviderError."""
         ...
 
-    async def resume(self, sandbox_id: str) -> Machine:
+    async def resume(self, sandbox_id: str, owner: Owner = NOBODY) -> Machine:
         """Start a stopped machine with its files as they were. Raise ProviderError."""
         ...
 
@@ -91,4 +113,8 @@ class SandboxProvider(Protocol):
 
     async def end_agent(self, sandbox_id: str, process: str) -> bool:
         """End an agent's process with all its descendants; say whether none of them is left."""
+        ...
+
+    def overuse(self) -> AsyncIterator[Overuse]:
+        """Watch for ever what sandboxes use; end those that go beyond their limits, and yield them."""
         ...

@@ -1,8 +1,8 @@
 """Becomes the server of a sandbox. A program of its own, run by `python -c`; the provider imports its names alone.
 
-It reads from standard input what it shall do: drop the backend's user, furnish the home, and become the server. All
-that a hostile home could turn against the backend, such as a link in the place of a file, happens as the sandbox's
-user and within its walls.
+It reads from standard input, or from a variable where there is none, what it shall do: drop the backend's user, furnish
+the home, and become the server. All that a hostile home could turn against the backend, such as a link in the place of
+a file, happens as the sandbox's user and within its walls.
 
 sandbox-agent 0.4.2 takes its token from the command line alone, which everybody on a host may read. So the command
 line holds a word in its place, and before the server's first instruction the word's pointer is led to the token, which
@@ -24,6 +24,9 @@ from typing import Any, NoReturn
 HIDDEN = "(hidden)"
 """Word on the command line in the place of the token."""
 
+PLAN = "BRANCHLINE_PLAN"
+"""Variable that holds the plan where standard input does not."""
+
 _TOKEN = "BRANCHLINE_SERVER_TOKEN"  # noqa: S105 - the name of a variable
 _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS, _PR_SET_PTRACER = 4, 38, 0x59616D61  # prctl(2)
 _CONT, _DETACH, _SEIZE = 7, 17, 0x4206  # ptrace(2)
@@ -37,7 +40,8 @@ _libc.ptrace.restype = ctypes.c_long
 
 def main() -> None:
     """Do what standard input says."""
-    plan = json.load(sys.stdin)
+    given = os.environ.pop(PLAN, "")
+    plan = json.loads(given) if given else json.load(sys.stdin)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.umask(plan["umask"])
     for name, most in plan["limits"].items():

@@ -8,9 +8,8 @@ import asyncio
 import json
 import os
 import secrets
-import shlex
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,8 @@ from services.runtime.config import Config
 from services.runtime.logging import get_logger
 from services.sandbox.agent_server import Unreachable
 from services.sandbox.providers import isolation, launcher, ports
-from services.sandbox.providers.base import Condition, Machine, Probe, ProviderError
+from services.sandbox.providers.base import NOBODY, Condition, Machine, Overuse, Owner, Probe, ProviderError
+from services.sandbox.providers.furniture import environment, furniture
 from services.sandbox.providers.processes import SANDBOX_MARK, SandboxProcesses, is_root
 from services.sandbox.providers.sharing import share
 from services.sandbox.providers.users import ACCOUNTS, User, Users
@@ -36,28 +36,6 @@ _START_ATTEMPTS = 5  # another process may take the port between our look and th
 _PROBE_SECONDS = 2.0
 _LIMITS = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": 8192, "RLIMIT_NPROC": 8192}
 _UMASK, _SHARED_UMASK = 0o022, 0o002  # what sandboxes push to a folder they share must be open to their group
-_ACP_TIMEOUT_MS = str(24 * 3600 * 1000)
-
-_LAUNCHER = """#!/bin/sh
-# Runs an agent, marks what it starts, and says on the agent's own channel when it ends, which the server would not.
-export BRANCHLINE_AGENT=$$
-{command} "$@"
-code=$?
-printf '{{"jsonrpc":"2.0","method":"_branchline/agent_exited","params":{{"code":%d}}}}\\n' "$code"
-exit "$code"
-"""
-
-_GITCONFIG = """[credential]
-	helper = store --file ~/.git-credentials
-[safe]
-	directory = *
-[init]
-	defaultBranch = main
-[push]
-	autoSetupRemote = true
-[advice]
-	detachedHead = false
-"""
 
 
 class LocalProviderConfig(Config, frozen=True):
@@ -137,7 +115,7 @@ class LocalProvider:
         await isolation.require(command, plan, how)
         self._isolation = how
 
-    async def create(self, sandbox_id: str) -> Machine:
+    async def create(self, sandbox_id: str, owner: Owner = NOBODY) -> Machine:
         """Start the server in a home of its own, or return it if it runs."""
         running = await self.probe(sandbox_id)
         if running.machine is not None:
@@ -167,7 +145,7 @@ class LocalProvider:
         tail = (folder / "server.log").read_text(errors="replace")[-2000:]
         raise ProviderError(f"the sandbox-agent server {how}: {tail}")
 
-    async def resume(self, sandbox_id: str) -> Machine:
+    async def resume(self, sandbox_id: str, owner: Owner = NOBODY) -> Machine:
         """Start the server again; the files are as they were."""
         return await self.create(sandbox_id)
 
@@ -201,6 +179,11 @@ class LocalProvider:
     async def end_agent(self, sandbox_id: str, process: str) -> bool:
         """End an agent's process with all its descendants."""
         return await asyncio.to_thread(self.processes.end_agent, sandbox_id, process)
+
+    async def overuse(self) -> AsyncIterator[Overuse]:
+        """Bound nothing, and so end nothing: never yield."""
+        await asyncio.Event().wait()
+        yield Overuse("", "")
 
     def _known(self, sandbox_id: str) -> _Known | None:
         try:
@@ -245,14 +228,6 @@ class LocalProvider:
             (folder / name).chmod(0o644)
         return user
 
-    def _furniture(self, home: Path) -> dict[str, tuple[str, int]]:
-        launchers = home / ".local/share/sandbox-agent/bin/agent_processes"
-        agents = {
-            str(launchers / f"{agent}-acp"): (_LAUNCHER.format(command=shlex.join(command)), 0o755)
-            for agent, command in self._config.agents.items()
-        }
-        return {str(home / ".gitconfig"): (_GITCONFIG, 0o644), **agents}
-
     def _launcher(self, home: Path, how: str, user: User | None) -> list[str]:
         """Return the command that reads a plan and becomes a sandbox's server."""
         if how == isolation.NONE:
@@ -263,31 +238,22 @@ class LocalProvider:
         self, sandbox_id: str, folder: Path, known: _Known, user: User | None
     ) -> asyncio.subprocess.Process:
         home = folder / "home"
-        environment = {
-            "HOME": str(home),
-            "PATH": os.environ.get("PATH", os.defpath),
-            "LANG": "C.UTF-8",
-            "TERM": "dumb",
-            "GIT_TERMINAL_PROMPT": "0",
-            "SANDBOX_AGENT_ACP_REQUEST_TIMEOUT_MS": _ACP_TIMEOUT_MS,
-            SANDBOX_MARK: sandbox_id,
-        }
+        variables = {**environment(home, os.environ.get("PATH", os.defpath)), SANDBOX_MARK: sandbox_id}
         if user is not None:
-            environment |= {"USER": "sandbox", "LOGNAME": "sandbox"}
+            variables |= {"USER": "sandbox", "LOGNAME": "sandbox"}
         command = [
             *(str(self._program), "server", "--no-telemetry"),
             *("--token", launcher.HIDDEN, "--host", "127.0.0.1", "--port", str(known.port)),
         ]
-        plan = launcher.plan(
-            **_ground(user), home=str(home), files=self._furniture(home), command=command, token=known.token
-        )
+        files = furniture(home, self._config.agents)
+        plan = launcher.plan(**_ground(user), home=str(home), files=files, command=command, token=known.token)
         log_file = folder / "server.log"
         log_file.touch(mode=0o600)
         with log_file.open("ab") as output:
             server = await asyncio.create_subprocess_exec(
                 *self._launcher(home, known.isolation, user),
                 cwd=self._root,
-                env=environment,
+                env=variables,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=output,
                 stderr=output,
