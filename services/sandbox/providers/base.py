@@ -1,6 +1,6 @@
 """What a sandbox provider must do. All of it is idempotent by the sandbox's id."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
@@ -115,6 +115,10 @@ class SandboxProvider(Protocol):
         """End an agent's process with all its descendants; say whether none of them is left."""
         ...
 
-    def overuse(self) -> AsyncIterator[Overuse]:
-        """Watch for ever what sandboxes use; end those that go beyond their limits, and yield them."""
+    async def watch(self, ended: Callable[[Overuse], Awaitable[None]]) -> None:
+        """Watch for ever what sandboxes use; end those that go beyond their limits, and tell of them."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of what the provider holds; machines go on."""
         ...

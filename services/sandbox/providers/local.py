@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -180,10 +180,12 @@ class LocalProvider:
         """End an agent's process with all its descendants."""
         return await asyncio.to_thread(self.processes.end_agent, sandbox_id, process)
 
-    async def overuse(self) -> AsyncIterator[Overuse]:
-        """Bound nothing, and so end nothing: never yield."""
+    async def watch(self, ended: Callable[[Overuse], Awaitable[None]]) -> None:
+        """Bound nothing, and so end nothing."""
         await asyncio.Event().wait()
-        yield Overuse("", "")
+
+    async def close(self) -> None:
+        """Hold nothing."""
 
     def _known(self, sandbox_id: str) -> _Known | None:
         try:

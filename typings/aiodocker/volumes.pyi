@@ -1,0 +1,9 @@
+from collections.abc import Mapping
+from typing import Any
+
+class DockerVolumes:
+    async def list(self, *, filters: Mapping[str, str] | None = None) -> dict[str, Any]: ...
+    async def get(self, id: str) -> DockerVolume: ...
+
+class DockerVolume:
+    async def delete(self, force: bool = False) -> None: ...
