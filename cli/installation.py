@@ -23,6 +23,9 @@ GATEWAY = "gateway"
 
 ROOT = Path(__file__).parents[1]
 
+LOCAL, DOCKER = "local", "docker"
+"""Sandbox providers that come with the installation; `sandbox.provider` names the one that tasks have by default."""
+
 _KEY_FILE = "signing.key"
 _SOCKETS = "run"
 _LONGEST_SOCKET_PATH = 107
@@ -59,7 +62,13 @@ class Installation:
     def _configuration(self, name: str) -> dict[str, Any]:
         section = self.settings.section(name)
         if name == "sandbox":
-            section["local"] = self._local_provider(section.get("local", {}))
+            section.pop("provider", None)
+            if uses(self.settings, LOCAL):
+                section[LOCAL] = self._local_provider(section.get(LOCAL, {}))
+            if uses(self.settings, DOCKER):
+                section.setdefault(DOCKER, {})
+        if name == "repository":
+            section.setdefault("sandbox_provider", sandbox_provider(self.settings))
         shared = {"addresses": self.addresses, "signing_key": self.signing_key, "tls": self.settings.tls.of(name)}
         if name == GATEWAY:
             return {**section, **shared}
@@ -84,6 +93,16 @@ class Installation:
             "readable_paths": [*python_paths(), *map(Path, given.get("readable_paths", ()))],
             "writable_paths": [Path(path).resolve() for path in given.get("writable_paths", ())],
         }
+
+
+def sandbox_provider(settings: Settings) -> str:
+    """Return the sandbox provider of tasks for which neither they nor their organization name one."""
+    return str(settings.sandbox.get("provider", LOCAL))
+
+
+def uses(settings: Settings, provider: str) -> bool:
+    """Say whether an installation has a sandbox provider: its default one, and any that has settings."""
+    return provider == sandbox_provider(settings) or provider in settings.sandbox
 
 
 def local_installation(settings: Settings, *, make: bool = True) -> Installation:
@@ -153,6 +172,15 @@ def find_sandbox_agent() -> Path:
     raise SettingsError(
         "sandbox-agent is not installed: npm install @sandbox-agent/cli, or set sandbox.local.sandbox_agent"
     )
+
+
+def with_scripted_agents(settings: Settings) -> dict[str, Any]:
+    """Return the section of the sandbox service with the scripted agent, where it names no agents."""
+    section = settings.section("sandbox")
+    for provider, agents in ((LOCAL, scripted_agents()), (DOCKER, {"mock": ["branchline-scripted-agent"]})):
+        if uses(settings, provider):
+            section[provider] = {"agents": agents, **section.get(provider, {})}
+    return section
 
 
 def scripted_agents() -> dict[str, list[str]]:

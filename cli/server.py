@@ -13,7 +13,7 @@ from typing import Any
 
 import uvloop
 
-from cli.installation import SERVICES, Installation, distributed_installation, known_installation
+from cli.installation import LOCAL, SERVICES, Installation, distributed_installation, known_installation, uses
 from cli.isolation import require_isolation
 from cli.settings import Settings, SettingsError, load_settings
 from services.runtime.logging import configure_logging
@@ -48,8 +48,10 @@ def configure(data_dir: Path, **given: Any) -> Settings:
 
 
 def isolation_of(installation: Installation) -> str:
-    """Return what the settings say of isolation."""
-    return str(installation.settings.section("sandbox").get("local", {}).get("isolation", "auto"))
+    """Return what the settings say of isolation on this host, which is of no interest without the `local` provider."""
+    if not uses(installation.settings, LOCAL):
+        return "none"
+    return str(installation.settings.section("sandbox").get(LOCAL, {}).get("isolation", "auto"))
 
 
 async def until_stopped() -> None:

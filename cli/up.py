@@ -17,7 +17,7 @@ from cli.installation import (
     Installation,
     distributed_installation,
     local_installation,
-    scripted_agents,
+    with_scripted_agents,
 )
 from cli.isolation import require_isolation
 from cli.server import configure, isolation_of, until_stopped
@@ -32,10 +32,9 @@ _BOOTSTRAP_SECONDS = 30.0
 
 async def up(console: Console, data_dir: Path, agent: str, isolation: str | None) -> None:
     """Run all services until the process is told to stop."""
-    given: dict[str, Any] = {} if isolation is None else {"isolation": isolation}
-    settings = configure(data_dir, sandbox={"local": given})
-    if not settings.section("sandbox").get("local", {}).get("agents"):
-        settings = configure(data_dir, sandbox={"local": {**given, "agents": scripted_agents()}})
+    given: dict[str, Any] = {} if isolation is None else {"sandbox": {"local": {"isolation": isolation}}}
+    settings = configure(data_dir, **given)
+    settings = configure(data_dir, sandbox=with_scripted_agents(settings))
     installation = local_installation(settings)
     await require_isolation(isolation_of(installation))
     async with everything(installation) as services:

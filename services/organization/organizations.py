@@ -32,7 +32,6 @@ from services.runtime.spine.resources import Held
 from services.runtime.updates import check_etag, etag_of, update
 
 DEFAULT_IDLE_SECONDS = 1800
-DEFAULT_SANDBOX_PROVIDER = "local"
 ORGANIZATION_BYTES = 4 * 1024
 """Most that an organization's own state may take: every watch of it carries it, and the list of a person's own."""
 
@@ -96,7 +95,6 @@ class Organizations:
         organization.id = self.clock.new_id("org")
         organization.create_time.CopyFrom(self.clock.timestamp())
         organization.settings.auto_import_repositories = True
-        organization.settings.default_sandbox_provider = DEFAULT_SANDBOX_PROVIDER
         organization.settings.idle_timeout.FromSeconds(DEFAULT_IDLE_SECONDS)
         self._save(tx, organization)
         self.members.join(tx, organization.id, owner, ROLE_OWNER)

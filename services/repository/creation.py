@@ -25,8 +25,6 @@ from services.runtime.spine.outbox import Mark, Outbox
 from services.runtime.spine.tokens import consistency_token
 from services.runtime.updates import SESSION_SETTABLE, TASK_SETTABLE, etag_of
 
-DEFAULT_PROVIDER = "local"
-
 
 @dataclass(frozen=True, slots=True)
 class New:
@@ -49,6 +47,8 @@ class Creation:
     clock: Clock
     store: RepositoryStore
     workbench: Workbench
+    sandbox_provider: str
+    """Provider of tasks for which neither they nor their organization name one."""
 
     def prepare(self, request: tasks_pb2.CreateTaskRequest) -> New:
         """Fill in what the request leaves to defaults; raise InvalidArgument for what no task could have."""
@@ -60,7 +60,7 @@ class Creation:
             raise InvalidArgument("session.agent", "is needed: neither the user nor the organization has a default")
         follows = not wanted.agent or wanted.agent == principal.default_agent
         model = wanted.model or (principal.default_model if follows else "")
-        provider = request.sandbox.provider or principal.default_sandbox_provider or DEFAULT_PROVIDER
+        provider = request.sandbox.provider or principal.default_sandbox_provider or self.sandbox_provider
         session = SessionOptions(agent=agent, model=model, mode=wanted.mode)
         return New("" if request.validate_only else self.clock.new_id("task"), session, provider)
 

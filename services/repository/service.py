@@ -32,6 +32,9 @@ _SWEEP_PAUSE_SECONDS = 0.5
 class RepositoryConfig(ServiceConfig, frozen=True):
     """Configuration of the repository service."""
 
+    sandbox_provider: str = "local"
+    """Sandbox provider where neither a task nor its organization names one."""
+
 
 def build(config: RepositoryConfig) -> Service:
     """Build the service."""
@@ -41,7 +44,7 @@ def build(config: RepositoryConfig) -> Service:
     store, workbench = RepositoryStore(outbox, clock), Workbench(index)
     deletion = Deletion(database, outbox, clock, store, workbench)
     ingest = RepositoryIngest(outbox, clock, store, workbench, deletion)
-    creation = Creation(outbox, clock, store, workbench)
+    creation = Creation(outbox, clock, store, workbench, config.sandbox_provider)
     reads = Reads(database, index, store, workbench)
     organization = chassis.stub(OrganizationServiceStub, "organization")
     servicer = RepositoryServicer(database, index, store, workbench, deletion, organization)

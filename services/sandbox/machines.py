@@ -20,13 +20,13 @@ from branchline.v1.sandboxes_pb2 import Sandbox
 
 from services.runtime.clock import Clock
 from services.runtime.database import Database
-from services.runtime.errors import FailedPrecondition, InvalidArgument, Unavailable
+from services.runtime.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from services.runtime.failures import failed
 from services.runtime.lanes import Lanes
 from services.runtime.logging import get_logger
 from services.runtime.loops import for_each
 from services.sandbox.agent_server import AgentServer, Unreachable
-from services.sandbox.providers.base import Condition, Machine, Probe, ProviderError, SandboxProvider
+from services.sandbox.providers.base import Condition, Machine, Overuse, Owner, Probe, ProviderError, SandboxProvider
 from services.sandbox.store import GONE, SandboxStore
 
 if TYPE_CHECKING:
@@ -55,18 +55,28 @@ class Machines:
     clock: Clock
     http: "Callable[[], Http]"
     providers: Mapping[str, SandboxProvider]
+    remove_orphans: bool = False
+    """Whether what the database does not know is removed, files and all, in the place of being kept."""
+
     orphans: dict[str, str] = field(default_factory=dict[str, str])
-    """Sandboxes that providers have and the database does not know, with their provider. Their files are kept."""
+    """Sandboxes that providers have and the database does not know, with their provider, as last looked for."""
 
     _lanes: Lanes = field(default_factory=Lanes)
     _servers: dict[str, AgentServer] = field(default_factory=dict[str, AgentServer])
+
+    async def close(self) -> None:
+        """Let go of the providers; machines go on."""
+        for provider in self.providers.values():
+            await provider.close()
 
     async def start(self) -> None:
         """Prepare the providers. Raise ProviderError if one cannot do what is wanted."""
         for provider in self.providers.values():
             await provider.start()
 
-    async def create(self, sandbox_id: str, task_id: str, organization_id: str, provider: str) -> Sandbox:
+    async def create(
+        self, sandbox_id: str, task_id: str, organization_id: str, provider: str, remote_url: str = ""
+    ) -> Sandbox:
         """Create a sandbox, once. Raise InvalidArgument for an unknown provider, FailedPrecondition if it fails."""
         if provider not in self.providers:
             known = ", ".join(sorted(self.providers))
@@ -81,7 +91,7 @@ class Machines:
             state_time=now,
             create_time=now,
         )
-        await self.database.write(self.store.add, sandbox, organization_id)
+        await self.database.write(self.store.add, sandbox, organization_id, remote_url)
         await self._wake(sandbox_id)
         return await self.database.read(self.store.get, sandbox_id)
 
@@ -137,21 +147,44 @@ class Machines:
             await self.database.write(self.store.move, sandbox_id, sandboxes_pb2.SANDBOX_STATE_DESTROYED)
 
     async def reconcile(self) -> None:
-        """Put right what a stop in between left.
+        """Put right what a stop in between left."""
+        await self.look_for_orphans()
+        there = await self.database.read(self.store.there)
+        await for_each(there, "look at a sandbox", self._note_stopped, _PARALLEL)
 
-        What the database does not know is stopped, reported and kept: after a restore it may be people's work. Only
-        what is known to be destroyed is removed.
+    async def look_for_orphans(self) -> None:
+        """Find what providers have and the database does not know: it is stopped, and removed only if that is wanted.
+
+        It may be people's work, after a restore. What is known to be destroyed is removed in any case.
         """
-        held = {sandbox.id: sandbox for sandbox in await self.database.read(self.store.there)}
+        await for_each(self.providers.values(), "look for orphans", self._look_for_orphans)
+
+    async def _look_for_orphans(self, provider: SandboxProvider) -> None:
+        found = await provider.known()  # first: what is made from now on is in the database before the provider has it
+        strays = found - {sandbox.id for sandbox in await self.database.read(self.store.there)}
         destroyed = await self.database.read(self.store.destroyed)
-        for provider in self.providers.values():
-            strays = await provider.known() - held.keys()
-            await for_each(strays & destroyed, "remove what is destroyed", provider.destroy, _PARALLEL)
-            for stray in strays - destroyed:
-                log.warning("sandbox unknown to the database is stopped, its files kept", sandbox=stray)
-                self.orphans[stray] = provider.name
-            await for_each(strays - destroyed, "stop what is unknown", provider.pause, _PARALLEL)
-        await for_each(held.values(), "look at a sandbox", self._note_stopped, _PARALLEL)
+        gone = strays if self.remove_orphans else strays & destroyed
+        orphans = strays - destroyed
+        for orphan in orphans - self.orphans.keys():
+            becomes = "removed" if self.remove_orphans else "stopped, its files kept"
+            log.warning("sandbox unknown to the database", sandbox=orphan, provider=provider.name, becomes=becomes)
+        await for_each(gone, "remove what is gone", provider.destroy, _PARALLEL)
+        await for_each(strays - gone, "stop what is unknown", provider.pause, _PARALLEL)
+        kept = {orphan: name for orphan, name in self.orphans.items() if name != provider.name}
+        self.orphans = {**kept, **dict.fromkeys(orphans - gone, provider.name)}
+
+    async def watch(self) -> None:
+        """Watch for ever what sandboxes use. One that used too much has ended, and says so until it is woken."""
+        async with asyncio.TaskGroup() as group:
+            for provider in self.providers.values():
+                group.create_task(provider.watch(self._ended))
+
+    async def _ended(self, overuse: Overuse) -> None:
+        self._servers.pop(overuse.sandbox_id, None)
+        try:
+            await self._fail(overuse.sandbox_id, overuse.words)
+        except NotFound:
+            log.info("a sandbox that is not known has ended", sandbox=overuse.sandbox_id)
 
     async def _note_stopped(self, sandbox: Sandbox) -> None:
         if sandbox.state != sandboxes_pb2.SANDBOX_STATE_RUNNING:
@@ -212,14 +245,15 @@ class Machines:
             if probe.condition is not Condition.UNKNOWN:
                 return probe.machine
             if asyncio.get_running_loop().time() > deadline:
-                words = "the sandbox's machine is there and does not answer"
+                words = f"the sandbox's machine does not answer: {probe.words or 'it is there'}"
                 raise Unavailable(ERROR_REASON_SANDBOX_UNREACHABLE, words)
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def _start(self, sandbox: Sandbox, provider: SandboxProvider) -> Machine:
         try:
             made = await self.database.read(self.store.workspace, sandbox.id)
-            return await (provider.resume(sandbox.id) if made else provider.create(sandbox.id))
+            owner = Owner(await self.database.read(self.store.organization, sandbox.id), sandbox.task_id)
+            return await (provider.resume if made else provider.create)(sandbox.id, owner)
         except (ProviderError, OSError) as error:
             words = f"the machine did not start: {error}"
             await self._fail(sandbox.id, words)

@@ -48,7 +48,7 @@ class SandboxServicer(sandbox_pb2_grpc.SandboxServiceServicer):
         """Create a sandbox and wait until it runs."""
         organization_id = current_principal().organization_id
         sandbox = await self.ground.machines.create(
-            request.sandbox_id, request.task_id, organization_id, request.provider
+            request.sandbox_id, request.task_id, organization_id, request.provider, request.remote_url
         )
         await self._report(sandbox.id, sandbox.task_id)
         return sandbox_pb2.CreateSandboxResponse()
@@ -174,3 +174,13 @@ class SandboxServicer(sandbox_pb2_grpc.SandboxServiceServicer):
             await self.ground.machines.destroy(sandbox_id)
         await self.ground.database.write(retention.forget, request.task_id)
         return sandbox_pb2.ForgetTaskResponse()
+
+    async def ListOrphans(
+        self, request: sandbox_pb2.ListOrphansRequest, context: Context
+    ) -> sandbox_pb2.ListOrphansResponse:
+        """List what providers have and the database does not know, to the operator alone."""
+        current_principal().require_operator()
+        await self.ground.machines.look_for_orphans()
+        found = sorted(self.ground.machines.orphans.items())
+        orphans = [sandbox_pb2.Orphan(sandbox_id=sandbox_id, provider=provider) for sandbox_id, provider in found]
+        return sandbox_pb2.ListOrphansResponse(orphans=orphans)

@@ -28,7 +28,7 @@ SANDBOXES = Resources(
     Sandbox,
     ENTITY_KIND_SANDBOX,
     lambda sandbox: {"id": sandbox.id, "task_id": sandbox.task_id, "state": sandbox.state},
-    own=("organization_id", "workspace"),
+    own=("organization_id", "workspace", "remote_url"),
 )
 _THERE = SANDBOXES.by(where=[sandboxes.c.state != SANDBOX_STATE_DESTROYED])
 _DESTROYED = Statement(select(sandboxes.c.id).where(sandboxes.c.state == SANDBOX_STATE_DESTROYED))
@@ -44,15 +44,18 @@ _ACTIVE = Statement(
     .limit(1)
 )
 _PLACE = Statement(
-    update(sandboxes).where(sandboxes.c.id == bindparam("sandbox")).values(organization_id=bindparam("organization"))
+    update(sandboxes)
+    .where(sandboxes.c.id == bindparam("sandbox"))
+    .values(organization_id=bindparam("organization"), remote_url=bindparam("remote"))
 )
-
 
 _WORKSPACE = Statement(
     update(sandboxes).where(sandboxes.c.id == bindparam("sandbox")).values(workspace=bindparam("directory"))
 )
 _OWN = Statement(
-    select(sandboxes.c.organization_id, sandboxes.c.workspace).where(sandboxes.c.id == bindparam("sandbox"))
+    select(sandboxes.c.organization_id, sandboxes.c.workspace, sandboxes.c.remote_url).where(
+        sandboxes.c.id == bindparam("sandbox")
+    )
 )
 
 
@@ -79,6 +82,11 @@ class SandboxStore:
         row = tx.row(_OWN, {"sandbox": sandbox_id})
         return row.organization_id if row is not None else ""
 
+    def remote_url(self, tx: Reader, sandbox_id: str) -> str:
+        """Return the git remote of a sandbox's task; empty if it is not known."""
+        row = tx.row(_OWN, {"sandbox": sandbox_id})
+        return row.remote_url if row is not None else ""
+
     def workspace(self, tx: Reader, sandbox_id: str) -> str:
         """Return the directory of a sandbox's working tree; empty if its machine was never made."""
         row = tx.row(_OWN, {"sandbox": sandbox_id})
@@ -97,11 +105,12 @@ class SandboxStore:
         """Return the ids of all sandboxes that are destroyed."""
         return {row.id for row in tx.rows(_DESTROYED)}
 
-    def add(self, tx: Tx, sandbox: Sandbox, organization_id: str) -> None:
+    def add(self, tx: Tx, sandbox: Sandbox, organization_id: str, remote_url: str) -> None:
         """Store a new sandbox; leave one that is there, whatever its state."""
         if SANDBOXES.find(tx, sandbox.id) is None:
             self._put(tx, sandbox)
-            tx.change(_PLACE, {"sandbox": sandbox.id, "organization": organization_id})
+            placed = {"sandbox": sandbox.id, "organization": organization_id, "remote": remote_url}
+            tx.change(_PLACE, placed)
 
     def bury(self, tx: Tx, sandbox_id: str) -> bool:
         """Note that a sandbox is gone before it was made, so that a creation on its way is refused.

@@ -57,8 +57,10 @@ class EventStream:
                             return
             except Unreachable as error:
                 log.info("event stream broke", session=self.link.record.session_id, reason=str(error))
-                if (await self.machines.look(self.link.record.sandbox_id)).condition is Condition.GONE:
-                    words = "the machine stopped in mid-turn; send a message to go on"
+                seen = await self.machines.look(self.link.record.sandbox_id)
+                if seen.condition is Condition.GONE:
+                    why = f" ({seen.words})" if seen.words else ""
+                    words = f"the machine stopped in mid-turn{why}; send a message to go on"
                     self.turn.agent_gone(failed(FAILURE_REASON_SANDBOX_LOST, words))
             except AgentError as error:
                 self._refusals += 1

@@ -14,6 +14,7 @@ sandboxes = Table(
     Column("task_id", String, nullable=False),
     Column("organization_id", String, nullable=False, server_default=""),
     Column("workspace", String, nullable=False, server_default=""),
+    Column("remote_url", String, nullable=False, server_default=""),
     Column("state", Integer, nullable=False),
     Column("revision", BigInteger, nullable=False),
     Column("payload", LargeBinary, nullable=False),

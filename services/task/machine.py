@@ -56,10 +56,13 @@ class Machine:
     repository: RepositoryServiceStub
     deadlines: Deadlines
 
-    async def create(self, task: Task) -> None:
+    async def create(self, task: Task, remote_url: str) -> None:
         """Create the task's active sandbox, or find it created."""
         request = sandbox_pb2.CreateSandboxRequest(
-            sandbox_id=task.active_sandbox_id, task_id=task.id, provider=task.sandbox_provider
+            sandbox_id=task.active_sandbox_id,
+            task_id=task.id,
+            provider=task.sandbox_provider,
+            remote_url=remote_url,
         )
         await self._patiently(lambda: self.sandbox.CreateSandbox(request, timeout=self.deadlines.create_seconds))
 

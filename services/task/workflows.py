@@ -140,7 +140,7 @@ class TaskWorkflows(DBOSConfiguredInstance):
         try:
             match stage:
                 case tasks_pb2.PROVISIONING_STAGE_SANDBOX:
-                    await self._machine.create(task.task)
+                    await self._machine.create(task.task, task.row.repository.remote_url)
                 case tasks_pb2.PROVISIONING_STAGE_REPOSITORY:
                     return await self._check_out(task, attempt)
                 case _:

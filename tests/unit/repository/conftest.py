@@ -137,7 +137,7 @@ async def room(url: str) -> AsyncGenerator[Room, None]:
     store, workbench = RepositoryStore(outbox, clock), Workbench(index)
     deletion = Deletion(database, outbox, clock, store, workbench)
     handlers = RepositoryIngest(outbox, clock, store, workbench, deletion)
-    creation = Creation(outbox, clock, store, workbench)
+    creation = Creation(outbox, clock, store, workbench, "local")
     bind_principal(PRINCIPAL)
     ingest = handlers.ingest(database)
     yield Room(database, outbox, clock, index, store, workbench, deletion, handlers, ingest, creation, ahead)

@@ -1,7 +1,7 @@
 """The life of sandboxes, with a provider whose machines answer as told."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -15,7 +15,7 @@ from services.sandbox import machines as module
 from services.sandbox.agent_server import AgentServer, Unreachable
 from services.sandbox.http import Http
 from services.sandbox.machines import Machines
-from services.sandbox.providers.base import Condition, Machine, Probe, ProviderError
+from services.sandbox.providers.base import NOBODY, Condition, Machine, Overuse, Owner, Probe, ProviderError
 from services.sandbox.store import SandboxStore
 
 MACHINE = Machine("http://127.0.0.1:1", "token", "/home/one", "none")
@@ -39,14 +39,14 @@ class Scripted:
     async def start(self) -> None:
         self.asked.append("start")
 
-    async def create(self, sandbox_id: str) -> Machine:
+    async def create(self, sandbox_id: str, owner: Owner = NOBODY) -> Machine:
         self.asked.append("create")
         if self.gate is not None:
             await self.gate.wait()
         self.condition = Condition.ALIVE
         return MACHINE
 
-    async def resume(self, sandbox_id: str) -> Machine:
+    async def resume(self, sandbox_id: str, owner: Owner = NOBODY) -> Machine:
         self.asked.append("resume")
         self.condition = Condition.ALIVE
         return MACHINE
@@ -75,6 +75,12 @@ class Scripted:
 
     async def end_agent(self, sandbox_id: str, process: str) -> bool:
         return True
+
+    async def watch(self, ended: Callable[[Overuse], Awaitable[None]]) -> None:
+        await asyncio.Event().wait()
+
+    async def close(self) -> None:
+        self.asked.append("close")
 
 
 @pytest.fixture

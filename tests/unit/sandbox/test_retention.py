@@ -31,7 +31,7 @@ def counts(tx: Reader) -> list[int]:
 def work(tx: Tx, sandboxes: SandboxStore, sessions: SessionStore, reports: Reports, name: str) -> None:
     """Make a task whose agent works, with an open entry and an open question."""
     state = SANDBOX_STATE_RUNNING
-    sandboxes.add(tx, Sandbox(id=f"sbx_{name}", task_id=f"task_{name}", provider="local", state=state), "org_1")
+    sandboxes.add(tx, Sandbox(id=f"sbx_{name}", task_id=f"task_{name}", provider="local", state=state), "org_1", "")
     record = sessions.begin(tx, Place(f"ses_{name}", f"sbx_{name}", f"task_{name}", "org_1", "mock"))
     sessions.agent_opened(tx, record, "acp", "1/1/1.0", Offer(Agent(id="mock")))
     reports.learn(tx, f"sbx_{name}", f"task_{name}", [Agent(id="mock")])

@@ -102,17 +102,13 @@ class Networks:
                 self._taken.discard(subnet)
                 self._owners.pop(subnet, None)
 
-    async def owner(self, address: str) -> str:
-        """Return the id of the sandbox that has an address; empty if none has. Raise EngineAway."""
+    async def is_at(self, sandbox_id: str, address: str) -> bool:
+        """Say whether a sandbox has an address. Raise EngineAway."""
         given = IPv4Address(address)
-        if given not in self.pool:
-            return ""
         subnet = subnet_of(address)
-        if subnet not in self._owners:
-            for network in await self.engine.networks(self.label):
-                for one in _subnets(network):
-                    self._owners[one] = network["Labels"][self.label]
-        return self._owners.get(subnet, "") if given == subnet[3] else ""
+        if self._owners.get(subnet) != sandbox_id:
+            await self.find(sandbox_id)
+        return given == subnet[3] and self._owners.get(subnet) == sandbox_id
 
     def _free(self) -> IPv4Network:
         """Return a subnet that overlaps with none that is taken."""

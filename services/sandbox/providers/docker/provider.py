@@ -174,9 +174,9 @@ class DockerProvider:
             group.create_task(self._watch_memory(ended))
             group.create_task(self._watch_processes(ended))
 
-    async def owner(self, address: str) -> str:
-        """Return the id of the sandbox that has an address, empty if none has. Raise ProviderError."""
-        return await self._networks.owner(address)
+    async def is_at(self, sandbox_id: str, address: str) -> bool:
+        """Say whether a sandbox has an address. Raise EngineAway."""
+        return await self._networks.is_at(sandbox_id, address)
 
     async def _prepare(self) -> None:
         """Find out where the service runs, and close the host to sandboxes if it runs there."""

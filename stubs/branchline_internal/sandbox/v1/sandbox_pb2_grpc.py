@@ -86,6 +86,11 @@ class SandboxServiceStub:
                 request_serializer=branchline__internal_dot_sandbox_dot_v1_dot_sandbox__pb2.ForgetTaskRequest.SerializeToString,
                 response_deserializer=branchline__internal_dot_sandbox_dot_v1_dot_sandbox__pb2.ForgetTaskResponse.FromString,
                 _registered_method=True)
+        self.ListOrphans = channel.unary_unary(
+                '/branchline.internal.sandbox.v1.SandboxService/ListOrphans',
+                request_serializer=branchline__internal_dot_sandbox_dot_v1_dot_sandbox__pb2.ListOrphansRequest.SerializeToString,
+                response_deserializer=branchline__internal_dot_sandbox_dot_v1_dot_sandbox__pb2.ListOrphansResponse.FromString,
+                _registered_method=True)
 
 
 class SandboxServiceServicer:
@@ -168,6 +173,13 @@ class SandboxServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListOrphans(self, request, context):
+        """Lists sandboxes that providers have and the service does not know, as they were last looked for. For operators.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SandboxServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -220,6 +232,11 @@ def add_SandboxServiceServicer_to_server(servicer, server):
                     servicer.ForgetTask,
                     request_deserializer=branchline__internal_dot_sandbox_dot_v1_dot_sandbox__pb2.ForgetTaskRequest.FromString,
                     response_serializer=branchline__internal_dot_sandbox_dot_v1_dot_sandbox__pb2.ForgetTaskResponse.SerializeToString,
+            ),
+            'ListOrphans': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListOrphans,
+                    request_deserializer=branchline__internal_dot_sandbox_dot_v1_dot_sandbox__pb2.ListOrphansRequest.FromString,
+                    response_serializer=branchline__internal_dot_sandbox_dot_v1_dot_sandbox__pb2.ListOrphansResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -494,6 +511,33 @@ class SandboxService:
             '/branchline.internal.sandbox.v1.SandboxService/ForgetTask',
             branchline__internal_dot_sandbox_dot_v1_dot_sandbox__pb2.ForgetTaskRequest.SerializeToString,
             branchline__internal_dot_sandbox_dot_v1_dot_sandbox__pb2.ForgetTaskResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListOrphans(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.internal.sandbox.v1.SandboxService/ListOrphans',
+            branchline__internal_dot_sandbox_dot_v1_dot_sandbox__pb2.ListOrphansRequest.SerializeToString,
+            branchline__internal_dot_sandbox_dot_v1_dot_sandbox__pb2.ListOrphansResponse.FromString,
             options,
             channel_credentials,
             insecure,

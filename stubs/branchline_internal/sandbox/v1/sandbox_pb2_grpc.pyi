@@ -46,6 +46,8 @@ class SandboxServiceStub:
     """Records that the agent of a session shall be stopped; it is, until it is confirmed gone. Idempotent."""
     ForgetTask: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.ForgetTaskRequest, _sandbox_pb2.ForgetTaskResponse]
     """Forgets a task that is deleted: its sandboxes, destroyed first where they are not, and its sessions. Idempotent."""
+    ListOrphans: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.ListOrphansRequest, _sandbox_pb2.ListOrphansResponse]
+    """Lists sandboxes that providers have and the service does not know, as they were last looked for. For operators."""
 
 class SandboxServiceServicer:
     """What the task coordinator asks of its sandboxes and of the agents in them.
@@ -130,5 +132,12 @@ class SandboxServiceServicer:
         context: _aio.ServicerContext[_sandbox_pb2.ForgetTaskRequest, _abc.Awaitable[_sandbox_pb2.ForgetTaskResponse]],
     ) -> _abc.Awaitable[_sandbox_pb2.ForgetTaskResponse]:
         """Forgets a task that is deleted: its sandboxes, destroyed first where they are not, and its sessions. Idempotent."""
+
+    def ListOrphans(
+        self,
+        request: _sandbox_pb2.ListOrphansRequest,
+        context: _aio.ServicerContext[_sandbox_pb2.ListOrphansRequest, _abc.Awaitable[_sandbox_pb2.ListOrphansResponse]],
+    ) -> _abc.Awaitable[_sandbox_pb2.ListOrphansResponse]:
+        """Lists sandboxes that providers have and the service does not know, as they were last looked for. For operators."""
 
 def add_SandboxServiceServicer_to_server(servicer: SandboxServiceServicer, server: _aio.Server) -> None: ...

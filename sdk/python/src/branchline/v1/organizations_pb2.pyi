@@ -101,7 +101,7 @@ class OrganizationSettings(_message.Message):
     auto_import_repositories: _builtins.bool
     """Whether repositories that GitHub reports are imported by themselves."""
     default_sandbox_provider: _builtins.str
-    """Sandbox provider of new tasks that name none, such as "local"."""
+    """Sandbox provider of new tasks that name none, such as "local"; empty leaves it to the installation."""
     default_agent: _builtins.str
     """Agent of new sessions that name none, such as "claude"."""
     default_model: _builtins.str

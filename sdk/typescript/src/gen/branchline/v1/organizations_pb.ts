@@ -47,7 +47,7 @@ export type OrganizationSettings = Message<"branchline.v1.OrganizationSettings">
   autoImportRepositories: boolean;
 
   /**
-   * Sandbox provider of new tasks that name none, such as "local".
+   * Sandbox provider of new tasks that name none, such as "local"; empty leaves it to the installation.
    *
    * @generated from field: string default_sandbox_provider = 2;
    */

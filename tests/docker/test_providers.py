@@ -1,0 +1,235 @@
+"""The `docker` provider does what every provider does, and what only it does: against a real Engine."""
+
+import asyncio
+import socket
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from services.runtime.config import read_config
+from services.sandbox.agent_server import AgentServer
+from services.sandbox.door.tokens import Minter
+from services.sandbox.http import Http
+from services.sandbox.providers.base import Condition, Overuse, ProviderError
+from services.sandbox.providers.docker.config import DockerProviderConfig
+from services.sandbox.providers.docker.provider import DockerProvider
+from tests.support.engine import docker
+from tests.support.provider_conformance import AGENT, ONE, OTHER, OWNER, Ground, ProviderConformance
+
+DOOR_PORT = 7719
+SUBNETS = "10.214.0.0/22"
+
+
+@dataclass
+class DockerGround(Ground):
+    provider: DockerProvider
+    root: Path
+    installation: str
+    given: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def again(self, **given: Any) -> DockerProvider:
+        return a_provider(self.root, self.http, self.installation, **{**self.given, **given})
+
+    def name(self, sandbox_id: str = ONE) -> str:
+        return f"branchline-{self.installation}-{sandbox_id}"
+
+    async def kill(self, sandbox_id: str) -> None:
+        await asyncio.to_thread(docker, "kill", "--signal", "KILL", self.name(sandbox_id))
+
+    async def freeze(self, sandbox_id: str) -> None:
+        await asyncio.to_thread(docker, "pause", self.name(sandbox_id))
+
+    async def thaw(self, sandbox_id: str) -> None:
+        await asyncio.to_thread(docker, "unpause", self.name(sandbox_id), check=False)
+
+    def left(self) -> list[str]:
+        """Return all that the Engine has of the installation."""
+        label = f"label=branchline.installation={self.installation}"
+        kinds = (("ps", "--all"), ("network", "ls"), ("volume", "ls"))
+        return [one for kind in kinds for one in docker(*kind, "--quiet", "--filter", label).split()]
+
+
+def a_provider(root: Path, http: Http, installation: str, key: bytes = b"a key", **given: Any) -> DockerProvider:
+    config = {"installation": installation, "subnets": SUBNETS, "agents": {"mock": AGENT}, **given}
+    return DockerProvider(root, read_config(DockerProviderConfig, config), Minter(key), DOOR_PORT, lambda: http)
+
+
+@pytest_asyncio.fixture
+async def ground(tmp_path: Path, installation: str) -> AsyncGenerator[DockerGround, None]:
+    http = Http()
+    made = DockerGround(http, a_provider(tmp_path, http, installation), tmp_path, installation)
+    yield made
+    for sandbox_id in await made.provider.known():
+        await made.provider.destroy(sandbox_id)
+    await made.provider.close()
+    await http.close()
+    assert made.left() == []
+
+
+class TestDocker(ProviderConformance):
+    """All that every provider does."""
+
+
+async def test_creations_at_one_moment_make_one_machine(ground: DockerGround) -> None:
+    others = [ground.again() for _ in range(3)]
+    try:
+        made = await asyncio.gather(*(one.create(ONE, OWNER) for one in (ground.provider, *others)))
+        assert len({(machine.url, machine.token) for machine in made}) == 1
+    finally:
+        for other in others:
+            await other.close()
+    assert len(ground.left()) == 3  # a container, a network, a volume
+
+
+async def test_a_machine_carries_whose_it_is_and_may_do_nothing_special(ground: DockerGround) -> None:
+    await ground.make()
+    shown = '{{index .Config.Labels "branchline.organization"}} {{index .Config.Labels "branchline.task"}}'
+    assert docker("inspect", "--format", shown, ground.name()) == "org_1 task_1"
+    status = (
+        await ground.said("cat /proc/self/status; id -u; touch /usr/x; cat /sys/fs/cgroup/cpuset/tasks | head -1")
+    ).stdout
+    assert "NoNewPrivs:\t1" in status
+    for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+        assert f"{kind}:\t0000000000000000" in status
+    assert "\n1000\n" in status
+    limits = docker(
+        "inspect",
+        "--format",
+        "{{.HostConfig.Memory}} {{.HostConfig.MemorySwap}} {{.HostConfig.NanoCpus}} {{.HostConfig.PidsLimit}}",
+        ground.name(),
+    )
+    assert limits == "4294967296 4294967296 2000000000 1024"
+
+
+async def test_a_volume_is_all_that_a_paused_sandbox_keeps(ground: DockerGround) -> None:
+    await ground.make()
+    await ground.provider.pause(ONE)
+    assert ground.left() == [ground.name()]
+
+
+async def test_files_outlive_a_container_that_was_removed_by_hand(ground: DockerGround) -> None:
+    await ground.said("echo kept > file")
+    docker("rm", "--force", ground.name())
+    assert (await ground.provider.probe(ONE)).condition is Condition.GONE
+    assert (await ground.said("cat file")).stdout == "kept\n"
+
+
+async def test_a_new_signing_key_makes_the_machine_anew_around_its_files(ground: DockerGround) -> None:
+    await ground.said("echo kept > file")
+    again = ground.again(key=b"another key")
+    try:
+        assert (await again.probe(ONE)).condition is Condition.GONE
+        machine = await again.resume(ONE, OWNER)
+        assert (await AgentServer(machine, ground.http).read_file(f"{machine.home}/file")) == b"kept\n"
+    finally:
+        await again.close()
+
+
+async def test_a_missing_image_is_named(ground: DockerGround) -> None:
+    missing = ground.again(image="nonesuch:1", host_firewall=False)
+    try:
+        with pytest.raises(ProviderError, match="the image nonesuch:1 is not on the Docker Engine"):
+            await missing.create(ONE, OWNER)
+    finally:
+        await missing.close()
+
+
+async def test_an_engine_that_is_away_is_unknown_and_named(ground: DockerGround, tmp_path: Path) -> None:
+    away = ground.again(url=f"unix://{tmp_path}/nonesuch.sock")
+    try:
+        await away.start()
+        seen = await away.probe(ONE)
+        assert seen.condition is Condition.UNKNOWN
+        assert "does not answer" in seen.words
+        with pytest.raises(ProviderError, match="the Docker Engine does not answer"):
+            await away.create(ONE, OWNER)
+    finally:
+        await away.close()
+
+
+async def test_a_full_pool_is_told_and_a_subnet_that_is_free_again_is_used(ground: DockerGround) -> None:
+    small = ground.again(subnets="10.214.4.0/29")
+    try:
+        await small.create(ONE, OWNER)
+        with pytest.raises(ProviderError, match=r"every network of 10\.214\.4\.0/29 is taken"):
+            await small.create(OTHER, OWNER)
+        await small.pause(ONE)
+        await small.create(OTHER, OWNER)
+    finally:
+        await small.destroy(ONE)
+        await small.destroy(OTHER)
+        await small.close()
+
+
+async def test_a_sandbox_that_eats_all_memory_ends_alone_with_that_reason(ground: DockerGround) -> None:
+    ended: asyncio.Queue[Overuse] = asyncio.Queue()
+    small = ground.again(memory_mib=128)
+    watching = asyncio.ensure_future(small.watch(ended.put))
+    try:
+        other = await small.create(OTHER, OWNER)
+        server = AgentServer(await small.create(ONE, OWNER), ground.http)
+        await asyncio.sleep(0.5)  # the Engine's events are listened to
+        await server.start_process(["python3", "-c", "x = bytearray(10**9)"], "/", {})
+        async with asyncio.timeout(30):
+            told = await ended.get()
+        assert told == Overuse(ONE, "it ran out of memory: it may have 128 MiB")
+        seen = await small.probe(ONE)
+        assert (seen.condition, seen.words) == (Condition.GONE, told.words)
+        assert await ground.answers(other)
+        fresh = ground.again(memory_mib=128)
+        assert "ran out of memory" in (await fresh.probe(ONE)).words
+        await fresh.close()
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+        await small.close()
+
+
+async def test_a_sandbox_that_forks_without_end_ends_alone_with_that_reason(ground: DockerGround) -> None:
+    ended: asyncio.Queue[Overuse] = asyncio.Queue()
+    small = ground.again(processes=64)
+    watching = asyncio.ensure_future(small.watch(ended.put))
+    try:
+        other = await small.create(OTHER, OWNER)
+        server = AgentServer(await small.create(ONE, OWNER), ground.http)
+        await server.start_process(["sh", "-c", "while true; do sleep 1000 & done"], "/", {})
+        async with asyncio.timeout(60):
+            told = await ended.get()
+        assert told == Overuse(ONE, "it started more processes than it may have, which is 64")
+        assert (await small.probe(ONE)).condition is Condition.GONE
+        assert await ground.answers(other)
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+        await small.close()
+
+
+async def test_the_host_and_other_sandboxes_cannot_be_reached(ground: DockerGround) -> None:
+    """A listener on every address of the host stands for all that listens there: services, PostgreSQL, the Engine."""
+    await ground.make()
+    other = await ground.make(OTHER)
+    gateway = docker("network", "inspect", "--format", "{{(index .IPAM.Config 0).Gateway}}", ground.name())
+    with socket.create_server(("0.0.0.0", 0)) as open_to_all:
+        port = open_to_all.getsockname()[1]
+        addresses = {line.split()[3].partition("/")[0] for line in ip_addresses()} | {gateway, "169.254.169.254"}
+        places = [(address, port) for address in addresses if not address.startswith("127.")]
+        places += [(other.machine.url.rpartition(":")[0].rpartition("/")[2], 2468), ("8.8.8.8", 53)]
+        script = "; ".join(
+            f"timeout 2 bash -c 'echo > /dev/tcp/{host}/{port}' && echo {host} {port}" for host, port in places
+        )
+        seen = await ground.said(script, seconds=60)
+    assert seen.stdout == ""
+    names = await ground.said("timeout 20 getent hosts deb.debian.org; cat /proc/net/if_inet6", seconds=40)
+    assert names.stdout == ""
+
+
+def ip_addresses() -> list[str]:
+    import subprocess
+
+    return subprocess.run(
+        ["ip", "-4", "-oneline", "address"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
