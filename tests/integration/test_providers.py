@@ -1,6 +1,7 @@
 """The `local` provider does what every provider does."""
 
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,8 @@ class LocalGround(Ground):
     async def kill(self, sandbox_id: str) -> None:
         found = self.provider.processes.of(sandbox_id)
         for process in found:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         psutil.wait_procs(found, timeout=5)
 
     async def freeze(self, sandbox_id: str) -> None:

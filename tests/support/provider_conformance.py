@@ -1,4 +1,4 @@
-"""What every sandbox provider does, whatever its machines are. A provider's tests inherit it and say how to reach them."""
+"""What every sandbox provider does, whatever its machines are. A provider's tests inherit it, and make the ground."""
 
 import asyncio
 import json
@@ -54,11 +54,11 @@ class Ground(ABC):
     async def start_agent(self, connection: str) -> set[str]:
         """Have the server start the agent, which never answers; return the names of all agents once it is there."""
         server = await self.make()
+        before = await self.provider.agents(ONE)
         asking = asyncio.ensure_future(server.request(connection, "initialize", {}, 1, "mock", 60))
         try:
-            before = await self.provider.agents(ONE)
             async with asyncio.timeout(20):
-                while not (found := await self.provider.agents(ONE)) - before:
+                while not (found := await self.provider.agents(ONE)) - before:  # noqa: ASYNC110 - nothing tells
                     await asyncio.sleep(0.1)
             return found
         finally:

@@ -32,7 +32,8 @@ class DockerProviderConfig(Config, frozen=True):
     """Memory of one sandbox, its files in /tmp included; there is no swap. One that needs more is ended."""
 
     processes: int = 1024
-    """Processes and threads of one sandbox. One that stays at this number is ended."""
+    """Processes and threads of one sandbox. One that stays at this number, or within 2 % of it, is
+    ended."""
 
     temporary_mib: int = 1024
     """Most that /tmp of one sandbox may hold."""

@@ -22,9 +22,6 @@ _PATH = "/opt/node/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/
 _LIMITS = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": 8192}
 _UMASK = 0o022
 _SERVER = ["sandbox-agent", "server", "--no-telemetry", "--token", launcher.HIDDEN, "--host", "0.0.0.0"]
-_NOWHERE = "192.0.2.1"
-"""No name server has it (RFC 5737): Docker's own would otherwise ask the host's for whatever a sandbox wants to say."""
-
 _TMPFS = "rw,exec,nosuid,nodev,mode=1777,size={size}m"
 _MIB = 1024 * 1024
 
@@ -103,7 +100,8 @@ def config(
             "PidsLimit": given.processes,
             "OomScoreAdj": 500,
             "NetworkMode": network.name,
-            "Dns": [_NOWHERE],
+            # Nobody answers there. Docker would otherwise ask the host's name servers for whatever a sandbox wants to say.
+            "Dns": [door[0]],
             "ExtraHosts": [f"door:{door[0]}"],
             "RestartPolicy": {"Name": "no"},
             "LogConfig": {"Type": "json-file", "Config": {"max-size": "1m", "max-file": "1"}},

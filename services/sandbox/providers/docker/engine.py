@@ -10,6 +10,7 @@ from aiodocker import Docker, DockerError
 from aiodocker.containers import DockerContainer
 from aiodocker.networks import DockerNetwork
 
+from services.runtime.retry import Backoff
 from services.sandbox.providers.base import ProviderError
 
 Json = dict[str, Any]
@@ -19,6 +20,7 @@ _CALL_SECONDS = 30.0
 _NOT_FOUND, _CONFLICT = 404, 409
 _NO_ENGINE = 900  # aiodocker's own
 _STDERR = 2
+_RELEASES = 10
 
 
 class EngineAway(ProviderError):
@@ -87,8 +89,13 @@ class Engine:
         return await self._ask(lambda docker: docker.containers.list(all="true", filters=filters))
 
     async def output(self, name: str) -> str:
-        """Return the end of what a container's first process said."""
-        lines = await self._ask(lambda docker: docker.containers.container(name).log(stdout=True, stderr=True, tail=20))
+        """Return the end of what a container's first process said; nothing if it is gone."""
+        try:
+            lines = await self._ask(
+                lambda docker: docker.containers.container(name).log(stdout=True, stderr=True, tail=20)
+            )
+        except (Missing, Taken):  # it is gone, or goes
+            return ""
         return "".join(lines)[-2000:].strip()
 
     async def run_inside(self, name: str, command: Sequence[str], seconds: float) -> str:
@@ -118,7 +125,7 @@ class Engine:
                 await container.start()
                 ended = await container.wait()
                 if ended["StatusCode"]:
-                    lines = await container.log(stdout=True, stderr=True, tail=20)
+                    lines = await _last_lines(container)
                     raise ProviderError("".join(lines).strip() or f"it ended with code {ended['StatusCode']}")
             finally:
                 await container.delete(force=True)
@@ -179,10 +186,15 @@ class Engine:
             volume = await docker.volumes.get(name)
             await volume.delete()
 
-        try:
-            await self._ask(remove)
-        except Missing:
-            return
+        backoff = Backoff(first_seconds=0.05, most_seconds=0.5)
+        for _ in range(_RELEASES):  # the container that held it may be gone only a moment later
+            try:
+                return await self._ask(remove)
+            except Missing:
+                return None
+            except Taken:
+                await asyncio.sleep(backoff.next_seconds())
+        return await self._ask(remove)
 
     async def events(self, kinds: Mapping[str, Sequence[str]]) -> AsyncGenerator[Json, None]:
         """Yield what happens from now on, of some kinds. Raise EngineAway once the Engine ends the stream."""
@@ -216,6 +228,10 @@ class Engine:
                 words = "there is no Docker Engine: neither sandbox.docker.url, nor DOCKER_HOST, nor its usual socket"
                 raise EngineAway(words) from error
         return self._client
+
+
+async def _last_lines(container: DockerContainer) -> list[str]:
+    return await container.log(stdout=True, stderr=True, tail=20)
 
 
 def _understood(error: DockerError) -> ProviderError:

@@ -17,6 +17,7 @@ iptables-restore --wait 5 --noflush <<RULES
 :{chain} - [0:0]
 -A {chain} -p tcp --dport {door} -j ACCEPT
 -A {chain} -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT
+-A {chain} -p tcp -j REJECT --reject-with tcp-reset
 -A {chain} -j REJECT
 COMMIT
 RULES

@@ -44,7 +44,6 @@ _ATTEMPTS = 8
 _LOOK_SECONDS = 5.0
 _LOOKS = 16
 _KNOWN_ENDS = 1000
-_DEAD = ("exited", "dead")
 _PROGRAM = ["python3", "-I", "-S", "-c", Path(inside.__file__).read_text()]
 
 
@@ -242,9 +241,7 @@ class DockerProvider:
         config = container.config(self._config, name, sandbox_id, network, door, self._tokens(sandbox_id), labels)
         digest = config["Labels"][_CONFIG] = container.digest(config)
         found = await self._engine.find_container(name)
-        if found is not None and (
-            found["State"]["Status"] != "created" or found["Config"]["Labels"].get(_CONFIG) != digest
-        ):
+        if found is not None and not _is_useful(found, digest):
             await self._engine.remove_container(found["Id"])
             found = None
         self._ends.pop(sandbox_id, None)
@@ -257,7 +254,7 @@ class DockerProvider:
             log.info("a container is made by another, too", sandbox=sandbox_id, reason=str(error))
             return None
         machine = await self._running(sandbox_id)
-        if machine is None:
+        if machine is None and await self._engine.find_container(name) is not None:
             said = await self._engine.output(name)
             raise ProviderError(f"its container ended at once: {said}")
         return machine
@@ -310,7 +307,7 @@ class DockerProvider:
 
         async def look(sandbox_id: str) -> None:
             count = await self._engine.processes(self._name(sandbox_id))
-            if count < self._config.processes:
+            if count < self._config.processes - max(1, self._config.processes // 50):
                 full.discard(sandbox_id)
             elif sandbox_id not in full:
                 full.add(sandbox_id)
@@ -339,3 +336,9 @@ class DockerProvider:
         with suppress(Missing, Taken):
             await self._engine.kill_container(self._name(sandbox_id))
         await ended(Overuse(sandbox_id, words))
+
+
+def _is_useful(found: Json, digest: str) -> bool:
+    """Say whether a container is as it would be made now, and has not ended: another may be about to start it."""
+    state = found["State"]
+    return found["Config"]["Labels"].get(_CONFIG) == digest and (state["Running"] or state["Status"] == "created")
