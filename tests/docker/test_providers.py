@@ -26,8 +26,7 @@ SUBNETS = "10.214.0.0/22"
 
 
 @dataclass
-class DockerGround(Ground):
-    provider: DockerProvider
+class DockerGround(Ground[DockerProvider]):
     root: Path
     installation: str
     given: dict[str, Any] = field(default_factory=dict[str, Any])

@@ -17,8 +17,7 @@ from tests.support.sandbox import AGENT_SERVER
 
 
 @dataclass
-class LocalGround(Ground):
-    provider: LocalProvider
+class LocalGround(Ground[LocalProvider]):
     root: Path
 
     def again(self) -> LocalProvider:

@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 
 
 @contextmanager
-def serve_git(root: Path, username: str, password: str) -> Generator[str, None, None]:
-    """Serve the bare repositories of a folder; yield the host with its port."""
+def serve_git(root: Path, username: str, password: str, address: str = "127.0.0.1") -> Generator[str, None, None]:
+    """Serve the bare repositories of a folder; yield the host with its port. Without a password all may push."""
     wanted = "Basic " + base64.b64encode(f"{username}:{password}".encode()).decode()
 
     class Handler(BaseHTTPRequestHandler):
@@ -25,7 +25,7 @@ def serve_git(root: Path, username: str, password: str) -> Generator[str, None, 
 
         def _serve(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            if self.headers.get("Authorization") != wanted:
+            if password and self.headers.get("Authorization") != wanted:
                 self.send_response(401)
                 self.send_header("WWW-Authenticate", 'Basic realm="git"')
                 self.end_headers()
@@ -57,11 +57,11 @@ def serve_git(root: Path, username: str, password: str) -> Generator[str, None, 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its name
             """Say nothing."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer((address, 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield f"127.0.0.1:{server.server_port}"
+        yield f"{address}:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()

@@ -4,6 +4,7 @@ import asyncio
 import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from services.sandbox.agent_server import AgentServer
 from services.sandbox.commands import CommandResult, run
@@ -13,16 +14,18 @@ from services.sandbox.providers.base import Condition, Machine, Owner, SandboxPr
 OWNER = Owner("org_1", "task_1")
 ONE, OTHER = "sbx_1", "sbx_2"
 
+P = TypeVar("P", bound=SandboxProvider)
+
 
 @dataclass
-class Ground(ABC):
+class Ground(ABC, Generic[P]):
     """A provider with all that its tests need. Its `mock` agent runs `sleep`, whatever it is asked."""
 
     http: Http
-    provider: SandboxProvider
+    provider: P
 
     @abstractmethod
-    def again(self) -> SandboxProvider:
+    def again(self) -> P:
         """Return another provider of the same sandboxes, as after a restart of the service."""
 
     @abstractmethod
@@ -69,18 +72,18 @@ class Ground(ABC):
 class ProviderConformance:
     """The tests. `ground` is a fixture of those who inherit them."""
 
-    async def test_a_sandbox_that_is_made_twice_is_one_machine(self, ground: Ground) -> None:
+    async def test_a_sandbox_that_is_made_twice_is_one_machine(self, ground: Ground[Any]) -> None:
         first = await ground.provider.create(ONE, OWNER)
         assert await ground.answers(first)
         assert await ground.provider.create(ONE, OWNER) == first
 
-    async def test_a_sandbox_that_was_never_made_is_gone_and_may_be_destroyed(self, ground: Ground) -> None:
+    async def test_a_sandbox_that_was_never_made_is_gone_and_may_be_destroyed(self, ground: Ground[Any]) -> None:
         assert (await ground.provider.probe(ONE)).condition is Condition.GONE
         await ground.provider.pause(ONE)
         await ground.provider.destroy(ONE)
         assert await ground.provider.known() == set()
 
-    async def test_files_outlive_a_pause_and_processes_do_not(self, ground: Ground) -> None:
+    async def test_files_outlive_a_pause_and_processes_do_not(self, ground: Ground[Any]) -> None:
         await ground.said("echo kept > file; nohup sleep 1000 >/dev/null 2>&1 &")
         await ground.provider.pause(ONE)
         assert (await ground.provider.probe(ONE)).condition is Condition.GONE
@@ -92,20 +95,20 @@ class ProviderConformance:
         assert seen.stdout.startswith("kept\n")
         assert "sleep" not in seen.stdout
 
-    async def test_files_outlive_a_machine_that_was_killed(self, ground: Ground) -> None:
+    async def test_files_outlive_a_machine_that_was_killed(self, ground: Ground[Any]) -> None:
         await ground.said("echo kept > file")
         await ground.kill(ONE)
         assert (await ground.provider.probe(ONE)).condition is Condition.GONE
         assert (await ground.said("cat file")).stdout == "kept\n"
 
-    async def test_a_machine_that_stands_still_is_not_gone(self, ground: Ground) -> None:
+    async def test_a_machine_that_stands_still_is_not_gone(self, ground: Ground[Any]) -> None:
         machine = await ground.provider.create(ONE, OWNER)
         await ground.freeze(ONE)
         assert (await ground.provider.probe(ONE)).condition is Condition.UNKNOWN
         await ground.thaw(ONE)
         assert (await ground.provider.probe(ONE)).machine == machine
 
-    async def test_a_restarted_service_finds_the_machine(self, ground: Ground) -> None:
+    async def test_a_restarted_service_finds_the_machine(self, ground: Ground[Any]) -> None:
         machine = await ground.provider.create(ONE, OWNER)
         again = ground.again()
         await again.start()
@@ -117,7 +120,7 @@ class ProviderConformance:
         finally:
             await again.close()
 
-    async def test_nothing_is_left_of_a_sandbox_that_is_destroyed_twice(self, ground: Ground) -> None:
+    async def test_nothing_is_left_of_a_sandbox_that_is_destroyed_twice(self, ground: Ground[Any]) -> None:
         await ground.said("echo gone > file")
         await ground.provider.destroy(ONE)
         await ground.provider.destroy(ONE)
@@ -125,7 +128,7 @@ class ProviderConformance:
         assert (await ground.provider.probe(ONE)).condition is Condition.GONE
         assert (await ground.said("cat file")).end.exit_code != 0
 
-    async def test_each_sandbox_has_a_home_and_a_token_of_its_own(self, ground: Ground) -> None:
+    async def test_each_sandbox_has_a_home_and_a_token_of_its_own(self, ground: Ground[Any]) -> None:
         one, other = await ground.make(ONE), await ground.make(OTHER)
         await run(one, ["sh", "-c", "echo secret > file"], one.machine.home, {}, 20)
         assert await ground.provider.known() == {ONE, OTHER}
@@ -135,7 +138,7 @@ class ProviderConformance:
         for headers in ({}, {"Authorization": f"Bearer {other.machine.token}"}):
             assert (await ground.http.send("GET", url, 5.0, vouched, headers=headers)).status_code == 401
 
-    async def test_an_agent_ends_with_all_that_it_started(self, ground: Ground) -> None:
+    async def test_an_agent_ends_with_all_that_it_started(self, ground: Ground[Any]) -> None:
         first = await ground.start_agent("ses_1-1")
         both = await ground.start_agent("ses_2-1")
         assert len(both) == 2
@@ -148,19 +151,19 @@ class ProviderConformance:
         assert (await run(server, look, "/", {}, 20)).stdout.count("sleep 4321") == 2
         assert await ground.provider.end_agent(ONE, second)
 
-    async def test_a_command_is_no_agent(self, ground: Ground) -> None:
+    async def test_a_command_is_no_agent(self, ground: Ground[Any]) -> None:
         server = await ground.make()
         process = await server.start_process(["timeout", "100", "sleep", "50"], "/", {})
         assert await ground.provider.agents(ONE) == set()
         await server.stop_process(process)
 
-    async def test_what_supervises_processes_can_run(self, ground: Ground) -> None:
+    async def test_what_supervises_processes_can_run(self, ground: Ground[Any]) -> None:
         server = await ground.make()
         program = "import json, sys; print(json.dumps(sys.version_info >= (3, 9)))"
         seen = await run(server, [server.machine.python, "-c", program], "/", {}, 20)
         assert json.loads(seen.stdout) is True
 
-    async def test_agents_of_a_machine_that_is_gone_are_gone(self, ground: Ground) -> None:
+    async def test_agents_of_a_machine_that_is_gone_are_gone(self, ground: Ground[Any]) -> None:
         (agent,) = await ground.start_agent("ses_1-1")
         await ground.kill(ONE)
         assert await ground.provider.agents(ONE) == set()

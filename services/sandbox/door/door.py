@@ -29,6 +29,7 @@ log = get_logger(__name__)
 
 _HEAD_BYTES = 16 * 1024
 _READ_BYTES = 64 * 1024
+_NO_WAY = 421  # Misdirected Request; git would take a 403 for one of the remote's, about its credentials
 _HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"proxy-authorization", b"proxy-connection", b"upgrade"})
 
 Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -150,7 +151,7 @@ class Door:
             raise Refused(400, "it names no host and port")
         if not leads_to(self.config, guest.remote_url, place):
             raise Refused(
-                403, f"the door does not lead to {place}: a sandbox reaches its git remote and sandbox.door.egress"
+                _NO_WAY, f"the door does not lead to {place}: a sandbox reaches its git remote and sandbox.door.egress"
             )
         try:
             async with asyncio.timeout(self.config.head_seconds):
@@ -166,7 +167,7 @@ class Door:
         for address in addresses:
             if outside(self.config, address):
                 return address
-        raise Refused(403, f"{place} is at {addresses[0]}, which is not public: see sandbox.door.private_networks")
+        raise Refused(_NO_WAY, f"{place} is at {addresses[0]}, which is not public: see sandbox.door.private_networks")
 
     async def _tunnel(self, talk: h11.Connection, request: h11.Request, guest: Guest, client: Ends) -> None:
         beyond = await self._reach(place_of(request.target.decode(errors="replace"), 443), guest)

@@ -100,8 +100,9 @@ def config(
             "PidsLimit": given.processes,
             "OomScoreAdj": 500,
             "NetworkMode": network.name,
-            # Nobody answers there. Docker would otherwise ask the host's name servers for whatever a sandbox wants to say.
+            # Nobody answers there: Docker would otherwise ask the host's name servers for whatever a sandbox says.
             "Dns": [door[0]],
+            "DnsOptions": ["timeout:1", "attempts:1"],
             "ExtraHosts": [f"door:{door[0]}"],
             "RestartPolicy": {"Name": "no"},
             "LogConfig": {"Type": "json-file", "Config": {"max-size": "1m", "max-file": "1"}},
