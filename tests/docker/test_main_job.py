@@ -3,22 +3,24 @@
 import json
 import socket
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import pytest_asyncio
 from branchline.v1 import tasks_pb2
 from branchline.v1.common_pb2 import FAILURE_REASON_CLONE_FAILED
-from branchline.v1.tasks_pb2 import TASK_ACTIVITY_FAILED, TASK_ACTIVITY_IDLE, TASK_STATE_FAILED, Task
+from branchline.v1.tasks_pb2 import TASK_ACTIVITY_FAILED, TASK_ACTIVITY_IDLE, TASK_STATE_FAILED
+from branchline_internal.sandbox.v1.sandbox_pb2 import ListOrphansRequest
+from branchline_internal.sandbox.v1.sandbox_pb2_grpc import SandboxServiceStub
 
+from cli.calls import operating
 from services.runtime.config import read_config
 from services.sandbox.agent_server import AgentServer
 from services.sandbox.commands import run
 from services.sandbox.door.tokens import DOOR, Minter
 from services.sandbox.http import Http
+from services.sandbox.providers.base import Condition
 from services.sandbox.providers.docker.config import DockerProviderConfig
 from services.sandbox.providers.docker.provider import DockerProvider
 from services.sandbox.providers.ports import free_port
@@ -27,6 +29,7 @@ from tests.support.git_http import serve_git
 from tests.support.stack import Stack, git, make_remote, request_id, running_stack
 
 SUBNETS = "10.214.8.0/22"
+MEMORY_MIB = 300
 
 
 @pytest.fixture(scope="module")
@@ -44,28 +47,30 @@ def git_host(tmp_path_factory: pytest.TempPathFactory, host_address: str) -> Ite
         yield host, root
 
 
-@asynccontextmanager
-async def a_stack(folder: Path, installation: str, host: str, **docker_options: Any) -> AsyncGenerator[Stack, None]:
-    sandbox = {
-        "provider": "docker",
-        "docker": {
-            "installation": installation,
-            "subnets": SUBNETS,
-            "agents": {"mock": ["branchline-scripted-agent"]},
-            **docker_options,
-        },
-        "door": {"listen": f"0.0.0.0:{free_port()}", "private_networks": [host.partition(":")[0]]},
-    }
-    async with running_stack(folder, sandbox=sandbox) as stack:
-        yield stack
+def image_of(installation: str) -> str:
+    """Return a name of the image that is this installation's own, and can be taken away."""
+    return f"branchline-sandbox:{installation}"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def stack(
     tmp_path_factory: pytest.TempPathFactory, installation: str, git_host: tuple[str, Path]
 ) -> AsyncGenerator[Stack, None]:
-    async with a_stack(tmp_path_factory.mktemp("docker"), f"{installation}-job", git_host[0]) as made:
+    docker("tag", SANDBOX_IMAGE, image_of(installation))
+    sandbox = {
+        "provider": "docker",
+        "docker": {
+            "installation": installation,
+            "image": image_of(installation),
+            "subnets": SUBNETS,
+            "memory_mib": MEMORY_MIB,
+            "agents": {"mock": ["branchline-scripted-agent"]},
+        },
+        "door": {"listen": f"0.0.0.0:{free_port()}", "private_networks": [git_host[0].partition(":")[0]]},
+    }
+    async with running_stack(tmp_path_factory.mktemp("docker"), sandbox=sandbox) as made:
         yield made
+    docker("rmi", image_of(installation))
 
 
 async def a_repository(stack: Stack, git_host: tuple[str, Path]) -> tuple[str, Path]:
@@ -75,19 +80,11 @@ async def a_repository(stack: Stack, git_host: tuple[str, Path]) -> tuple[str, P
     return await stack.add_repository(url=f"http://{host}/{remote.name}"), remote
 
 
-async def server_of(stack: Stack, installation: str, task: Task, http: Http) -> AgentServer:
-    """Return the server of a task's sandbox, found as another service would."""
-    settings = stack.installation.settings
-    config = {"installation": installation, "subnets": SUBNETS}
-    provider = DockerProvider(
-        settings.data_dir, read_config(DockerProviderConfig, config), minter(stack), door_port(stack), lambda: http
-    )
-    try:
-        machine = (await provider.probe(task.active_sandbox_id)).machine
-        assert machine is not None
-        return AgentServer(machine, http)
-    finally:
-        await provider.close()
+def a_provider(stack: Stack, installation: str, http: Http) -> DockerProvider:
+    """Return a provider of the stack's sandboxes beside its own."""
+    config = {"installation": installation, "subnets": SUBNETS, "host_firewall": False}
+    settings = read_config(DockerProviderConfig, config)
+    return DockerProvider(stack.installation.settings.data_dir, settings, minter(stack), door_port(stack), lambda: http)
 
 
 def minter(stack: Stack) -> Minter:
@@ -114,7 +111,10 @@ async def test_the_door_leads_a_sandbox_to_its_remote_alone_and_knows_it_by_its_
     repository, _ = await a_repository(stack, git_host)
     one, other = [await stack.ready_task(repository) for _ in range(2)]
     http = Http()
-    server = await server_of(stack, f"{installation}-job", one, http)
+    provider = a_provider(stack, installation, http)
+    machine = (await provider.probe(one.active_sandbox_id)).machine
+    assert machine is not None
+    server = AgentServer(machine, http)
     tokens = [minter(stack).token(DOOR, task.active_sandbox_id) for task in (one, other)]
 
     async def curl(*arguments: str) -> str:
@@ -144,49 +144,60 @@ async def test_the_door_leads_a_sandbox_to_its_remote_alone_and_knows_it_by_its_
         assert garbage.end.exit_code == 0
         assert (await curl(f"{door}/v1/sandbox")).endswith(" 407")
     finally:
+        await provider.close()
         await http.close()
 
 
-async def test_a_remote_that_leads_inside_is_refused(stack: Stack, installation: str) -> None:
+async def test_a_remote_that_leads_inside_is_refused(stack: Stack) -> None:
     """Somebody calls a service's port the remote of a repository: the door does not lead there."""
-    inside = f"http://localtest.invalid:{stack.address.rpartition(':')[2]}/x.git"
-    metadata = "http://169.254.169.254/x.git"
-    for url, words in (
-        (inside, "is not reached"),
-        (metadata, "which is not public: see sandbox.door.private_networks"),
-    ):
+    nowhere, metadata = "http://nowhere.invalid/x.git", "http://169.254.169.254/x.git"
+    not_public = "which is not public: see sandbox.door.private_networks"
+    for url, words in ((nowhere, "is not reached"), (metadata, not_public)):
         task = await stack.create_task(await stack.add_repository(url=url), hold_prompt=True)
         failed = await stack.until(task.id, state=TASK_STATE_FAILED)
         assert failed.failure.reason == FAILURE_REASON_CLONE_FAILED
-        assert words in failed.failure.output
+        assert words in failed.failure.output_tail
 
 
-async def test_a_task_that_eats_all_memory_says_so_and_goes_on(
-    tmp_path: Path, git_host: tuple[str, Path], installation: str
-) -> None:
-    async with a_stack(tmp_path, f"{installation}-small", git_host[0], memory_mib=256) as stack:
-        repository, _ = await a_repository(stack, git_host)
-        task = await stack.create_task(repository, "run python3 -c 'x = bytearray(10**9)'\nwait 60")
-        failed = await stack.until(task.id, activity=TASK_ACTIVITY_FAILED)
-        assert "it ran out of memory: it may have 256 MiB" in (await stack.session(failed.id)).failure.message
-        await stack.send(failed, "write a.txt: after")
-        await stack.until(task.id, activity=TASK_ACTIVITY_IDLE, turn=2)
+async def test_a_task_that_eats_all_memory_says_so_and_goes_on(stack: Stack, git_host: tuple[str, Path]) -> None:
+    repository, _ = await a_repository(stack, git_host)
+    task = await stack.create_task(repository, "run python3 -c 'x = bytearray(10**9)'\nwait 60")
+    failed = await stack.until(task.id, activity=TASK_ACTIVITY_FAILED)
+    words = f"it ran out of memory: it may have {MEMORY_MIB} MiB"
+    assert words in (await stack.session(failed.id)).failure.message
+    await stack.send(failed, "write a.txt: after")
+    await stack.until(task.id, activity=TASK_ACTIVITY_IDLE, turn=2)
 
 
 async def test_a_missing_image_fails_the_task_and_a_retry_succeeds(
-    tmp_path: Path, git_host: tuple[str, Path], installation: str
+    stack: Stack, git_host: tuple[str, Path], installation: str
 ) -> None:
-    image = f"branchline-sandbox:{installation}"
-    async with a_stack(tmp_path, f"{installation}-image", git_host[0], image=image) as stack:
-        repository, _ = await a_repository(stack, git_host)
+    repository, _ = await a_repository(stack, git_host)
+    image = image_of(installation)
+    docker("rmi", image)
+    try:
         task = await stack.create_task(repository, hold_prompt=True)
         failed = await stack.until(task.id, state=TASK_STATE_FAILED)
         assert f"the image {image} is not on the Docker Engine" in failed.failure.message
+    finally:
         docker("tag", SANDBOX_IMAGE, image)
-        try:
-            await stack.client.tasks.RetryProvisioning(
-                tasks_pb2.RetryProvisioningRequest(request_id=request_id(), task_id=task.id)
-            )
-            await stack.until(task.id, activity=TASK_ACTIVITY_IDLE)
-        finally:
-            docker("rmi", image)
+    retry = tasks_pb2.RetryProvisioningRequest(request_id=request_id(), task_id=task.id)
+    await stack.client.tasks.RetryProvisioning(retry)
+    await stack.until(task.id, activity=TASK_ACTIVITY_IDLE)
+
+
+async def test_what_no_task_knows_is_stopped_and_told_to_the_operator(stack: Stack, installation: str) -> None:
+    http = Http()
+    provider = a_provider(stack, installation, http)
+    try:
+        await provider.create("sbx_stray")
+        async with operating(stack.installation, "sandbox", SandboxServiceStub) as sandbox:
+            found = await sandbox.ListOrphans(ListOrphansRequest())
+            assert [(orphan.sandbox_id, orphan.provider) for orphan in found.orphans] == [("sbx_stray", "docker")]
+            assert (await provider.probe("sbx_stray")).condition is Condition.GONE
+            assert "sbx_stray" in await provider.known()
+            await provider.destroy("sbx_stray")
+            assert not (await sandbox.ListOrphans(ListOrphansRequest())).orphans
+    finally:
+        await provider.close()
+        await http.close()

@@ -150,9 +150,8 @@ class Door:
         if place is None:
             raise Refused(400, "it names no host and port")
         if not leads_to(self.config, guest.remote_url, place):
-            raise Refused(
-                _NO_WAY, f"the door does not lead to {place}: a sandbox reaches its git remote and sandbox.door.egress"
-            )
+            words = f"the door does not lead to {place}: a sandbox reaches its git remote and sandbox.door.egress"
+            raise Refused(_NO_WAY, words)
         try:
             async with asyncio.timeout(self.config.head_seconds):
                 address = await self._resolved(place)
