@@ -41,6 +41,7 @@ ROWS = {
     "hold-watchers": "hold.deaf_watchers",
     "hold-calls": "hold.many_calls",
     "hold-tasks": "hold.large_organization",
+    "docker": "sandbox.ready",
 }
 """Where the measure of each row is."""
 
