@@ -29,6 +29,7 @@ log = get_logger(__name__)
 
 _HEAD_BYTES = 16 * 1024
 _READ_BYTES = 64 * 1024
+_LINGER_SECONDS = 1.0
 _NO_WAY = 421  # Misdirected Request; git would take a 403 for one of the remote's, about its credentials
 _HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"proxy-authorization", b"proxy-connection", b"upgrade"})
 
@@ -85,10 +86,12 @@ class Door:
         if self._passing:
             await asyncio.wait(self._passing)
 
-    async def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
+    def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.ensure_future(self._serve(reader, writer))
         self._passing.add(task)
+        task.add_done_callback(self._passing.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         address = str(writer.get_extra_info("peername")[0])
         self._held[address] += 1
         try:
@@ -99,7 +102,6 @@ class Door:
         except Exception:
             log.exception("a connection at the door failed", address=address)
         finally:
-            self._passing.discard(task)
             self._held[address] -= 1
             if not self._held[address]:
                 del self._held[address]
@@ -127,7 +129,7 @@ class Door:
         except Refused as refused:
             log.info("refused at the door", address=address, reason=str(refused))
             _say(talk, writer, refused.status, str(refused))
-        await writer.drain()
+        await _part(client)
 
     async def _known(self, request: h11.Request, address: str) -> Guest:
         """Return who asks. Raise Refused."""
@@ -210,6 +212,17 @@ async def _head(talk: h11.Connection, reader: asyncio.StreamReader) -> h11.Reque
         if event is not h11.NEED_DATA:
             return None
         talk.receive_data(await reader.read(_READ_BYTES))
+
+
+async def _part(client: Ends) -> None:
+    """Let the other side hear the last word before the connection is closed, whatever it says itself meanwhile."""
+    reader, writer = client
+    await writer.drain()
+    writer.write_eof()
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_LINGER_SECONDS):
+            while await reader.read(_READ_BYTES):
+                pass
 
 
 async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter, heard: Callable[[], None]) -> None:
