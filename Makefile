@@ -10,7 +10,8 @@ DATABASE ?= sqlite
 export DATABASE
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test test-unit test-integration test-faults test-needs check breaking generate generate-check bench format lock clean
+.PHONY: setup demo test test-unit test-integration test-faults test-docker sandbox-image test-needs \
+    check breaking generate generate-check bench format lock clean
 
 setup: $(VENV)/.installed node_modules/.installed sdk/typescript/node_modules/.installed
 
@@ -46,6 +47,14 @@ test-integration: test-needs setup
 
 test-faults: test-needs setup
 	$(BIN)/pytest -q tests/faults
+
+# The tests of Docker sandboxes need a Docker Engine that runs, and say so where there is none.
+test-docker: setup sandbox-image
+	$(BIN)/pytest -q tests/docker
+
+sandbox-image:
+	docker build --quiet --file deploy/docker/sandbox.Dockerfile $(if $(PIP_CERT),--build-arg PIP_CERT=/build/ca.crt) \
+	    --tag branchline-sandbox .
 
 test-needs:
 	@command -v bwrap >/dev/null || { echo "the tests need bubblewrap (Debian: apt-get install bubblewrap)" >&2; exit 1; }

@@ -169,7 +169,7 @@ async def test_a_request_is_passed_on_without_the_sandboxs_token(echo: int) -> N
         (b"GET http:///x HTTP/1.1\r\nHost: x\r\n" + shown() + b"\r\n", b"400"),
         (b"GET /nonesuch HTTP/1.1\r\nHost: x\r\n" + shown() + b"\r\n", b"404"),
         (b"GET /v1/sandbox HTTP/1.1\r\nHost: x\r\nProxy-Authorization: Basic %%%\r\n\r\n", b"407"),
-        (b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 20_000 + b"\r\n\r\n", b"431"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 200_000 + b"\r\n\r\n", b"431"),
         (b"no http at all\r\n\r\n", b"400"),
     ],
 )
