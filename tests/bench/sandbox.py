@@ -16,12 +16,28 @@ from tests.support.engine import SANDBOX_IMAGE, docker, require_engine
 
 _BOUND = 1.3
 _SANDBOXES = 3
+_LIMITS = (
+    *("--init", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--pids-limit", "1024", "--cpus", "2"),
+    *(
+        "--memory",
+        "4g",
+        "--memory-swap",
+        "4g",
+        "--read-only",
+        "--tmpfs",
+        "/tmp",
+        "--tmpfs",
+        "/var/tmp",
+        "--tmpfs",
+        "/run",
+    ),
+)
 _SERVER = ("sandbox-agent", "server", "--no-telemetry", "--token", "floor", "--host", "0.0.0.0", "--port", "2468")
 _ADDRESS = "{{.NetworkSettings.IPAddress}}"
 
 
 async def ready(options: Options, folder: Path) -> list[Row]:
-    """Measure both in turns. Ours has a network, a volume and limits made for it; the floor has Docker's defaults."""
+    """Measure both in turns, with the same volume and limits. Only ours has a network made for it."""
     require_engine()
     http, name = Http(), f"bench-{secrets.token_hex(4)}"
     config = DockerProviderConfig(installation=name, subnets="10.215.0.0/22")
@@ -35,13 +51,15 @@ async def ready(options: Options, folder: Path) -> list[Row]:
         await provider.destroy(f"sbx_{number}")
 
     async def run(number: int) -> None:
-        started = ("run", "--detach", "--init", "--name", f"{name}-{number}", SANDBOX_IMAGE, *_SERVER)
-        await asyncio.to_thread(docker, *started)
+        volume = f"type=volume,source={name}-{number},target=/home/sandbox"
+        named = ("--detach", "--name", f"{name}-{number}", "--mount", volume)
+        await asyncio.to_thread(docker, "run", *named, *_LIMITS, SANDBOX_IMAGE, *_SERVER)
         address = await asyncio.to_thread(docker, "inspect", "--format", _ADDRESS, f"{name}-{number}")
         await _answers(http, f"http://{address}:2468/v1/acp")
 
     async def drop(number: int) -> None:
-        await asyncio.to_thread(docker, "rm", "--force", "--volumes", f"{name}-{number}")
+        await asyncio.to_thread(docker, "rm", "--force", f"{name}-{number}")
+        await asyncio.to_thread(docker, "volume", "rm", f"{name}-{number}")
 
     try:
         rounds = await interleave(options.rounds, lambda: _measured(run, drop), lambda: _measured(make, remove))

@@ -217,7 +217,7 @@ async def test_a_sandbox_is_either_made_or_buried_and_told_so(
         store = SandboxStore(Outbox(database, Clock()), Clock())
         look_together(Held, "find")
         sandbox = Sandbox(id="s", task_id="t", state=sandboxes_pb2.SANDBOX_STATE_CREATING)
-        _, buried = await asyncio.gather(database.write(store.add, sandbox, "o"), database.write(store.bury, "s"))
+        _, buried = await asyncio.gather(database.write(store.add, sandbox, "o", ""), database.write(store.bury, "s"))
         held = await database.read(SANDBOXES.get, "s")
         marked = await database.read(lambda tx: tx.rows(_MARKED))
 

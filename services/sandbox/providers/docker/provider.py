@@ -39,6 +39,7 @@ _CONFIG = "branchline.config"
 
 _START_SECONDS = 30.0
 _PROBE_SECONDS = 2.0
+_SOON_SECONDS, _TICK_SECONDS = 1.0, 0.01
 _INSIDE_SECONDS = 15.0
 _ATTEMPTS = 8
 _LOOK_SECONDS = 5.0
@@ -253,11 +254,21 @@ class DockerProvider:
         except (Taken, Missing) as error:
             log.info("a container is made by another, too", sandbox=sandbox_id, reason=str(error))
             return None
-        machine = await self._running(sandbox_id)
+        machine = await self._soon(sandbox_id, network) or await self._running(sandbox_id)
         if machine is None and await self._engine.find_container(name) is not None:
             said = await self._engine.output(name)
             raise ProviderError(f"its container ended at once: {said}")
         return machine
+
+    async def _soon(self, sandbox_id: str, network: Network) -> Machine | None:
+        """Return the machine if its server answers as soon as it should, without a look at the container."""
+        deadline = asyncio.get_running_loop().time() + _SOON_SECONDS
+        while asyncio.get_running_loop().time() < deadline:
+            machine, _ = await self._heard(sandbox_id, network)
+            if machine is not None:
+                return machine
+            await asyncio.sleep(_TICK_SECONDS)
+        return None
 
     async def _join(self, sandbox_id: str, network: Network) -> None:
         """Put this service's own container into the sandbox's network."""
@@ -272,6 +283,10 @@ class DockerProvider:
             return None, False
         network = Network(within["NetworkID"], self._name(sandbox_id), subnet_of(within["IPAddress"]))
         await self._join(sandbox_id, network)
+        return await self._heard(sandbox_id, network)
+
+    async def _heard(self, sandbox_id: str, network: Network) -> tuple[Machine | None, bool]:
+        """Return the machine if the server in a network answers, and whether it refuses our token."""
         token = self._tokens(sandbox_id).server
         url, headers = f"http://{network.sandbox}:{container.PORT}", {"Authorization": f"Bearer {token}"}
         try:
