@@ -124,7 +124,7 @@ def _providers(config: SandboxConfig, http: "Callable[[], Http]") -> dict[str, S
     if config.local is not None:
         providers["local"] = LocalProvider(config.data_dir / "local", config.local, http)
     if config.docker is not None:
-        # Loaded where it is wanted: the client of the Engine is NN MB.
+        # Loaded where it is wanted: the client of the Engine is 6 MB.
         from services.sandbox.providers.docker.provider import DockerProvider  # noqa: PLC0415
 
         minter = Minter(config.signing_key.value.encode())

@@ -144,11 +144,11 @@ class DockerProvider:
         return Probe(Condition.ALIVE if machine else Condition.UNKNOWN, machine)
 
     async def known(self) -> set[str]:
-        """Return the sandboxes of this installation that have a container or a volume."""
+        """Return the sandboxes of this installation that have a container, a network or a volume."""
         label = f"{INSTALLATION}={self._installation}"
         containers = await self._engine.containers(label)
-        volumes = await self._engine.volumes(label)
-        labels = [one["Labels"] for one in containers] + [one["Labels"] for one in volumes]
+        others = [*await self._engine.networks(label), *await self._engine.volumes(label)]
+        labels = [one["Labels"] for one in (*containers, *others)]
         return {one[SANDBOX] for one in labels if SANDBOX in one}
 
     async def agents(self, sandbox_id: str) -> set[str]:
@@ -248,7 +248,7 @@ class DockerProvider:
         self._ends.pop(sandbox_id, None)
         try:
             if found is None:
-                await self._engine.create_container(name, config)
+                await self._create_container(sandbox_id, config)
             await self._join(sandbox_id, network)
             await self._engine.start_container(name)
         except (Taken, Missing) as error:
@@ -259,6 +259,16 @@ class DockerProvider:
             said = await self._engine.output(name)
             raise ProviderError(f"its container ended at once: {said}")
         return machine
+
+    async def _create_container(self, sandbox_id: str, config: Json) -> None:
+        """Make the container. Where none can be made, as without its image, the network is given back."""
+        try:
+            await self._engine.create_container(self._name(sandbox_id), config)
+        except (Taken, Missing, EngineAway):
+            raise
+        except ProviderError:
+            await self._networks.remove(sandbox_id)
+            raise
 
     async def _soon(self, sandbox_id: str, network: Network) -> Machine | None:
         """Return the machine if its server answers as soon as it should, without a look at the container."""
