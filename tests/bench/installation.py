@@ -4,6 +4,7 @@ import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,16 +136,16 @@ async def start(processes: Processes, services: Sequence[str]) -> None:
     for name in services:
         await processes.start(name, "serve", name)
     for name in services:
-        address = processes.environment[f"BRANCHLINE_ADDRESSES__{name.upper()}"]
-        async with grpc.aio.insecure_channel(
-            address, options=(*CHANNEL_OPTIONS, ("grpc.default_authority", "localhost"))
-        ) as channel:
-            stub: Any = health_pb2_grpc.HealthStub(channel)
+        await eventually(
+            partial(_serves, processes.environment[f"BRANCHLINE_ADDRESSES__{name.upper()}"]), _READY_SECONDS
+        )
 
-            async def serving() -> bool:
-                return (await stub.Check(_OF_ALL, timeout=_READY_SECONDS, wait_for_ready=True)).status == _SERVING
 
-            await eventually(serving, _READY_SECONDS)
+async def _serves(address: str) -> bool:
+    options = (*CHANNEL_OPTIONS, ("grpc.default_authority", "localhost"))
+    async with grpc.aio.insecure_channel(address, options=options) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        return (await stub.Check(_OF_ALL, timeout=_READY_SECONDS, wait_for_ready=True)).status == _SERVING
 
 
 async def _furnished(processes: Processes, stack: AsyncExitStack, services: Sequence[str]) -> Installed:

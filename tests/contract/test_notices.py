@@ -120,11 +120,15 @@ async def test_both_write_the_same_scope_and_all_watchers_see_every_change(two: 
         assert one.seqs == sorted(set(one.seqs))
 
 
+def tell_nobody(*_: object) -> None:
+    return
+
+
 async def test_what_no_notice_tells_is_looked_for(
     two: tuple[Process, Process], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = two
-    monkeypatch.setattr(notices.Notices, "tell", lambda *_: None)
+    monkeypatch.setattr(notices.Notices, "tell", tell_nobody)
     await first.put("untold")
     assert await second.until_seen("untold") < 2 * notices.LOOK_SECONDS
 

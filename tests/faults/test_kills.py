@@ -73,10 +73,10 @@ class Faults:
         async with grpc.aio.insecure_channel(address) as channel:
             checks: Any = health_pb2_grpc.HealthStub(channel)
             try:
-                await checks.Check(health_pb2.HealthCheckRequest(), timeout=1)
+                answer = await checks.Check(health_pb2.HealthCheckRequest(), timeout=1)
             except grpc.aio.AioRpcError as error:
                 return error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-            return True
+            return answer.status == health_pb2.HealthCheckResponse.SERVING
 
     async def kill_one(self) -> None:
         await self.kill(1)

@@ -158,11 +158,8 @@ def ports() -> dict[str, str]:
 def _common(folder: Path, databases: Databases | None = None) -> dict[str, str]:
     remotes = folder / "remotes"
     remotes.mkdir(parents=True, exist_ok=True)
+    given = asdict(installed() if databases is None else databases)
     return {
         "BRANCHLINE_SANDBOX__LOCAL__WRITABLE_PATHS": json.dumps([str(remotes)]),
-        **{
-            _DATABASE + name.upper(): url.value
-            for name, url in asdict(installed() if databases is None else databases).items()
-            if url.value
-        },
+        **{_DATABASE + name.upper(): url.value for name, url in given.items() if url.value},
     }
