@@ -65,6 +65,9 @@ class Server:
     port: int = 0
     passwords: bool = False
     settings: tuple[str, ...] = ("fsync=off",)
+    tables: Path | None = None
+    """Where new databases are, if not in the folder: a small file system, for one."""
+
     user: str | None = field(default_factory=lambda: None if os.getuid() else _unprivileged())
     _process: subprocess.Popen[bytes] | None = None
 
@@ -121,7 +124,13 @@ class Server:
     def create(self, database: str) -> str:
         """Make an empty database; return its URL."""
         with psycopg.connect(self.url, autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {database}".encode())
+            if self.tables is not None:
+                if self.user is not None:
+                    shutil.chown(self.tables, self.user)
+                if connection.execute("SELECT 1 FROM pg_tablespace WHERE spcname = 'elsewhere'").fetchone() is None:
+                    connection.execute(f"CREATE TABLESPACE elsewhere LOCATION '{self.tables}'".encode())
+            place = "TABLESPACE elsewhere" if self.tables is not None else ""
+            connection.execute(f"CREATE DATABASE {database} {place}".encode())
         return self.url_of(database)
 
     def address_of(self, database: str, role: str, password: str = "") -> str:
