@@ -1,4 +1,4 @@
-"""A PostgreSQL server that is away, restarted, hung or full: commands say so, nothing acknowledged is lost, work goes on."""
+"""A PostgreSQL server that is away, crashes, hangs or is full: commands say so, and nothing acknowledged is lost."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ from tests.support.stack import eventually, failure_of, request_id
 
 SERVICES = ("organization", "user", "history", "repository", "gateway")
 NOT_SERVING, SERVING = health_pb2.HealthCheckResponse.NOT_SERVING, health_pb2.HealthCheckResponse.SERVING
-RECOVERY_SECONDS = 30.0
+RECOVERY_SECONDS = 60.0
 
 
 @dataclass
