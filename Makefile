@@ -10,8 +10,8 @@ DATABASE ?= sqlite
 export DATABASE
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test test-unit test-integration test-faults test-docker sandbox-image test-needs \
-    check breaking generate generate-check bench format lock clean
+.PHONY: setup demo images compose test test-unit test-integration test-faults test-docker test-compose test-compose-faults \
+    test-needs check breaking generate generate-check bench format lock clean
 
 setup: $(VENV)/.installed node_modules/.installed sdk/typescript/node_modules/.installed
 
@@ -48,13 +48,23 @@ test-integration: test-needs setup
 test-faults: test-needs setup
 	$(BIN)/pytest -q tests/faults
 
-# The tests of Docker sandboxes need a Docker Engine that runs, and say so where there is none.
-test-docker: setup sandbox-image
+# Images from this checkout, and all of it up on this machine's Docker Engine: see docs/operating.md.
+images:
+	deploy/docker/build
+
+compose: setup
+	deploy/compose/up
+
+# Docker sandboxes of services on this machine.
+test-docker: setup images
 	$(BIN)/pytest -q tests/docker
 
-sandbox-image:
-	docker build --quiet --file deploy/docker/sandbox.Dockerfile $(if $(PIP_CERT),--build-arg PIP_CERT=/build/ca.crt) \
-	    --tag branchline-sandbox .
+# In real containers: what is built, the main job, one kill, what sandboxes reach; then all that may befall a container.
+test-compose: setup
+	$(BIN)/pytest -q tests/compose/test_images.py tests/compose/test_main_job.py tests/compose/test_isolation.py
+
+test-compose-faults: setup
+	$(BIN)/pytest -q -s tests/compose
 
 test-needs:
 	@command -v bwrap >/dev/null || { echo "the tests need bubblewrap (Debian: apt-get install bubblewrap)" >&2; exit 1; }
@@ -107,8 +117,13 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/buf format --write
 
+EXPORT := $(BIN)/uv export --quiet --no-emit-workspace --no-annotate --no-header
+
+# All of it, and what the image takes of it: to run, and to be built.
 lock:
-	$(BIN)/uv export --quiet --all-groups --no-emit-workspace --no-annotate --no-header --output-file requirements.lock
+	$(EXPORT) --all-groups --output-file requirements.lock
+	$(EXPORT) --no-dev --output-file deploy/docker/requirements.lock
+	$(EXPORT) --only-group build --output-file deploy/docker/build.lock
 
 clean:
 	rm -rf build data node_modules sdk/typescript/node_modules sdk/typescript/dist $(VENV)

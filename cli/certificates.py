@@ -19,8 +19,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from cli.installation import SERVICES
 from cli.settings import SettingsError
+from services.runtime.config import certified_name
 from services.runtime.principal import OPERATOR
-from services.runtime.tls import certified_name
 
 AUTHORITY = "ca"
 DOOR = "door"

@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 from cli.terminal import DEFAULT_DATA, DataDir, console, run
 
-_GROUPS = ("call", "certs", "github", "history", "member", "org", "outbox", "repo", "sandbox", "task", "token")
+_GROUPS = ("call", "certs", "github", "history", "member", "org", "outbox", "repo", "sandbox", "setup", "task", "token")
 
 
 class _Commands(TyperGroup):

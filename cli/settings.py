@@ -2,6 +2,7 @@
 
 `BRANCHLINE_DATA_DIR=/srv/branchline` and `data_dir = "/srv/branchline"` say the same; a service's own keys are under
 its name: `BRANCHLINE_GITHUB_DATA__GITHUB_TOKEN` or `[github_data] github_token = ...`. The service says what they are.
+`BRANCHLINE_SIGNING_KEY_FILE=/keys/signing.key`, and so for any other, gives what the file holds: for secrets.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from typing import Any, cast
 import msgspec
 
 from services.runtime.config import Config, Secret, TlsConfig, read_config
+from services.runtime.secrets import require_private
 
 PREFIX = "BRANCHLINE_"
 CLIENT_KEYS = frozenset(
@@ -22,6 +24,7 @@ CLIENT_KEYS = frozenset(
 )
 CONFIG_VARIABLE = "BRANCHLINE_CONFIG"
 _LEVELS = "__"
+_FILE = "_FILE"
 
 TOKEN_FILE = "token"  # noqa: S105 - a file name
 """File in the data folder that keeps the first API token, readable by its owner alone."""
@@ -95,17 +98,38 @@ class Settings(Config, frozen=True, kw_only=True):
 
 
 def load_settings(**given: Any) -> Settings:
-    """Read arguments first, then the environment, then the file. Raise ValueError for what means nothing."""
+    """Read arguments first, then the environment, then the file.
+
+    Raise ValueError for what means nothing, SettingsError for a file that cannot be read, or by too many.
+    """
     path = os.environ.get(CONFIG_VARIABLE)
     found: dict[str, Any] = tomllib.loads(Path(path).read_text()) if path else {}
     for variable, value in os.environ.items():
         if not variable.startswith(PREFIX) or variable in CLIENT_KEYS or variable == CONFIG_VARIABLE:
             continue
-        keys = variable.removeprefix(PREFIX).lower().split(_LEVELS)
+        name = variable.removesuffix(_FILE)
+        keys = name.removeprefix(PREFIX).lower().split(_LEVELS)
         if keys[0] not in Settings.__struct_fields__:
             raise ValueError(f"{variable} is not a setting of Branchline")
-        _set(found, keys, _value(value))
+        if name == variable:
+            _set(found, keys, _value(value))
+        elif name in os.environ:
+            raise ValueError(f"{name} is set twice: by itself, and by {variable}")
+        else:
+            _set(found, keys, _read_private(variable, Path(value)))
     return read_config(Settings, _merged(found, given))
+
+
+def _read_private(variable: str, path: Path) -> str:
+    """Return what a file holds without the end of its line; raise SettingsError if it is nothing, or others read it."""
+    try:
+        require_private(path)
+        text = path.read_text().rstrip("\n")
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{variable}: {error}") from error
+    if not text:
+        raise SettingsError(f"{variable}: {path} is empty")
+    return text
 
 
 def _set(settings: dict[str, Any], keys: list[str], value: Any) -> None:

@@ -48,8 +48,9 @@ async def up(console: Console, data_dir: Path, agent: str, isolation: str | None
 async def bootstrap_apart(console: Console, data_dir: Path, agent: str) -> None:
     """Create the first user, organization and token of services that run apart."""
     installation = distributed_installation(configure(data_dir))
-    organization_id, token = await bootstrap(installation, agent)
-    views.print_welcome(console, installation.addresses, organization_id, token)
+    organization_id, _token = await bootstrap(installation, agent)
+    kept = f"in {installation.settings.data_dir / TOKEN_FILE}"  # what this prints may be kept, in a container's log
+    views.print_welcome(console, installation.addresses, organization_id, kept)
 
 
 @asynccontextmanager

@@ -8,9 +8,9 @@ from typing import Any
 
 import grpc
 
-from services.runtime.config import Secret, TlsConfig
+from services.runtime.config import Secret, TlsConfig, certified_name
 from services.runtime.principal import Metadata, Principal, Signer, principal_or_none
-from services.runtime.tls import Certificate, Pems, certified_name, open_certificate, require_safe
+from services.runtime.tls import Certificate, Pems, open_certificate, require_safe
 
 MESSAGE_LIMIT_BYTES = 4 * 1024 * 1024
 """No message is larger: frames, pages and batches end at 1 MiB, after at least one entity."""

@@ -54,6 +54,11 @@ def _read(kind: type[Any], value: object) -> object:
     raise ValueError(f"expected a text, got {type(value).__name__}")
 
 
+def certified_name(service: str) -> str:
+    """Return the name for which a service's certificate is made."""
+    return f"{service.replace('_', '-')}.branchline.internal"
+
+
 class TlsConfig(Config, frozen=True, kw_only=True):
     """What a process shows to the other services. In a path {service} stands for the name of the process."""
 

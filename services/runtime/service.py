@@ -19,7 +19,7 @@ from sqlalchemy import literal, select
 from services.runtime.admin import AdminServicer
 from services.runtime.client import MESSAGE_LIMIT_BYTES, REMEDY, Neighbours, SigningChannel
 from services.runtime.clock import Clock
-from services.runtime.config import ServiceConfig, database_url
+from services.runtime.config import ServiceConfig, certified_name, database_url
 from services.runtime.database import Database, DatabaseError, DatabaseUnavailable, Reader, Statement, open_database
 from services.runtime.errors import Unauthenticated
 from services.runtime.logging import get_logger
@@ -34,7 +34,7 @@ from services.runtime.spine.index import Index
 from services.runtime.spine.ingest import Ingest, PushServicer
 from services.runtime.spine.outbox import Outbox
 from services.runtime.spine.push import PushClient
-from services.runtime.tls import Certificate, certified_name, require_safe
+from services.runtime.tls import Certificate, require_safe
 
 log = get_logger(__name__)
 

@@ -14,7 +14,7 @@ from typing import cast
 import grpc
 from branchline.tls import is_local
 
-from services.runtime.config import TlsConfig
+from services.runtime.config import TlsConfig, certified_name
 from services.runtime.logging import get_logger
 from services.runtime.secrets import require_private
 
@@ -22,11 +22,6 @@ log = get_logger(__name__)
 
 _LOOK_SECONDS = 1.0
 _TELL_SECONDS = 21 * 24 * 3600.0
-
-
-def certified_name(service: str) -> str:
-    """Return the name for which a service's certificate is made."""
-    return f"{service.replace('_', '-')}.branchline.internal"
 
 
 @dataclass(frozen=True, slots=True)

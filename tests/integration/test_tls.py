@@ -28,8 +28,9 @@ from cli import views
 from cli.certificates import DOOR
 from cli.installation import SERVICES
 from services.runtime.client import open_channel
+from services.runtime.config import certified_name
 from services.runtime.principal import OPERATOR, Signer
-from services.runtime.tls import Certificate, certified_name
+from services.runtime.tls import Certificate
 from services.sandbox.providers.ports import free_port
 from tests.integration.test_command_line import run
 from tests.support.certificates import certificates, replace, tls_settings

@@ -12,8 +12,10 @@ from urllib.parse import urlsplit
 
 
 @contextmanager
-def serve_git(root: Path, username: str, password: str, address: str = "127.0.0.1") -> Generator[str, None, None]:
-    """Serve the bare repositories of a folder; yield the host with its port. Without a password all may push."""
+def serve_git(
+    root: Path, username: str, password: str, host: str = "127.0.0.1", port: int = 0
+) -> Generator[str, None, None]:
+    """Serve the bare repositories of a folder; yield the host with its port."""
     wanted = "Basic " + base64.b64encode(f"{username}:{password}".encode()).decode()
 
     class Handler(BaseHTTPRequestHandler):
@@ -25,7 +27,7 @@ def serve_git(root: Path, username: str, password: str, address: str = "127.0.0.
 
         def _serve(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            if password and self.headers.get("Authorization") != wanted:
+            if self.headers.get("Authorization") != wanted:
                 self.send_response(401)
                 self.send_header("WWW-Authenticate", 'Basic realm="git"')
                 self.end_headers()
@@ -57,11 +59,16 @@ def serve_git(root: Path, username: str, password: str, address: str = "127.0.0.
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its name
             """Say nothing."""
 
-    server = ThreadingHTTPServer((address, 0), Handler)
+    server = ThreadingHTTPServer((host, port), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield f"{address}:{server.server_port}"
+        yield f"{host}:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()
+
+
+if __name__ == "__main__":
+    with serve_git(Path("/srv/git"), "git", "git", "0.0.0.0", 8080):
+        threading.Event().wait()

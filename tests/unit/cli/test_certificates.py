@@ -8,7 +8,8 @@ from cryptography import x509
 from cli.certificates import DOOR, make_certificates
 from cli.installation import SERVICES
 from cli.settings import SettingsError
-from services.runtime.tls import Certificate, certified_name
+from services.runtime.config import certified_name
+from services.runtime.tls import Certificate
 from tests.support.certificates import certificates, replace, serial_of
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from services.runtime import tls
-from services.runtime.config import TlsConfig
-from services.runtime.tls import Certificate, certified_name, open_certificate, require_safe
+from services.runtime.config import TlsConfig, certified_name
+from services.runtime.tls import Certificate, open_certificate, require_safe
 from tests.support.certificates import certificates, replace
 
 NAME = certified_name("task")
