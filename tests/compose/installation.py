@@ -77,7 +77,7 @@ class Composed:
         """Return the last lines of what every container logged."""
         listed = docker("ps", "--all", "--quiet", "--filter", f"label=com.docker.compose.project={self.project}")
         logs = [
-            subprocess.run(["docker", "logs", "--tail", "8", one], capture_output=True, check=False)
+            subprocess.run(["docker", "logs", "--tail", "40", one], capture_output=True, check=False)
             for one in listed.split()
         ]
         return "\n".join((one.stdout + one.stderr).decode(errors="replace") for one in logs)
