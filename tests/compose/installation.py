@@ -34,7 +34,6 @@ GIT_NAME, GIT_PASSWORD = "git", "git"
 _UP_SECONDS = 240
 _HEALTHY_SECONDS = 120
 _HEALTH = ("python", "-m", "cli.health")
-_FILLER = "/var/lib/postgresql/data/filler"
 _OWN_PROCESSES = "kill -9 $(cat /proc/1/task/1/children)"
 """Ends what a container is for, as a crash does. `docker kill` would be taken for an order not to start it again."""
 
@@ -183,15 +182,6 @@ class Composed:
         for network, address in held.items():
             alias = ("--alias", service.replace("_", "-"), "--ip", address)
             await asyncio.to_thread(docker, "network", "connect", *alias, f"{self.project}_{network}", container)
-
-    @asynccontextmanager
-    async def full_disk(self) -> AsyncGenerator[None, None]:
-        """Leave PostgreSQL no room for the length of the block."""
-        container = self.container("postgres")
-        fill = f"dd if=/dev/zero of={_FILLER} bs=1M; dd if=/dev/zero of={_FILLER}.rest bs=4k"
-        await asyncio.to_thread(docker, "exec", container, "sh", "-c", fill, check=False)
-        yield
-        await asyncio.to_thread(docker, "exec", container, "rm", "-f", _FILLER, f"{_FILLER}.rest")
 
 
 @contextmanager

@@ -71,18 +71,11 @@ async def cut_off(installation: Composed) -> None:
     await restarted(installation, "task")
 
 
-async def database_full(installation: Composed) -> None:
-    async with installation.full_disk():
-        await asyncio.sleep(8)
-    await restarted(installation, "postgres")
-
-
 FAULTS: dict[str, Fault] = {
     **{f"kill {name}": killed(name) for name in (*OWNERS, "gateway")},
     "pause repository": paused,
     "task off its network and back": cut_off,
     "kill postgres": killed("postgres"),
-    "disk of postgres full": database_full,
     **{f"replace image of {name}": replaced(name) for name in (*OWNERS, "gateway")},
 }
 
