@@ -12,6 +12,11 @@ from dataclasses import dataclass, field
 
 import pytest
 import pytest_asyncio
+from branchline.v1.history_pb2 import HistoryEvent
+from branchline.v1.sessions_pb2 import Session
+from branchline.v1.tasks_pb2 import Task
+from branchline.v1.transcripts_pb2 import TranscriptEntry
+from google.protobuf.message import Message
 
 from tests.compose.installation import OWNERS, Composed
 from tests.compose.work import git_repository, organization_of
@@ -162,19 +167,20 @@ async def test_what_was_acknowledged_outlives_a_fault(
 def different_indexes(installation: Composed) -> Iterator[str]:
     """Compare owners with indexes by SQL, as the superuser sees them."""
     pairs = (
-        (("task", "tasks", "id"), ("repository", "task_details", "id")),
-        (("task", "task_workbench_sessions", "session_id"), ("repository", "session_index", "id")),
-        (("task", "transcript_entries", "id"), ("repository", "transcript_entries", "id")),
-        (("history", "events", "id"), ("organization", "history_feed", "id")),
+        (("task", "tasks", "id"), ("repository", "task_details", "id"), Task),
+        (("task", "task_workbench_sessions", "session_id"), ("repository", "session_index", "id"), Session),
+        (("task", "transcript_entries", "id"), ("repository", "transcript_entries", "id"), TranscriptEntry),
+        (("history", "events", "id"), ("organization", "history_feed", "id"), HistoryEvent),
     )
-    for owner, index in pairs:
-        owned, indexed = _held(installation, *owner), _held(installation, *index)
+    for owner, index, kind in pairs:
+        owned, indexed = _held(installation, *owner, kind), _held(installation, *index, kind)
         if owned != indexed:
             one, other = " ".join(owner), " ".join(index)
-            yield f"{one} has {len(owned)}, {other} {len(indexed)}; {len(set(owned) ^ set(indexed))} are not in both"
+            yield f"{one} has {len(owned)}, {other} {len(indexed)}; unlike: {[key for key in owned if owned[key] != indexed.get(key)]}"
 
 
-def _held(installation: Composed, service: str, table: str, key: str) -> list[tuple[str, bytes]]:
+def _held(installation: Composed, service: str, table: str, key: str, kind: type[Message]) -> dict[str, Message]:
+    """Return what a table holds, as messages: the order of a map's entries in their bytes means nothing."""
     alive = " WHERE NOT deleted" if service in ("repository", "organization") else ""
-    rows = look_into(installation.database(service), f"SELECT {key}, payload FROM {table}{alive} ORDER BY {key}")
-    return [(str(row[0]), bytes(row[1])) for row in rows]
+    rows = look_into(installation.database(service), f"SELECT {key}, payload FROM {table}{alive}")  # noqa: S608
+    return {str(row[0]): kind.FromString(bytes(row[1])) for row in rows}
