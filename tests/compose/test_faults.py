@@ -176,11 +176,12 @@ def different_indexes(installation: Composed) -> Iterator[str]:
         owned, indexed = _held(installation, *owner, kind), _held(installation, *index, kind)
         if owned != indexed:
             one, other = " ".join(owner), " ".join(index)
-            yield f"{one} has {len(owned)}, {other} {len(indexed)}; unlike: {[key for key in owned if owned[key] != indexed.get(key)]}"
+            unlike = [key for key in owned if owned[key] != indexed.get(key)]
+            yield f"{one} has {len(owned)}, {other} {len(indexed)}; unlike: {unlike}"
 
 
 def _held(installation: Composed, service: str, table: str, key: str, kind: type[Message]) -> dict[str, Message]:
     """Return what a table holds, as messages: the order of a map's entries in their bytes means nothing."""
     alive = " WHERE NOT deleted" if service in ("repository", "organization") else ""
-    rows = look_into(installation.database(service), f"SELECT {key}, payload FROM {table}{alive}")  # noqa: S608
+    rows = look_into(installation.database(service), f"SELECT {key}, payload FROM {table}{alive}")
     return {str(row[0]): kind.FromString(bytes(row[1])) for row in rows}
