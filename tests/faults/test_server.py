@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import signal
 import subprocess
+import tempfile
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ class House:
     processes: Processes
     client: Client
     organization_id: str
+    working: "asyncio.Task[None]" = field(init=False)
     acknowledged: list[str] = field(default_factory=list[str])
     refused: set[tuple[grpc.StatusCode, str]] = field(default_factory=set[tuple[grpc.StatusCode, str]])
 
@@ -81,7 +83,9 @@ class House:
         await eventually(look, 60)
 
     async def check_books(self) -> None:
-        """See that every acknowledged command is there, at its owner and in the index."""
+        """See that every acknowledged command is there, at its owner and in the index. No more work is done."""
+        self.working.cancel()
+        await asyncio.wait({self.working})
 
         async def settled() -> bool:
             rows = look_into(self.server.url_of("of_organization"), "SELECT count(*) FROM outbox")
@@ -104,13 +108,13 @@ async def house(server: Server, folder: Path) -> AsyncGenerator[House, None]:
         await processes.start("bootstrap", "bootstrap")
         client, organization_id = await processes.client(stack)
         made = House(server, processes, client, organization_id)
-        working = asyncio.create_task(made.work())
+        made.working = asyncio.create_task(made.work())
         try:
             await made.until_more()
             yield made
         finally:
-            working.cancel()
-            await asyncio.wait({working})
+            made.working.cancel()
+            await asyncio.wait({made.working})
 
 
 async def test_a_server_that_is_away_and_comes_back_costs_nothing_acknowledged(tmp_path: Path) -> None:
@@ -151,13 +155,15 @@ async def test_a_server_that_hangs_is_told_of_and_used_again(tmp_path: Path) -> 
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> Generator[Path, None, None]:
-    """A file system of 160 MiB in memory."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160m,mode=755", "tmpfs", str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+def small() -> Generator[Path, None, None]:
+    """A file system of 160 MiB in memory, where the server's user finds it."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="small-") as name:
+        Path(name).chmod(0o755)
+        folder = Path(name) / "tables"
+        folder.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160m,mode=755", "tmpfs", str(folder)], check=True)
+        yield folder
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 async def test_a_full_server_is_told_of_and_goes_on_when_there_is_room(tmp_path: Path, small: Path) -> None:

@@ -82,14 +82,14 @@ class _Driver:
         """Begin a transaction. A connection that broke while it was idle is replaced."""
         if self._raw is not None and not self._raw.closed:
             try:
-                self._raw.execute(cast("LiteralString", text))
+                self.execute(text)
                 return
             except psycopg.OperationalError:
                 self._raw.close()
         self._raw = connect(self._url)
         self._raw.prepare_threshold, self._raw.prepared_max = 0, _PREPARED
         self._raw.execute(cast("LiteralString", _SETTINGS), prepare=False)
-        self._raw.execute(cast("LiteralString", text))
+        self.execute(text)
 
     def execute(self, text: str, parameters: Values | None = None) -> Any:
         assert self._raw is not None
@@ -130,7 +130,7 @@ class _Driver:
     def rollback(self) -> None:
         if self._raw is not None and not self._raw.closed and self.status != TransactionStatus.IDLE:
             try:
-                self._raw.execute("ROLLBACK")
+                self.execute("ROLLBACK")
             except psycopg.Error:
                 self._raw.close()
 
