@@ -146,7 +146,7 @@ class Service:
             except BaseException:
                 await server.stop(None)
                 raise
-            self.serving.ready = True
+            self.serving.unready = ""
             await self.tell_all(well=True)
             log.info("service started", service=self.name, address=self.address)
             async with asyncio.TaskGroup() as group:
@@ -315,13 +315,20 @@ class Chassis:
         self.service.loops.append(BatchCourier(self.outbox, destination, deliver).run)
 
     async def tell_database(self) -> None:
-        """Say in the health check and in the log whether the database's server works."""
+        """Say in the health check and in the log whether the database's server works.
+
+        While it does not answer, calls are refused at once: they would wait for nothing.
+        """
+        unready = ""
         try:
             async with asyncio.timeout(_DATABASE_ANSWER_SECONDS):
                 await self.database.read(Reader.value, _ANSWER)
-            why = "it refused the last transaction" if self.database.refusing else ""
-        except (DatabaseError, TimeoutError) as error:
-            why = str(error) or "it does not answer"
+        except DatabaseError as error:
+            unready = str(error)
+        except TimeoutError:
+            unready = "its server does not answer"
+        self.service.serving.unready = unready
+        why = unready or ("it refused the last transaction" if self.database.refusing else "")
         if bool(why) == self._database_well:
             self._database_well = not why
             log.warning("health of the database", service=self.name, well=self._database_well, reason=why)

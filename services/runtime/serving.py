@@ -86,8 +86,8 @@ class Serving:
     """Told the full name of every method that is called."""
 
     meters: list[Meter] = field(default_factory=list[Meter])
-    ready: bool = False
-    """Whether the service has what it needs. Calls are refused until then."""
+    unready: str = "it is starting"
+    """Why the service cannot do anything now; calls are refused with these words while there are some."""
 
     _streams: set["asyncio.Task[Any]"] = field(default_factory=set["asyncio.Task[Any]"])
     _draining: bool = False
@@ -116,10 +116,9 @@ class Serving:
             task.cancel()
 
     def _require_ready(self) -> None:
-        if not self.ready:
-            raise Unavailable(
-                ERROR_REASON_DATABASE_UNAVAILABLE, f"{self.service} is starting: its database is not ready"
-            )
+        if self.unready:
+            sentence = f"{self.service} has no database to work with: {self.unready}"
+            raise Unavailable(ERROR_REASON_DATABASE_UNAVAILABLE, sentence)
 
     def _unary(self, name: str, serve: Callable[..., Any], decode: Decode) -> Callable[..., Any]:
         async def wrapped(data: bytes, context: Context) -> Any:

@@ -80,7 +80,10 @@ class House:
         async def look() -> bool:
             return (grpc.StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE") in self.refused
 
-        await eventually(look, 60)
+        try:
+            await eventually(look, 60)
+        except TimeoutError as error:
+            raise AssertionError(f"commands were refused with nothing but {self.refused}") from error
 
     async def check_books(self) -> None:
         """See that every acknowledged command is there, at its owner and in the index. No more work is done."""
