@@ -3,7 +3,6 @@
 import asyncio
 import os
 import re
-import sys
 from collections.abc import AsyncGenerator, Generator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,18 +11,14 @@ from typing import Any
 import grpc
 import psycopg
 import pytest
-from branchline.v1 import tasks_pb2
-from branchline.v1.tasks_pb2 import TASK_ACTIVITY_IDLE as IDLE
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cli.installation import GATEWAY, SERVICES
-from cli.settings import Databases
-from services.runtime.config import Secret
 from services.sandbox.providers.ports import free_port
 from tests.support.databases import Server, look_into, running_server, server, tamper_with
-from tests.support.stack import eventually, running_stack
+from tests.support.process import PROGRAM, branchline
+from tests.support.stack import eventually
 
-BRANCHLINE = Path(sys.executable).with_name("branchline")
 OWNERS = [name for name in SERVICES if name != GATEWAY]
 KEY = "a key for tests, long enough for HS256"
 PASSWORD = "s3cret-and-told-to-nobody"
@@ -42,27 +37,12 @@ def settings(folder: Path, databases: Mapping[str, str]) -> dict[str, str]:
     return {**os.environ, **given, "BRANCHLINE_SIGNING_KEY": KEY, "BRANCHLINE_DATA_DIR": str(folder / "data")}
 
 
-async def branchline(environment: Mapping[str, str], *arguments: str) -> tuple[int, str]:
-    """Run a command to its end; return its code and all that it said."""
-    process = await asyncio.create_subprocess_exec(
-        str(BRANCHLINE), *arguments, env=environment, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
-    )
-    try:
-        async with asyncio.timeout(60):
-            output, _ = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-    assert process.returncode is not None
-    return process.returncode, output.decode()
-
-
 @asynccontextmanager
 async def serving(folder: Path, service: str, environment: Mapping[str, str]) -> AsyncGenerator[Any, None]:
     """Run a service; yield the stub of its health check."""
     log = (folder / f"{service}.log").open("wb")
     process = await asyncio.create_subprocess_exec(
-        str(BRANCHLINE), "serve", service, env=environment, stdout=log, stderr=log
+        str(PROGRAM), "serve", service, env=environment, stdout=log, stderr=log
     )
     try:
         async with grpc.aio.insecure_channel(f"unix:{folder}/{service}.sock") as channel:
@@ -225,48 +205,3 @@ async def test_a_service_waits_for_its_server_and_says_so(tmp_path: Path) -> Non
             await eventually(said)
             late.start()
             await until_health(health, health_pb2.HealthCheckResponse.SERVING)
-
-
-async def test_a_stopped_installation_moves_to_postgresql(tmp_path: Path) -> None:
-    """Its tasks, sessions and workflows are there, watches work, and work goes on; its files are not needed."""
-    urls = {name: server().create(f"moved_{name}") for name in OWNERS}
-    environment = {**os.environ, **{f"BRANCHLINE_DATABASES__{name.upper()}": url for name, url in urls.items()}}
-    command = ("migrate-data", "--data-dir", str(tmp_path / "data"))
-    async with running_stack(tmp_path, Databases()) as stack:
-        task = await stack.ready_task()
-        await stack.send(task, "write a.txt: a\ncommit A\npush")
-        await stack.until(task.id, activity=IDLE, turn=1)
-        before = await stack.transcript(task)
-
-        code, said = await branchline(environment, *command)
-        assert code == 2
-        assert "is in use" in said
-
-    assert await branchline(environment, *command, "--data-dir", str(tmp_path / "nothing")) != (0, "")
-    code, said = await branchline(environment, *command)
-    assert code == 0, said
-    assert re.search(r"^task, its workflows: copied [1-9]\d* rows", said, re.MULTILINE), said
-    assert all(re.search(rf"^{name}: copied [1-9]\d* rows", said, re.MULTILINE) for name in ("task", "organization"))
-    code, again = await branchline(environment, *command)
-    assert code == 0, again
-    assert "copied [1-9]" not in again
-
-    for file in (tmp_path / "data").rglob("*.sqlite*"):
-        file.unlink()
-    moved = {name: Secret(url) for name, url in urls.items()}
-    async with running_stack(tmp_path, Databases(**moved)) as stack:
-        assert await stack.transcript(task) == before
-        watching = stack.client.tasks.WatchTask(tasks_pb2.WatchTaskRequest(task_id=task.id))
-        await stack.send(task, "write b.txt: b\ncommit B\npush")
-        async for frame in watching:
-            if any(change.task.activity == IDLE and change.task.head_commit for change in frame.changes):
-                break
-        await stack.until(task.id, activity=IDLE, turn=2)
-    assert not list((tmp_path / "data").rglob("*.sqlite"))
-
-    (tmp_path / "data" / "history").mkdir(exist_ok=True)
-    code, said = await branchline({**environment, "BRANCHLINE_DATABASES__HISTORY": ""}, "migrate", *command[1:])
-    assert code == 0, said
-    code, said = await branchline(environment, *command)
-    assert code == 2
-    assert "is not empty" in said

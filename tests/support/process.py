@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,3 +164,18 @@ def _common(folder: Path, databases: Databases | None = None) -> dict[str, str]:
         "BRANCHLINE_SANDBOX__LOCAL__WRITABLE_PATHS": json.dumps([str(remotes)]),
         **{_DATABASE + name.upper(): url.value for name, url in given.items() if url.value},
     }
+
+
+async def branchline(environment: Mapping[str, str], *arguments: str) -> tuple[int, str]:
+    """Run a command to its end; return its code and all that it said."""
+    process = await asyncio.create_subprocess_exec(
+        str(PROGRAM), *arguments, env=environment, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    try:
+        async with asyncio.timeout(60):
+            output, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+    assert process.returncode is not None
+    return process.returncode, output.decode()
