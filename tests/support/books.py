@@ -20,7 +20,7 @@ from tests.support.people import Person, Promise, get_task, rests, sessions, tra
 from tests.support.stack import eventually
 from tests.support.views import View
 
-SETTLE_SECONDS = 90.0
+SETTLE_SECONDS = 180.0
 
 OWNERS = tuple(name for name in SERVICES if name != "gateway")
 WORKING = (sessions_pb2.SESSION_STATE_RUNNING, sessions_pb2.SESSION_STATE_WAITING)

@@ -28,7 +28,7 @@ _PASSES = frozenset(
     }
 )
 _MAY_REFUSE = frozenset({grpc.StatusCode.FAILED_PRECONDITION})
-_REST_SECONDS = 90.0
+_REST_SECONDS = 180.0
 
 T = TypeVar("T")
 
