@@ -104,8 +104,8 @@ def _on_server(service: str, url: str) -> tuple[str | None, str | None]:
     return (found[0], found[1]) if found is not None else (None, None)
 
 
-def migrate(folder: Path, url: str) -> None:
-    """Bring one database to the newest schema, in this process."""
+def migrate(folder: Path, url: str, version: str = "head") -> None:
+    """Bring one database to the newest schema, or an older one, in this process."""
     from alembic import command  # noqa: PLC0415 - only the process that migrates has Alembic
     from alembic.config import Config  # noqa: PLC0415
 
@@ -114,7 +114,7 @@ def migrate(folder: Path, url: str) -> None:
     config = Config()
     config.set_main_option("script_location", str(folder))
     config.attributes["url"], config.attributes["service"] = url, folder.parent.name
-    command.upgrade(config, "head")
+    command.upgrade(config, version)
 
 
 def run_environment(metadata: MetaData) -> None:

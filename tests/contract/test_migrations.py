@@ -10,11 +10,12 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import MetaData, create_engine
+from sqlalchemy.exc import DBAPIError
 
 from cli.installation import GATEWAY, ROOT, SERVICES, Installation, local_installation
 from cli.settings import Settings
 from services.runtime.migrations import bring_up_to_date, migrate
-from tests.support.databases import Databases
+from tests.support.databases import Databases, look_into, tamper_with
 
 OWNERS = [name for name in SERVICES if name != GATEWAY]
 
@@ -34,6 +35,19 @@ def test_migrations_lead_to_the_tables(service: str, databases: Databases) -> No
     engine.dispose()
 
     assert missing == []
+
+
+async def test_a_database_of_the_first_schema_is_brought_forward_with_what_it_holds(databases: Databases) -> None:
+    folder, url = ROOT / "services" / "sandbox" / "migrations", databases.make(MetaData())
+    migrate(folder, url, "0001")
+    row = "INSERT INTO sandboxes (id, task_id, state, revision, payload) VALUES ('sbx_1', 'task_1', 1, 1, '')"
+    tamper_with(url, row)
+    with pytest.raises(DBAPIError):
+        look_into(url, "SELECT remote_url FROM sandboxes")
+
+    await bring_up_to_date({folder: url})
+
+    assert look_into(url, "SELECT id, remote_url FROM sandboxes") == [("sbx_1", "")]
 
 
 @pytest.fixture

@@ -160,7 +160,6 @@ def upgrade() -> None:
         sa.Column("task_id", sa.String(), nullable=False),
         sa.Column("organization_id", sa.String(), server_default="", nullable=False),
         sa.Column("workspace", sa.String(), server_default="", nullable=False),
-        sa.Column("remote_url", sa.String(), server_default="", nullable=False),
         sa.Column("state", sa.Integer(), nullable=False),
         sa.Column("revision", sa.BigInteger(), nullable=False),
         sa.Column("payload", sa.LargeBinary(), nullable=False),
