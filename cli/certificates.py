@@ -5,7 +5,6 @@ authority lies apart in `ca`, and nothing that runs needs it.
 """
 
 import ipaddress
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -21,6 +20,7 @@ from cli.installation import SERVICES
 from cli.settings import SettingsError
 from services.runtime.config import certified_name
 from services.runtime.principal import OPERATOR
+from services.runtime.secrets import write_whole
 
 AUTHORITY = "ca"
 DOOR = "door"
@@ -81,8 +81,8 @@ def _authority(folder: Path) -> tuple[Authority, str]:
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(private.public_key()), critical=False)
         .sign(private, hashes.SHA256())
     )
-    _write(key, _pem_of_key(private), 0o600)
-    _write(certificate, made.public_bytes(serialization.Encoding.PEM), 0o644)
+    write_whole(key, _pem_of_key(private))
+    write_whole(certificate, made.public_bytes(serialization.Encoding.PEM), 0o644)
     return Authority(made, private), _until("made", made)
 
 
@@ -95,9 +95,9 @@ def _certify(folder: Path, authority: Authority, names: list[str]) -> str:
     if authority.key is None:
         raise SettingsError(f"{path} is to be made, and the key of the authority is not there: put back ca/ca.key")
     made, key = issue(authority.certificate, authority.key, names, datetime.now(UTC) + timedelta(days=_DAYS))
-    _write(folder / "ca.crt", authority.certificate.public_bytes(serialization.Encoding.PEM), 0o644)
-    _write(folder / "tls.key", key, 0o600)
-    _write(path, made.public_bytes(serialization.Encoding.PEM), 0o644)
+    write_whole(folder / "ca.crt", authority.certificate.public_bytes(serialization.Encoding.PEM), 0o644)
+    write_whole(folder / "tls.key", key)
+    write_whole(path, made.public_bytes(serialization.Encoding.PEM), 0o644)
     return _until("made" if found is None else "renewed", made)
 
 
@@ -179,17 +179,6 @@ def _pem_of_key(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-
-
-def _write(path: Path, data: bytes, mode: int) -> None:
-    """Put a whole file in the place of another, never readable by more than its mode says."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new")
-    new.unlink(missing_ok=True)
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-    new.replace(path)
 
 
 def _until(became: str, certificate: x509.Certificate) -> str:

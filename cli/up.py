@@ -25,6 +25,7 @@ from cli.settings import TOKEN_FILE, read_token
 from services.runtime.migrations import bring_up_to_date
 from services.runtime.principal import OPERATOR
 from services.runtime.retry import Backoff
+from services.runtime.secrets import write_whole
 from services.runtime.service import Service, once_reachable
 
 _BOOTSTRAP_SECONDS = 30.0
@@ -84,8 +85,7 @@ async def bootstrap(installation: Installation, default_agent: str) -> tuple[str
         await channel.close()
     path = settings.data_dir / TOKEN_FILE
     if answer.api_token:
-        path.touch(mode=0o600)
-        path.write_text(answer.api_token)
+        write_whole(path, answer.api_token.encode())
     return answer.organization.id, read_token(settings.data_dir)
 
 

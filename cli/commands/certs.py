@@ -10,7 +10,6 @@ from cli.terminal import console, run
 
 app = typer.Typer()
 
-
 Folder = Annotated[Path, typer.Option("--dir", help="Where they are put, a folder for each process.")]
 Names = Annotated[
     list[str] | None, typer.Option("--name", help="Name or address by which clients know the gateway; may be repeated.")
@@ -25,7 +24,12 @@ def certs(folder: Folder = Path("certs"), names: Names = None) -> None:
     """
 
     async def job() -> None:
-        for path, became in make_certificates(folder, names or []):
-            console.print(f"{path}: {became}", markup=False, highlight=False, soft_wrap=True)
+        show_certificates(folder, names)
 
     run(job())
+
+
+def show_certificates(folder: Path, names: list[str] | None) -> None:
+    """Make what is missing of the certificates in a folder, and say what became of each."""
+    for path, became in make_certificates(folder, names or []):
+        console.print(f"{path}: {became}", markup=False, highlight=False, soft_wrap=True)

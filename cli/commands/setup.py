@@ -11,21 +11,17 @@ from typing import Annotated
 
 import typer
 
-from cli.certificates import make_certificates
+from cli.commands.certs import Names, show_certificates
 from cli.installation import GATEWAY, SERVICES
-from cli.terminal import console, run
-from services.runtime.config import make_private
+from cli.terminal import run
 from services.runtime.principal import OPERATOR
-from services.runtime.secrets import read_or_create_key
+from services.runtime.secrets import read_or_create_key, write_whole
 
 app = typer.Typer()
 
 _PASSWORD_BYTES = 32
 
 Folder = Annotated[Path, typer.Option("--dir", help="Folder of the keys.")]
-Names = Annotated[
-    list[str] | None, typer.Option("--name", help="Name or address by which clients know the gateway; may be repeated.")
-]
 
 
 @app.command()
@@ -37,8 +33,7 @@ def setup(folder: Folder = Path("keys"), names: Names = None) -> None:
 
     async def job() -> None:
         make_keys(folder)
-        for path, became in make_certificates(folder, names or []):
-            console.print(f"{path}: {became}", markup=False, highlight=False, soft_wrap=True)
+        show_certificates(folder, names)
 
     run(job())
 
@@ -47,18 +42,8 @@ def make_keys(folder: Path) -> None:
     """Make what is missing of the keys that are no certificates."""
     signing_key = read_or_create_key(folder / OPERATOR / "signing.key")
     for name in SERVICES:
-        _write(folder / name / "signing.key", signing_key)
+        write_whole(folder / name / "signing.key", signing_key.encode())
     passwords = [folder / name / "database.password" for name in SERVICES if name != GATEWAY]
     for path in (folder / "postgres" / "password", *passwords):
         if not path.exists():
-            _write(path, secrets.token_urlsafe(_PASSWORD_BYTES))
-
-
-def _write(path: Path, text: str) -> None:
-    """Put a secret, whole, into a file that its owner alone can read."""
-    make_private(path.parent)
-    new = path.with_name(f".{path.name}.new")
-    new.unlink(missing_ok=True)
-    new.touch(mode=0o600)
-    new.write_text(text)
-    new.replace(path)
+            write_whole(path, secrets.token_urlsafe(_PASSWORD_BYTES).encode())

@@ -1,9 +1,11 @@
 """Secrets: random tokens of which only hashes are stored, and encryption at rest for what must be read again."""
 
 import base64
+import contextlib
 import hashlib
 import os
 import secrets
+import tempfile
 from pathlib import Path
 
 from services.runtime.config import make_private
@@ -25,14 +27,37 @@ def token_hash(token: str) -> str:
 def read_or_create_key(path: Path) -> str:
     """Return the Fernet key in a file that only its owner can read; make it on first use.
 
-    Raise ValueError if others can read it.
+    Raise ValueError if others can read it, or if it is empty.
     """
     if not path.exists():
-        make_private(path.parent)
-        path.touch(mode=0o600)
-        path.write_bytes(base64.urlsafe_b64encode(secrets.token_bytes(_KEY_BYTES)))
+        write_whole(path, base64.urlsafe_b64encode(secrets.token_bytes(_KEY_BYTES)), over=False)
     require_private(path)
-    return path.read_text()
+    key = path.read_text().strip()
+    if not key:
+        raise ValueError(f"{path} is an empty key: put back its copy, or remove it if this installation is new")
+    return key
+
+
+def write_whole(path: Path, data: bytes, mode: int = 0o600, *, over: bool = True) -> None:
+    """Put a file in its place whole or not at all, never readable by more than its mode says.
+
+    Unless it may go `over` a file that is there, that one stays: of two who make one at once both find the same.
+    """
+    make_private(path.parent)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(descriptor, mode)
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+        if over:
+            Path(name).replace(path)
+        else:
+            with contextlib.suppress(FileExistsError):
+                path.hardlink_to(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def require_private(path: Path) -> None:
