@@ -68,6 +68,7 @@ def made(guarded: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     """Return the URLs of all databases, which `branchline databases` has made."""
     folder = tmp_path_factory.mktemp("made")
     file = folder / "password"
+    file.touch(mode=0o600)
     file.write_text(f"{PASSWORD}\n")
     urls = {name: f"{guarded.address_of(f'of_{name}', f'{name}_role')}?password_file={file}" for name in OWNERS}
     environment = settings(folder, urls)
@@ -146,7 +147,17 @@ async def test_what_is_no_url_of_a_database_is_told_without_its_words(tmp_path: 
 
 async def test_a_password_file_that_is_not_there_is_told(guarded: Server, made: dict[str, str], tmp_path: Path) -> None:
     url = f"{guarded.address_of('of_task', 'task_role')}?password_file={tmp_path}/none"
-    assert f"its password is not to be read from {tmp_path}/none" in await refused(tmp_path, "task", url)
+    assert f"its password is not to be read: {tmp_path}/none cannot be read" in await refused(tmp_path, "task", url)
+
+
+async def test_a_password_file_that_others_can_read_is_refused(
+    guarded: Server, made: dict[str, str], tmp_path: Path
+) -> None:
+    file = tmp_path / "password"
+    file.write_text(PASSWORD)
+    file.chmod(0o644)
+    url = f"{guarded.address_of('of_task', 'task_role')}?password_file={file}"
+    assert f"{file} is a key that others can read or change: chmod 600" in await refused(tmp_path, "task", url)
 
 
 async def test_two_services_are_not_given_one_database(tmp_path: Path) -> None:

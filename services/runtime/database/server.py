@@ -2,7 +2,8 @@
 
     postgresql://task@db.internal/task?password_file=/run/secrets/task
 
-names a database in libpq's words, and one of ours: a file that holds the password, read anew for each connection.
+names a database in libpq's words, and one of ours: a file that its owner alone can read, which holds the password, read
+anew for each connection.
 Source: https://www.postgresql.org/docs/current/libpq-connect.html
 """
 
@@ -16,6 +17,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
 from services.runtime.database.transaction import DatabaseRefused, DatabaseUnavailable
+from services.runtime.secrets import require_private
 
 CONNECT_SECONDS = 10
 _PASSWORD_FILE = "password_file"  # noqa: S105 - a name
@@ -79,6 +81,7 @@ def connect(url: str) -> psycopg.Connection[Any]:
 
 def _read(file: Path) -> str:
     try:
+        require_private(file)
         return file.read_text().strip()
-    except OSError as error:
-        raise DatabaseRefused(f"its password is not to be read from {file}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise DatabaseRefused(f"its password is not to be read: {error}") from error
