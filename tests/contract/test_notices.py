@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
 import psycopg
 import pytest
@@ -11,7 +12,8 @@ from branchline.v1.tasks_pb2 import Task
 from branchline_internal.spine.v1.push_pb2 import ConsistencyPoint, EntityRevision
 
 from services.runtime.clock import Clock
-from services.runtime.database import Database, notices, open_database
+from services.runtime.database import Database, DatabaseUnavailable, notices, open_database
+from services.runtime.database.postgres import PostgresDatabase
 from services.runtime.spine.index import Entry, Index, IndexTable
 from services.runtime.spine.outbox import COORDINATOR, Mark, Outbox
 from services.runtime.spine.source import IndexSource
@@ -140,6 +142,87 @@ async def test_what_no_notice_tells_is_looked_for(
     await asyncio.sleep(0.1)
     await first.put("later", 3)
     await waiting
+
+
+async def test_a_mark_that_no_notice_tells_is_carried(
+    two: tuple[Process, Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process that marked it may have died behind its commit."""
+    first, second = two
+    line = second.outbox.line(COORDINATOR)
+    reading = asyncio.create_task(line.take(1))
+    await asyncio.sleep(0.1)  # the table is read, and empty
+    monkeypatch.setattr(notices.Notices, "tell", tell_nobody)
+    for name in ("untold", "untold, too"):
+        await first.database.write(first.outbox.mark, [Mark(name, 1, Task(id="x"))])
+        async with asyncio.timeout(4 * notices.LOOK_SECONDS):
+            rows = await reading
+        assert [row.entity_id for row in rows] == [name]
+        reading = asyncio.create_task(line.take(1))
+    await asyncio.sleep(3 * notices.LOOK_SECONDS)
+    assert not reading.done()  # what was taken once is not taken again, although it is still in the table
+    reading.cancel()
+
+
+async def test_a_mark_whose_commit_is_not_answered_is_carried(
+    two: tuple[Process, Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = two
+    reading = asyncio.create_task(first.outbox.line(COORDINATOR).take(1))
+    await asyncio.sleep(0.1)
+    execute = psycopg.Connection.execute
+
+    def unanswered(connection: Any, text: Any, *args: Any, **kwargs: Any) -> Any:
+        found = execute(connection, text, *args, **kwargs)
+        if text == "COMMIT":
+            connection.close()
+            raise psycopg.OperationalError("the connection was lost")
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(psycopg.Connection, "execute", unanswered)
+        with pytest.raises(DatabaseUnavailable):
+            await first.database.write(first.outbox.mark, [Mark("unanswered", 1, Task(id="x"))])
+    async with asyncio.timeout(4 * notices.LOOK_SECONDS):
+        assert [row.entity_id for row in await reading] == ["unanswered"]
+
+
+async def test_a_database_whose_server_is_away_closes_although_something_is_to_be_told(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def away(*_: object) -> None:
+        raise DatabaseUnavailable("it is away")
+
+    monkeypatch.setattr(PostgresDatabase, "_send", away)
+    database = open_database(url)
+    await database.start()
+    database.tell("topic", "subject", "word")
+    await asyncio.sleep(0.1)
+    async with asyncio.timeout(10):
+        await database.close()
+
+
+async def test_a_listener_that_is_refused_when_it_comes_back_tries_again(
+    two: tuple[Process, Process], postgres: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused: list[str] = []
+    connect = notices.connect
+
+    def connect_badly(url: str) -> psycopg.Connection[Any]:
+        connection = connect(url)
+        if len(refused) < 2:
+            refused.append(url)
+            connection.close()
+        return connection
+
+    async def listening() -> bool:
+        with psycopg.connect(postgres.url) as admin:
+            row = admin.execute("SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LISTEN%'").fetchone()
+        return len(refused) == 2 and row == (2,)
+
+    monkeypatch.setattr(notices, "connect", connect_badly)
+    cut_listeners(postgres)
+    await eventually(listening)
 
 
 async def test_a_listener_whose_connection_breaks_misses_nothing(

@@ -7,13 +7,14 @@ Source: https://www.postgresql.org/docs/current/sql-notify.html
 """
 
 import asyncio
+import contextlib
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import psycopg
 
-from services.runtime.database.server import connect
+from services.runtime.database.server import answered_within, connect
 from services.runtime.database.transaction import DatabaseRefused, DatabaseUnavailable
 from services.runtime.logging import get_logger
 from services.runtime.loops import being_cancelled
@@ -32,6 +33,12 @@ _MESSAGE_BYTES = 7000
 """Of 8000 that a payload may have."""
 
 _MOST_WAITING = 2000
+
+_CLOSE_SECONDS = 1.0
+"""Longest time that the end waits for what is still to be told."""
+
+_LISTEN_SECONDS = 5.0
+"""Longest time that a server may take to begin to tell."""
 
 Told = Mapping[str, str]
 """What was told of a topic: the newest word on each subject."""
@@ -55,6 +62,7 @@ class Notices:
         self._connection: psycopg.Connection[Any] | None = None
         self._file = -1
         self._lost = asyncio.Event()
+        self._missed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
     def add(self, topic: str, hear: Hear, look: Look) -> None:
@@ -68,13 +76,15 @@ class Notices:
         self._tasks = [asyncio.create_task(self._keep_listening()), asyncio.create_task(self._keep_looking())]
 
     async def close(self) -> None:
-        """Send what waits, then hear no more."""
+        """Send what waits, if that can be done at once, then hear no more."""
+        tasks = [*self._tasks]
         if self._sending is not None:
-            await asyncio.wait({self._sending})
-        for task in self._tasks:
+            await asyncio.wait({self._sending}, timeout=_CLOSE_SECONDS)
+            tasks.append(self._sending)
+        for task in tasks:
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        if tasks:
+            await asyncio.wait(tasks)
         self._hang_up()
 
     def tell(self, topic: str, subject: str, word: str) -> None:
@@ -127,7 +137,7 @@ class Notices:
             if sender == self._me:
                 continue
             if not lines:  # it had too much to tell
-                asyncio.get_running_loop().create_task(self._look(lost=True))
+                self._missed.set()
             for line in lines:
                 topic, subject, word = line.split("\t")
                 heard.setdefault(topic, {})[subject] = word
@@ -146,12 +156,16 @@ class Notices:
                 await asyncio.sleep(backoff.next_seconds())
                 continue
             backoff.reset()
-            await self._look(lost=True)
+            self._missed.set()
 
     async def _keep_looking(self) -> None:
         while True:
-            await asyncio.sleep(LOOK_SECONDS)
-            await self._look(lost=False)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_SECONDS):
+                    await self._missed.wait()
+            lost = self._missed.is_set()
+            self._missed.clear()
+            await self._look(lost=lost)
 
     async def _look(self, *, lost: bool) -> None:
         for look in self._lookers:
@@ -165,7 +179,12 @@ class Notices:
 
 def _listening(url: str) -> psycopg.Connection[Any]:
     connection = connect(url)
-    connection.execute(f"LISTEN {CHANNEL}".encode())
+    try:
+        with answered_within(connection, _LISTEN_SECONDS):
+            connection.execute(f"LISTEN {CHANNEL}".encode())
+    except psycopg.Error as error:
+        connection.close()
+        raise DatabaseUnavailable(str(error)) from error
     return connection
 
 

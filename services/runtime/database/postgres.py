@@ -5,10 +5,7 @@ commit side by side, but are announced in an order in which each comes behind th
 """
 
 import asyncio
-import contextlib
-import os
 import random
-import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -23,7 +20,7 @@ from psycopg.pq import TransactionStatus
 
 from services.runtime.database.base import Database, Job, in_context, raisable
 from services.runtime.database.notices import CHANNEL, Hear, Look, Notices
-from services.runtime.database.server import connect
+from services.runtime.database.server import connect, hang_up
 from services.runtime.database.statement import Compiled, Statement, Values
 from services.runtime.database.transaction import (
     DatabaseBusy,
@@ -88,14 +85,17 @@ class _Driver:
                 self._raw.close()
         self._raw = connect(self._url)
         self._raw.prepare_threshold, self._raw.prepared_max = 0, _PREPARED
-        self._raw.execute(cast("LiteralString", _SETTINGS), prepare=False)
+        self._execute(_SETTINGS, prepare=False)
         self.execute(text)
 
     def execute(self, text: str, parameters: Values | None = None) -> Any:
+        return self._execute(text, parameters)
+
+    def _execute(self, text: str, parameters: Values | None = None, *, prepare: bool | None = None) -> Any:
         assert self._raw is not None
         self._asked = time.monotonic()
         try:
-            return self._raw.execute(cast("LiteralString", text), parameters)
+            return self._raw.execute(cast("LiteralString", text), parameters, prepare=prepare)
         finally:
             self._asked = None
 
@@ -114,8 +114,7 @@ class _Driver:
         raw, asked = self._raw, self._asked
         if raw is None or asked is None or time.monotonic() - asked < _CUT_SECONDS:
             return
-        with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(raw.fileno())) as line:
-            line.shutdown(socket.SHUT_RDWR)
+        hang_up(raw)
 
     def compiled(self, statement: Statement) -> Compiled:
         return statement.postgres
@@ -250,9 +249,10 @@ class PostgresDatabase(Database):
 
     async def start(self) -> None:
         """See whether the server answers, and listen to what others commit."""
+        if self._guard is None:
+            self._guard = asyncio.create_task(self._hang_up_on_silence())
         await self.read(lambda _: None)
         await self._notices.start()
-        self._guard = asyncio.create_task(self._hang_up_on_silence())
 
     async def close(self) -> None:
         """Run what waits, then close."""
@@ -263,10 +263,10 @@ class PostgresDatabase(Database):
             await asyncio.wait(self._running)
         await self._notices.close()
         self._closed = True
-        if self._guard is not None:
-            self._guard.cancel()
         await self._writers.close()
         await self._readers.close()
+        if self._guard is not None:
+            self._guard.cancel()
 
     @property
     def statements(self) -> int:

@@ -7,9 +7,15 @@ anew for each connection.
 Source: https://www.postgresql.org/docs/current/libpq-connect.html
 """
 
+import contextlib
+import os
 import re
+import socket
+from collections.abc import Generator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from threading import Timer
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
@@ -77,6 +83,24 @@ def connect(url: str) -> psycopg.Connection[Any]:
     except psycopg.OperationalError as error:
         kind = DatabaseRefused if _FOR_GOOD.search(str(error)) else DatabaseUnavailable
         raise kind(" ".join(str(error).split())) from error
+
+
+def hang_up(connection: psycopg.Connection[Any]) -> None:
+    """Break a connection whose user waits for an answer; from any thread. The user hears of it."""
+    with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as line:
+        line.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
+def answered_within(connection: psycopg.Connection[Any], seconds: float) -> Generator[None, None, None]:
+    """Hang up if the block takes longer: a server that is stopped answers nothing, no timeout of its own either."""
+    timer = Timer(seconds, hang_up, [connection])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _read(file: Path) -> str:

@@ -250,9 +250,9 @@ class Index:
 
     async def start(self) -> None:
         """Learn which database this is, and listen to other processes that commit to it."""
+        self.epoch = await self._database.write(_incarnate, uuid.uuid4().hex)
         self._database.hear(_TOPIC, self._hear, self._look)
         self.hub.tell_others = partial(self._database.tell, _TOPIC, "", "")
-        self.epoch = await self._database.write(_incarnate, uuid.uuid4().hex)
 
     def put(self, tx: Tx, entry: Entry) -> bool:
         """Store the state if it is newer than what is held; say whether it was."""

@@ -124,6 +124,11 @@ _MARKED = Statement(
     .where(outbox.c.destination == bindparam("to"), outbox.c.parked_reason == "", _OF_SEQS)
     .order_by(outbox.c.seq)
 )
+_WAITING = Statement(
+    select(outbox.c.seq)
+    .where(outbox.c.destination == bindparam("to"), outbox.c.parked_reason == "")
+    .limit(bindparam("most"))
+)
 _COUNTS = Statement(
     select(
         func.count().filter(outbox.c.parked_reason == "").label("waiting"),
@@ -169,6 +174,9 @@ class Line:
         self._reading = False
         self._late = _Rows()  # committed while the table is being read, which may not see them
         self._begun = 0
+        self._known: set[int] = set()  # rows of the table that need no looking for: taken, in memory, or to be read
+        self._untold: set[int] = set()
+        self._lost_count = False  # there were too many to know each
 
     @property
     def waiting(self) -> bool:
@@ -178,6 +186,7 @@ class Line:
     def put(self, rows: Iterable[OutboxRow]) -> None:
         """Take rows that were committed."""
         for row in rows:
+            self._know(row)
             if not self._behind or row.seq <= self._after:
                 self._rows.put(row)
             elif self._reading:
@@ -221,11 +230,37 @@ class Line:
             self._after = page[-1].seq if page else self._after
             late = [row for row in self._late.values() if not more or row.seq <= self._after]
             for row in sorted([*page, *late], key=lambda row: row.seq):
+                self._know(row)
                 self._rows.put(row)
             self._behind = more
         finally:
             self._reading = False
             self._late.clear()
+
+    def _know(self, row: OutboxRow) -> None:
+        if self._database.shared:
+            self._known.add(row.seq)
+
+    async def look(self) -> None:
+        """Find rows that nobody tells of: who committed them died, or does not know that it did.
+
+        What is unknown for the length of two looks is such a row. Those of a table that is very full are looked for
+        when it is so no more.
+        """
+        before = frozenset(self._known)
+        waiting = await self._database.read(_read_waiting, self.destination)
+        self._known -= before - waiting
+        if len(waiting) > _LINE_ROWS:
+            self._lost_count = True
+            self._known.clear()
+        elif self._lost_count:
+            self._lost_count = False
+            self.fall_behind()
+        elif not self._behind:
+            unknown = waiting - self._known
+            untold, self._untold = unknown & self._untold, unknown
+            if untold:
+                self.put(await self._database.read(_read_marked, self.destination, sorted(untold)))
 
 
 class _Rows:
@@ -289,8 +324,8 @@ class Outbox:
 
         From here on it is heard of what other processes mark.
         """
-        self.database.hear(_TOPIC, self._hear, self._look)
         newest: int | None = await self.database.read(Reader.value, _NEWEST)
+        self.database.hear(_TOPIC, self._hear, self._look)
         self._numbers = itertools.count(max(time.time_ns(), (newest or 0) + 1))
 
     def line(self, destination: str) -> Line:
@@ -358,10 +393,12 @@ class Outbox:
             line.fall_behind()
 
     async def _look(self, lost: bool) -> None:
-        """Have lines begin anew where it may be that nobody told of a mark."""
-        if lost:
-            for line in self._lines.values():
+        """Find marks that nobody told of; where that may be many, have lines begin anew."""
+        for line in self._lines.values():
+            if lost:
                 line.fall_behind()
+            else:
+                await line.look()
 
     async def about(self, destination: str, entity_id: str, after_seq: int) -> list[OutboxRow]:
         """Return what waits about one entity, in the order in which it leaves."""
@@ -470,6 +507,10 @@ def _read_pending(tx: Reader, destination: str, after: int) -> tuple[list[Outbox
     pages = parts(map(_outbox_row, rows), lambda row: len(row.payload), _PAGE_ROWS, _PAGE_BYTES)
     page = next(pages, None) or []
     return page, next(pages, None) is not None
+
+
+def _read_waiting(tx: Reader, destination: str) -> set[int]:
+    return {row.seq for row in tx.rows(_WAITING, {"to": destination, "most": _LINE_ROWS + 1})}
 
 
 def _read_marked(tx: Reader, destination: str, seqs: Sequence[int]) -> list[OutboxRow]:
