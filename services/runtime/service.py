@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,13 +13,12 @@ from branchline_internal.spine.v1 import push_pb2, push_pb2_grpc
 from google.protobuf.descriptor import FileDescriptor, ServiceDescriptor
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
-from sqlalchemy import literal, select
 
 from services.runtime.admin import AdminServicer
 from services.runtime.client import MESSAGE_LIMIT_BYTES, REMEDY, Neighbours, SigningChannel
 from services.runtime.clock import Clock
 from services.runtime.config import ServiceConfig, certified_name, database_url
-from services.runtime.database import Database, DatabaseError, DatabaseUnavailable, Reader, Statement, open_database
+from services.runtime.database import Database, DatabaseError, DatabaseUnavailable, open_database
 from services.runtime.errors import Unauthenticated
 from services.runtime.logging import get_logger
 from services.runtime.loops import Every, being_cancelled
@@ -61,7 +59,6 @@ _PARKED_LOOK_SECONDS = 60.0
 _HOUR_SECONDS = 3600.0
 _DATABASE_LOOK_SECONDS = 2.0
 _DATABASE_ANSWER_SECONDS = 5.0
-_ANSWER = Statement(select(literal(1).label("answer")))
 
 Step = Callable[[], Awaitable[object]]
 S = TypeVar("S")
@@ -80,6 +77,7 @@ class Service:
         self.reflects = False
         """Whether clients may ask what it serves."""
         self.before_start: list[Step] = []
+        """Taken in order; one that finds the database away is taken again."""
         self.loops: list[Step] = []
         self.after_stop: list[Step] = []
         self._handlers: dict[str, dict[str, Handler]] = {}
@@ -142,7 +140,7 @@ class Service:
             await server.start()
             try:
                 for prepare in self.before_start:
-                    await prepare()
+                    await once_reachable(prepare, f"the database of {self.name}")
             except BaseException:
                 await server.stop(None)
                 raise
@@ -250,10 +248,7 @@ class Chassis:
             await bring_up_to_date({room / "migrations": url})
             await self.database.start()
 
-        self.service.before_start += [
-            partial(once_reachable, open_database_up_to_date, f"the database of {name}"),
-            self.outbox.start,
-        ]
+        self.service.before_start += [open_database_up_to_date, self.outbox.start]
         self.service.after_stop.append(self.database.close)
         self.serve(AdminServicer(self.outbox), admin_pb2.DESCRIPTOR, "AdminService")
         self.service.every(_PARKED_LOOK_SECONDS, "look for parked rows", self.tell_parked)
@@ -322,7 +317,7 @@ class Chassis:
         unready = ""
         try:
             async with asyncio.timeout(_DATABASE_ANSWER_SECONDS):
-                await self.database.read(Reader.value, _ANSWER)
+                await self.database.ask()
         except DatabaseError as error:
             unready = str(error)
         except TimeoutError:

@@ -18,8 +18,10 @@ from typing import Any, ParamSpec, TypeVar
 from dbos import DBOS, DBOSConfig
 from dbos._dbos import _get_or_create_dbos_registry  # pyright: ignore[reportPrivateUsage]
 from sqlalchemy import URL
+from sqlalchemy.exc import OperationalError
 
 from services.runtime.config import make_private
+from services.runtime.database import DatabaseUnavailable
 from services.runtime.errors import reason_of
 
 _APPLICATION_VERSION = "1"
@@ -77,18 +79,29 @@ class WorkflowEngine:
             "console_log_level": "ERROR",
             "log_level": "ERROR",
         }
-        DBOS(config={**config, **_state(database_url)})
+        self._url = database_url
+        self._config: DBOSConfig = {**config, **_state(database_url)}
+        DBOS(config=self._config)
         logging.getLogger("dbos").setLevel(logging.ERROR)
 
     async def start(self) -> None:
-        """Launch the engine; unfinished workflows go on."""
-        DBOS.launch()
+        """Launch the engine; unfinished workflows go on. Raise DatabaseUnavailable if its server is away."""
+        await asyncio.to_thread(_reach, self._url)  # while DBOS launches it holds up the event loop
+        try:
+            DBOS.launch()
+        except OperationalError as error:
+            await self._destroy()
+            DBOS(config=self._config)
+            raise DatabaseUnavailable(reason_of(error)) from error
 
     async def stop(self) -> None:
         """Stop the engine at once; workflows go on after the next start."""
-        await asyncio.to_thread(DBOS.destroy, workflow_completion_timeout_sec=0)
+        await self._destroy()
         # So that the service can be built again in this process. DBOS forgets instances only together with workflows.
         _get_or_create_dbos_registry().instance_info_map.clear()
+
+    async def _destroy(self) -> None:
+        await asyncio.to_thread(DBOS.destroy, workflow_completion_timeout_sec=0)
         # DBOS had made its own thread pool the loop's default, and has shut it down.
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(thread_name_prefix="branchline"))
 
@@ -129,6 +142,15 @@ def _state(database_url: str) -> "DBOSConfig":
         "sys_db_pool_size": _CONNECTIONS,
         "db_engine_kwargs": options,
     }
+
+
+def _reach(database_url: str) -> None:
+    """Raise DatabaseUnavailable if the database is on a server that cannot be reached."""
+    if database_url.startswith("sqlite:///"):
+        return
+    from services.runtime.database.server import connect  # noqa: PLC0415
+
+    connect(database_url).close()
 
 
 def make_state(database_url: str) -> None:

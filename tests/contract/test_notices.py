@@ -10,9 +10,19 @@ import psycopg
 import pytest
 from branchline.v1.tasks_pb2 import Task
 from branchline_internal.spine.v1.push_pb2 import ConsistencyPoint, EntityRevision
+from sqlalchemy import func, select
 
 from services.runtime.clock import Clock
-from services.runtime.database import Database, DatabaseUnavailable, notices, open_database
+from services.runtime.database import (
+    Database,
+    DatabaseUnavailable,
+    Reader,
+    Statement,
+    Tx,
+    base,
+    notices,
+    open_database,
+)
 from services.runtime.database.postgres import PostgresDatabase
 from services.runtime.spine.index import Entry, Index, IndexTable
 from services.runtime.spine.outbox import COORDINATOR, Mark, Outbox
@@ -185,6 +195,31 @@ async def test_a_mark_whose_commit_is_not_answered_is_carried(
             await first.database.write(first.outbox.mark, [Mark("unanswered", 1, Task(id="x"))])
     async with asyncio.timeout(4 * notices.LOOK_SECONDS):
         assert [row.entity_id for row in await reading] == ["unanswered"]
+
+
+async def test_a_server_that_many_read_from_for_long_answers(two: tuple[Process, Process]) -> None:
+    database = two[0].database
+    nap = Statement(select(func.pg_sleep(3).label("nap")))
+    reading = [asyncio.create_task(database.read(Reader.rows, nap)) for _ in range(8)]
+    await asyncio.sleep(0.2)
+    async with asyncio.timeout(2):
+        await database.ask()
+    await asyncio.gather(*reading)
+
+
+async def test_a_refused_transaction_is_forgotten_where_no_other_follows(
+    two: tuple[Process, Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Tx) -> None:
+        raise psycopg.errors.DiskFull("no room")
+
+    monkeypatch.setattr(base, "REFUSING_SECONDS", 0.5)
+    database = two[0].database
+    with pytest.raises(DatabaseUnavailable):
+        await database.write(fail)
+    assert database.refusing
+    await asyncio.sleep(0.6)
+    assert not database.refusing
 
 
 async def test_a_database_whose_server_is_away_closes_although_something_is_to_be_told(

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextvars
+import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -15,6 +17,9 @@ log = get_logger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 D = TypeVar("D", bound=Driver)
+
+REFUSING_SECONDS = 15.0
+"""Time for which a refused transaction counts where no other shows whether the database works again."""
 
 RIDE_SECONDS = 5.0
 """Longest time that `ride` waits for a transaction to ride on."""
@@ -97,8 +102,16 @@ class Database(ABC):
         self._ride_timer: asyncio.TimerHandle | None = None
         self.commits = 0
         """Transactions committed so far; a group counts once."""
-        self.refusing = False
-        """Whether the last transaction failed for no fault of its own: the database was away, or full."""
+        self._refused = -math.inf
+
+    @property
+    def refusing(self) -> bool:
+        """Whether the last transaction failed for no fault of its own, and not long ago: the database is full, say."""
+        return time.monotonic() - self._refused < REFUSING_SECONDS
+
+    async def ask(self) -> None:
+        """Have the database answer, whatever else it has to do. Raise DatabaseError if it cannot."""
+        await self.read(lambda _: None)
 
     @property
     def shared(self) -> bool:
@@ -138,7 +151,7 @@ class Database(ABC):
     def _deliver(self, job: Job) -> None:
         """Tell how a job ended, and remember whether the database works."""
         if job.error is None or isinstance(job.error, DatabaseUnavailable):
-            self.refusing = job.error is not None
+            self._refused = -math.inf if job.error is None else time.monotonic()
         job.deliver()
 
     @property

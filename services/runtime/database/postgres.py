@@ -241,6 +241,7 @@ class PostgresDatabase(Database):
         super().__init__()
         self._writers = _Pool(url, writers)
         self._readers = _Pool(url, readers)
+        self._asking = _Pool(url, 1)
         self._running: set[asyncio.Future[bool]] = set()
         self._commits: deque[_Commit] = deque()
         self._closed = False
@@ -251,7 +252,7 @@ class PostgresDatabase(Database):
         """See whether the server answers, and listen to what others commit."""
         if self._guard is None:
             self._guard = asyncio.create_task(self._hang_up_on_silence())
-        await self.read(lambda _: None)
+        await self.ask()
         await self._notices.start()
 
     async def close(self) -> None:
@@ -263,15 +264,23 @@ class PostgresDatabase(Database):
             await asyncio.wait(self._running)
         await self._notices.close()
         self._closed = True
-        await self._writers.close()
-        await self._readers.close()
+        for pool in self._pools:
+            await pool.close()
         if self._guard is not None:
             self._guard.cancel()
 
     @property
     def statements(self) -> int:
         """Statements run so far."""
-        return sum(driver.statements for driver in (*self._writers.drivers, *self._readers.drivers))
+        return sum(driver.statements for driver in self._drivers)
+
+    @property
+    def _pools(self) -> tuple[_Pool, ...]:
+        return self._writers, self._readers, self._asking
+
+    @property
+    def _drivers(self) -> list[_Driver]:
+        return [driver for pool in self._pools for driver in pool.drivers]
 
     @property
     def shared(self) -> bool:
@@ -301,7 +310,7 @@ class PostgresDatabase(Database):
     async def _hang_up_on_silence(self) -> None:
         while True:
             await asyncio.sleep(_CUT_SECONDS / 8)
-            for driver in (*self._writers.drivers, *self._readers.drivers):
+            for driver in self._drivers:
                 driver.hang_up_on_silence()
 
     def _submit(self, job: Job) -> None:
@@ -335,11 +344,19 @@ class PostgresDatabase(Database):
             for job in self._commits.popleft().jobs:
                 self._deliver(job)
 
+    async def ask(self) -> None:
+        """Have the server answer on a connection of its own: many who read say nothing of it."""
+        await self._asking.run(partial(_read, _nothing, (), {}))
+
     async def read(self, fn: Callable[Concatenate[Reader, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a function that only reads, on one consistent state."""
         if self._closed:
             raise DatabaseUnavailable("it is closed")
         return await self._readers.run(in_context(partial(_read, fn, args, kwargs)))
+
+
+def _nothing(_: Reader) -> None:
+    return
 
 
 def _read(fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any], driver: _Driver) -> T:

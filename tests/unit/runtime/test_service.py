@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from services.runtime.database import DatabaseUnavailable
 from services.runtime.service import Service
 from services.runtime.serving import Call
 
@@ -41,6 +42,22 @@ async def test_a_loop_that_ends_in_any_way_takes_the_service_down(tmp_path: Path
     with pytest.raises(ExceptionGroup):
         async with asyncio.timeout(5):
             await run()
+
+
+async def test_a_database_that_goes_away_between_two_steps_of_a_start_is_waited_for(tmp_path: Path) -> None:
+    starting, taken = service(tmp_path), list[str]()
+
+    async def second() -> None:
+        taken.append("second")
+        if len(taken) == 2:
+            raise DatabaseUnavailable("the server is gone again")
+
+    async def first() -> None:
+        taken.append("first")
+
+    starting.before_start += [first, second]
+    async with asyncio.timeout(10), starting.running():
+        assert taken == ["first", "second", "second"]
 
 
 async def test_what_was_made_last_is_ended_first_and_all_of_it(tmp_path: Path) -> None:
