@@ -13,13 +13,13 @@ from pathlib import Path
 import psycopg
 from psycopg import sql
 from rich.console import Console
-from sqlalchemy import Boolean, Connection, MetaData, NullPool, Table, create_engine, func, select
+from sqlalchemy import Boolean, Connection, MetaData, NullPool, Table, create_engine, exc, func, select
 
 from cli.installation import known_installation
 from cli.server import configure
 from cli.settings import Settings, SettingsError
 from services.runtime.database import DatabaseUnavailable
-from services.runtime.database.server import open_connection
+from services.runtime.database.server import connect
 from services.runtime.migrations import bring_up_to_date
 from services.runtime.workflows import SCHEMA, make_state
 
@@ -55,8 +55,8 @@ async def migrate_data(console: Console, data_dir: Path) -> None:
                 await asyncio.to_thread(make_state, targets[folder])
                 copied = await asyncio.to_thread(_copy, workflows, targets[folder], SCHEMA)
                 console.print(f"{folder.parent.name}, its workflows: {copied}", markup=False)
-    except DatabaseUnavailable as error:
-        raise SettingsError(str(error)) from error
+    except (DatabaseUnavailable, exc.OperationalError, psycopg.OperationalError) as error:
+        raise SettingsError(f"not all was copied, and it may be run again: {error}") from error
 
 
 def _file(settings: Settings, service: str) -> Path:
@@ -78,7 +78,7 @@ def _locked(file: Path) -> Generator[sqlite3.Connection, None, None]:
 
 def _copy(file: Path, url: str, schema: str) -> str:
     """Copy a file's tables into a schema; return what was done, in words."""
-    engine = create_engine("postgresql+psycopg://", creator=lambda: open_connection(url), poolclass=NullPool)
+    engine = create_engine("postgresql+psycopg://", creator=lambda: connect(url, autocommit=False), poolclass=NullPool)
     with _locked(file) as source, engine.begin() as target:
         metadata = MetaData(schema=schema)
         metadata.reflect(target)

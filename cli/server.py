@@ -16,6 +16,7 @@ import uvloop
 from cli.installation import LOCAL, SERVICES, Installation, distributed_installation, known_installation, uses
 from cli.isolation import require_isolation
 from cli.settings import Settings, SettingsError, load_settings
+from services.runtime.database import DatabaseUnavailable
 from services.runtime.logging import configure_logging
 from services.runtime.memory import give_back
 from services.runtime.migrations import bring_up_to_date
@@ -37,7 +38,10 @@ async def serve(data_dir: Path, service: str) -> None:
 
 async def migrate(data_dir: Path) -> None:
     """Bring the databases of all services to the newest schema."""
-    await bring_up_to_date(known_installation(configure(data_dir)).databases())
+    try:
+        await bring_up_to_date(known_installation(configure(data_dir)).databases())
+    except DatabaseUnavailable as error:
+        raise SettingsError(str(error)) from error
 
 
 def configure(data_dir: Path, **given: Any) -> Settings:

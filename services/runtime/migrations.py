@@ -26,8 +26,14 @@ _SQLITE = "sqlite:///"
 _VERSIONS = "versions"
 _STAND = "SELECT version_num, obj_description('alembic_version'::regclass) FROM alembic_version"
 _THERE = "SELECT to_regclass('alembic_version') IS NOT NULL"
+_PATIENCE = "SET LOCAL lock_timeout = '60s'"
 _TURN = "SELECT pg_advisory_lock(hashtext('branchline migrations'))"
 _FORBIDDEN = "42501"
+_LOOK_SECONDS = 10.0
+"""Longest time that a server may take to say what it holds."""
+
+_MOST_SECONDS = 1800.0
+"""Longest time that bringing databases up to date may take."""
 
 
 class MigrationError(DatabaseRefused):
@@ -49,7 +55,15 @@ async def bring_up_to_date(databases: Mapping[Path, str]) -> None:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
-    output, _ = await migrating.communicate(json.dumps(old).encode())  # not as an argument: others see those
+    try:
+        async with asyncio.timeout(_MOST_SECONDS):
+            output, _ = await migrating.communicate(json.dumps(old).encode())  # not as an argument: others see those
+    except TimeoutError as error:
+        raise DatabaseUnavailable(f"it was not brought up to date in {_MOST_SECONDS:.0f} seconds") from error
+    finally:
+        if migrating.returncode is None:
+            migrating.kill()
+            await migrating.wait()
     said = output.decode(errors="replace")[-4000:].strip()
     if migrating.returncode == os.EX_TEMPFAIL:
         raise DatabaseUnavailable(said)
@@ -89,10 +103,10 @@ def _on_server(service: str, url: str) -> tuple[str | None, str | None]:
     """Return the version of a schema, or None, and which service it is of."""
     import psycopg  # noqa: PLC0415 - only where there is a server
 
-    from services.runtime.database.server import connect  # noqa: PLC0415
+    from services.runtime.database.server import answered_within, connect  # noqa: PLC0415
 
     try:
-        with connect(url) as connection:
+        with connect(url) as connection, answered_within(connection, _LOOK_SECONDS):
             row = connection.execute(_THERE).fetchone()
             found = connection.execute(_STAND).fetchone() if row is not None and row[0] else None
     except DatabaseRefused as error:
@@ -127,9 +141,9 @@ def run_environment(metadata: MetaData) -> None:
     if url.startswith(_SQLITE):
         engine = create_engine(url)
     else:
-        from services.runtime.database.server import open_connection  # noqa: PLC0415
+        from services.runtime.database.server import connect  # noqa: PLC0415
 
-        engine = create_engine("postgresql+psycopg://", creator=lambda: open_connection(url))
+        engine = create_engine("postgresql+psycopg://", creator=lambda: connect(url, autocommit=False))
     with engine.connect() as connection:
         on_server = connection.dialect.name == "postgresql"
         if on_server:
@@ -144,6 +158,7 @@ def run_environment(metadata: MetaData) -> None:
 
 def _take_turn(connection: Connection, service: str) -> None:
     """Wait for another that migrates, for as long as the connection lives; another service may have been faster."""
+    connection.execute(text(_PATIENCE))
     connection.execute(text(_TURN))
     if connection.scalar(text(_THERE)):
         found = connection.execute(text(_STAND)).first()
@@ -163,7 +178,7 @@ def _main() -> None:
             if getattr(error.orig, "sqlstate", None) == _FORBIDDEN:
                 print(f"the role of {Path(folder).parent.name} may not make tables in its database: {error.orig}")  # noqa: T201
                 sys.exit(1)
-            if error.connection_invalidated:
+            if isinstance(error, exc.OperationalError) and not url.startswith(_SQLITE):
                 print(error.orig)  # noqa: T201
                 sys.exit(os.EX_TEMPFAIL)
             raise

@@ -1,11 +1,14 @@
 """The migrations of every service lead to the tables that its code expects, on SQLite and on PostgreSQL."""
 
+import asyncio
 import importlib
 import re
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+import psutil
+import psycopg
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
@@ -14,9 +17,13 @@ from sqlalchemy.exc import DBAPIError
 
 from cli.installation import GATEWAY, ROOT, SERVICES, Installation, local_installation
 from cli.settings import Settings
+from services.runtime import migrations
+from services.runtime.database import DatabaseUnavailable
 from services.runtime.migrations import bring_up_to_date, migrate
-from tests.support.databases import Databases, look_into, tamper_with
+from tests.support.databases import Databases, Server, look_into, tamper_with
+from tests.support.edges import eventually
 
+WAITING = "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'advisory' AND query LIKE '%pg_advisory_lock%'"
 OWNERS = [name for name in SERVICES if name != GATEWAY]
 
 
@@ -48,6 +55,34 @@ async def test_a_database_of_the_first_schema_is_brought_forward_with_what_it_ho
     await bring_up_to_date({folder: url})
 
     assert look_into(url, "SELECT id, remote_url FROM sandboxes") == [("sbx_1", "")]
+
+
+async def test_a_server_that_goes_away_before_the_scripts_run_is_only_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def old(*_: object) -> bool:
+        return False
+
+    monkeypatch.setattr(migrations, "_is_new", old)
+    with pytest.raises(DatabaseUnavailable, match="No such file"):
+        await bring_up_to_date({ROOT / "services" / "history" / "migrations": f"postgresql://x@/x?host={tmp_path}"})
+
+
+async def test_a_start_that_is_cancelled_leaves_no_process_that_migrates(postgres: Server) -> None:
+    """It waits for its turn behind another, which is at most a minute."""
+    folder, url = ROOT / "services" / "history" / "migrations", postgres.create("of_two_turns")
+
+    async def waiting() -> bool:
+        return bool(look_into(url, WAITING))
+
+    with psycopg.connect(url) as other:
+        other.execute("SELECT pg_advisory_lock(hashtext('branchline migrations'))")
+        starting = asyncio.create_task(bring_up_to_date({folder: url}))
+        await eventually(waiting)
+        starting.cancel()
+        await asyncio.wait({starting})
+        running = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+        assert not [child for child in running if "services.runtime.migrations" in child.cmdline()]
 
 
 @pytest.fixture

@@ -160,6 +160,17 @@ async def test_a_password_file_that_others_can_read_is_refused(
     assert f"{file} is a key that others can read or change: chmod 600" in await refused(tmp_path, "task", url)
 
 
+async def test_what_the_url_says_of_tls_holds(guarded: Server, made: dict[str, str], tmp_path: Path) -> None:
+    url = f"{guarded.address_of('of_task', 'task_role', PASSWORD)}?sslmode=require"
+    assert "server does not support SSL, but SSL was required" in await refused(tmp_path, "task", url)
+
+
+async def test_commands_on_a_server_that_is_away_say_so(tmp_path: Path) -> None:
+    environment = settings(tmp_path, {"history": f"postgresql://history@127.0.0.1:{free_port()}/history"})
+    code, said = await branchline(environment, "migrate")
+    assert (code, "Connection refused" in said, "Traceback" in said) == (2, True, False), said
+
+
 async def test_two_services_are_not_given_one_database(tmp_path: Path) -> None:
     url = server().create("of_two")
     code, said = await branchline(settings(tmp_path, {"history": url}), "migrate")

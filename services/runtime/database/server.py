@@ -4,6 +4,7 @@
 
 names a database in libpq's words, and one of ours: a file that its owner alone can read, which holds the password, read
 anew for each connection.
+What the URL says of `sslmode`, `sslrootcert` and the like holds for every connection.
 Source: https://www.postgresql.org/docs/current/libpq-connect.html
 """
 
@@ -38,7 +39,7 @@ _WATCHFUL: dict[str, Any] = {
 
 _FOR_GOOD = re.compile(
     r"authentication failed|does not exist|permission denied|no password supplied|no pg_hba\.conf entry"
-    r"|not permitted to log in"
+    r"|not permitted to log in|server does not support SSL|certificate verify failed"
 )
 """What a server, or libpq for it, answers that will not mend itself; error codes do not reach the client so early."""
 
@@ -73,13 +74,13 @@ def open_connection(url: str, *, autocommit: bool = False) -> psycopg.Connection
     return psycopg.connect(plain, autocommit=autocommit, connect_timeout=CONNECT_SECONDS, **_WATCHFUL, **password)
 
 
-def connect(url: str) -> psycopg.Connection[Any]:
-    """Connect, every statement a transaction by itself.
+def connect(url: str, *, autocommit: bool = True) -> psycopg.Connection[Any]:
+    """Connect; unless told otherwise every statement is a transaction by itself.
 
     Raise DatabaseRefused if the server will never have us so, DatabaseUnavailable if it cannot be reached now.
     """
     try:
-        return open_connection(url, autocommit=True)
+        return open_connection(url, autocommit=autocommit)
     except psycopg.OperationalError as error:
         kind = DatabaseRefused if _FOR_GOOD.search(str(error)) else DatabaseUnavailable
         raise kind(" ".join(str(error).split())) from error
