@@ -106,6 +106,21 @@ async def test_a_volume_is_all_that_a_paused_sandbox_keeps(ground: DockerGround)
     assert ground.left() == [ground.name()]
 
 
+async def test_another_installation_of_the_same_sandboxes_leaves_them_alone(ground: DockerGround) -> None:
+    """Such as one that was brought up from a backup, beside the first."""
+    machine = await ground.provider.create(ONE, OWNER)
+    copy = a_provider(ground.root, ground.http, f"{ground.installation}-copy", host_firewall=False)
+    try:
+        assert (await copy.probe(ONE)).condition is Condition.GONE
+        assert (await copy.create(ONE, OWNER)).url != machine.url
+        await copy.destroy(ONE)
+        assert await copy.known() == set()
+        assert await ground.answers(machine)
+    finally:
+        await copy.destroy(ONE)
+        await copy.close()
+
+
 async def test_files_outlive_a_container_that_was_removed_by_hand(ground: DockerGround) -> None:
     await ground.said("echo kept > file")
     docker("rm", "--force", ground.name())

@@ -83,9 +83,9 @@ class Engine:
                     return
                 await asyncio.sleep(0.05)
 
-    async def containers(self, label: str) -> list[DockerContainer]:
-        """Return the containers with a label, those that have ended included."""
-        filters = json.dumps({"label": [label]})
+    async def containers(self, *labels: str) -> list[DockerContainer]:
+        """Return the containers with all of some labels, those that have ended included."""
+        filters = json.dumps({"label": labels})
         return await self._ask(lambda docker: docker.containers.list(all="true", filters=filters))
 
     async def output(self, name: str) -> str:
@@ -137,10 +137,9 @@ class Engine:
         samples = await self._ask(lambda docker: docker.containers.container(name).stats(stream=False))
         return int(samples[0].get("pids_stats", {}).get("current") or 0) if samples else 0
 
-    async def networks(self, label: str = "") -> list[Json]:
-        """Return the networks, or those with a label."""
-        filters = {"label": label} if label else None
-        return await self._ask(lambda docker: docker.networks.list(filters=filters))
+    async def networks(self, *labels: str) -> list[Json]:
+        """Return the networks with all of some labels."""
+        return await self._ask(lambda docker: docker.networks.list(filters={"label": list(labels)}))
 
     async def create_network(self, config: Json) -> None:
         """Make a network. Raise Taken, or ProviderError where its addresses are another's."""
@@ -170,11 +169,11 @@ class Engine:
             if "already exists in network" not in str(error):
                 raise
 
-    async def volumes(self, label: str) -> list[Json]:
-        """Return the volumes with a label."""
+    async def volumes(self, *labels: str) -> list[Json]:
+        """Return the volumes with all of some labels."""
 
         async def found(docker: Docker) -> list[Json]:
-            answer: Json = await docker.volumes.list(filters={"label": label})
+            answer: Json = await docker.volumes.list(filters={"label": list(labels)})
             return answer.get("Volumes") or []
 
         return await self._ask(found)

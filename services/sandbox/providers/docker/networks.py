@@ -14,6 +14,7 @@ from typing import cast
 from services.sandbox.providers.base import ProviderError
 from services.sandbox.providers.docker.config import SUBNET_PREFIX
 from services.sandbox.providers.docker.engine import Engine, Json, Taken
+from services.sandbox.providers.docker.labels import INSTALLATION, SANDBOX
 
 _TRIES = 16
 _BRIDGE_CHARACTERS = 15
@@ -53,9 +54,6 @@ class Networks:
     engine: Engine
     pool: IPv4Network
     installation: str
-    label: str
-    """Label that holds the sandbox's id."""
-
     on_host: bool
     """Whether the host has an address in each, which the service uses."""
 
@@ -69,14 +67,14 @@ class Networks:
 
     async def find(self, sandbox_id: str) -> Network | None:
         """Return the network of a sandbox, or None."""
-        for network in await self.engine.networks(f"{self.label}={sandbox_id}"):
+        for network in await self._of(sandbox_id):
             subnet = _subnets(network)[0]
             self._owners[subnet] = sandbox_id
             return Network(network["Id"], network["Name"], subnet)
         return None
 
     async def ensure(self, name: str, sandbox_id: str, labels: dict[str, str]) -> Network:
-        """Return the network of a sandbox, made if need be. Raise ProviderError if no subnet is left."""
+        """Return the network of a sandbox, made with labels if need be. Raise ProviderError if no subnet is left."""
         for attempt in range(_TRIES):
             found = await self.find(sandbox_id)
             if found is not None:
@@ -85,7 +83,7 @@ class Networks:
                 self._taken = {one for network in await self.engine.networks() for one in _subnets(network)}
             subnet = self._free()
             try:
-                await self.engine.create_network(self._config(name, sandbox_id, subnet, labels))
+                await self.engine.create_network(self._config(name, subnet, labels))
             except Taken:
                 continue
             except ProviderError as error:
@@ -96,7 +94,7 @@ class Networks:
 
     async def remove(self, sandbox_id: str) -> None:
         """Remove the network of a sandbox; one that has none is left."""
-        for network in await self.engine.networks(f"{self.label}={sandbox_id}"):
+        for network in await self._of(sandbox_id):
             await self.engine.remove_network(network["Id"])
             for subnet in _subnets(network):
                 self._taken.discard(subnet)
@@ -109,6 +107,10 @@ class Networks:
         if self._owners.get(subnet) != sandbox_id:
             await self.find(sandbox_id)
         return given == subnet[3] and self._owners.get(subnet) == sandbox_id
+
+    async def _of(self, sandbox_id: str) -> list[Json]:
+        """Return what the Engine has for a sandbox of this installation: another may have one of the same id."""
+        return await self.engine.networks(f"{INSTALLATION}={self.installation}", f"{SANDBOX}={sandbox_id}")
 
     def _free(self) -> IPv4Network:
         """Return a subnet that overlaps with none that is taken."""
@@ -126,8 +128,8 @@ class Networks:
         words = f"every network of {self.pool} is taken: {len(closed)} sandboxes run; widen sandbox.docker.subnets"
         raise ProviderError(words)
 
-    def _config(self, name: str, sandbox_id: str, subnet: IPv4Network, labels: dict[str, str]) -> Json:
-        digest = hashlib.sha256(sandbox_id.encode()).hexdigest()
+    def _config(self, name: str, subnet: IPv4Network, labels: dict[str, str]) -> Json:
+        digest = hashlib.sha256(labels[SANDBOX].encode()).hexdigest()
         options = {"com.docker.network.bridge.name": f"{self.bridges}{digest}"[:_BRIDGE_CHARACTERS]}
         if not self.on_host:
             options["com.docker.network.bridge.inhibit_ipv4"] = "true"
@@ -139,7 +141,7 @@ class Networks:
             "EnableIPv6": False,
             "IPAM": {"Driver": "default", "Config": [{"Subnet": str(subnet), "Gateway": str(subnet[1])}]},
             "Options": options,
-            "Labels": {**labels, self.label: sandbox_id},
+            "Labels": labels,
         }
 
 

@@ -25,17 +25,13 @@ from services.sandbox.providers.base import NOBODY, Condition, Machine, Overuse,
 from services.sandbox.providers.docker import container, firewall, inside
 from services.sandbox.providers.docker.config import DockerProviderConfig
 from services.sandbox.providers.docker.engine import Engine, EngineAway, Json, Missing, Taken
+from services.sandbox.providers.docker.labels import CONFIG, INSTALLATION, ORGANIZATION, SANDBOX, TASK
 from services.sandbox.providers.docker.networks import Network, Networks, subnet_of
 
 if TYPE_CHECKING:
     from services.sandbox.http import Http
 
 log = get_logger(__name__)
-
-INSTALLATION, ORGANIZATION, TASK, SANDBOX = (
-    f"branchline.{what}" for what in ("installation", "organization", "task", "sandbox")
-)
-_CONFIG = "branchline.config"
 
 _START_SECONDS = 30.0
 _PROBE_SECONDS = 2.0
@@ -87,7 +83,12 @@ class DockerProvider:
     @cached_property
     def _networks(self) -> Networks:
         pool = IPv4Network(self._config.subnets)
-        return Networks(self._engine, pool, self._installation, SANDBOX, on_host=True)
+        return Networks(self._engine, pool, self._installation, on_host=True)
+
+    @cached_property
+    def _ours(self) -> str:
+        """The label of all that this installation has made."""
+        return f"{INSTALLATION}={self._installation}"
 
     async def start(self) -> None:
         """Prepare what can be. An Engine that is away now is looked for when it is needed."""
@@ -145,9 +146,8 @@ class DockerProvider:
 
     async def known(self) -> set[str]:
         """Return the sandboxes of this installation that have a container, a network or a volume."""
-        label = f"{INSTALLATION}={self._installation}"
-        containers = await self._engine.containers(label)
-        others = [*await self._engine.networks(label), *await self._engine.volumes(label)]
+        containers = await self._engine.containers(self._ours)
+        others = [*await self._engine.networks(self._ours), *await self._engine.volumes(self._ours)]
         labels = [one["Labels"] for one in (*containers, *others)]
         return {one[SANDBOX] for one in labels if SANDBOX in one}
 
@@ -240,7 +240,7 @@ class DockerProvider:
         network = await self._networks.ensure(name, sandbox_id, labels)
         door = (network.service if self._own_container else network.gateway, self._door_port)
         config = container.config(self._config, name, sandbox_id, network, door, self._tokens(sandbox_id), labels)
-        digest = config["Labels"][_CONFIG] = container.digest(config)
+        digest = config["Labels"][CONFIG] = container.digest(config)
         found = await self._engine.find_container(name)
         if found is not None and not _is_useful(found, digest):
             await self._engine.remove_container(found["Id"])
@@ -312,7 +312,7 @@ class DockerProvider:
 
     async def _watch_memory(self, ended: Callable[[Overuse], Awaitable[None]]) -> None:
         """End whatever the kernel has killed a process of."""
-        kinds = {"type": ["container"], "event": ["oom"], "label": [f"{INSTALLATION}={self._installation}"]}
+        kinds = {"type": ["container"], "event": ["oom"], "label": [self._ours]}
         backoff = Backoff(first_seconds=0.5, most_seconds=10.0)
         while True:
             try:
@@ -345,7 +345,7 @@ class DockerProvider:
             with suppress(ProviderError):
                 running = [
                     one["Labels"][SANDBOX]
-                    for one in await self._engine.containers(f"{INSTALLATION}={self._installation}")
+                    for one in await self._engine.containers(self._ours)
                     if one["State"] == "running"
                 ]
                 full &= set(running)
@@ -366,4 +366,4 @@ class DockerProvider:
 def _is_useful(found: Json, digest: str) -> bool:
     """Say whether a container is as it would be made now, and has not ended: another may be about to start it."""
     state = found["State"]
-    return found["Config"]["Labels"].get(_CONFIG) == digest and (state["Running"] or state["Status"] == "created")
+    return found["Config"]["Labels"].get(CONFIG) == digest and (state["Running"] or state["Status"] == "created")
