@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from services.sandbox.agent_server import AgentServer
 from services.sandbox.door.tokens import Minter
 from services.sandbox.http import Http
 from services.sandbox.providers.base import Condition, Overuse, ProviderError
+from services.sandbox.providers.docker import provider as module
 from services.sandbox.providers.docker.config import DockerProviderConfig
 from services.sandbox.providers.docker.provider import DockerProvider
-from tests.support.engine import docker
+from tests.support.engine import SANDBOX_IMAGE, docker
 from tests.support.provider_conformance import AGENT, ONE, OTHER, OWNER, Ground, ProviderConformance
 
 DOOR_PORT = 7719
@@ -119,6 +120,64 @@ async def test_another_installation_of_the_same_sandboxes_leaves_them_alone(grou
     finally:
         await copy.destroy(ONE)
         await copy.close()
+
+
+@pytest.fixture
+def stand_in(installation: str) -> Iterator[str]:
+    """A container in the place of the service's own: what the service does to be in networks is seen on it."""
+    name = f"branchline-{installation}-service"
+    docker("run", "--detach", "--name", name, "--network", "none", SANDBOX_IMAGE, "sleep", "600")
+    docker("network", "disconnect", "none", name)
+    yield name
+    docker("rm", "--force", name)
+
+
+def joined(stand_in: str) -> list[str]:
+    """Return the networks that it is in."""
+    return docker(
+        "inspect", "--format", "{{range $name, $_ := .NetworkSettings.Networks}}{{$name}} {{end}}", stand_in
+    ).split()
+
+
+async def test_the_service_joins_each_network_that_a_sandbox_gets(
+    ground: DockerGround, stand_in: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network goes where no container can be made in it, and the sandbox has another then."""
+    monkeypatch.setattr(module, "_START_SECONDS", 0.1)  # nothing answers, as these tests are in no container
+    image = f"{SANDBOX_IMAGE}:{ground.installation}-joins"
+    docker("tag", SANDBOX_IMAGE, image)
+    inside = ground.again(service_container=stand_in, image=image)
+    try:
+        for _ in range(2):
+            with pytest.raises(ProviderError, match="did not answer"):
+                await inside.create(ONE, OWNER)
+            assert joined(stand_in) == [ground.name()]
+            docker("rm", "--force", ground.name())
+            docker("rmi", image)
+            with pytest.raises(ProviderError, match="is not on the Docker Engine"):
+                await inside.create(ONE, OWNER)
+            assert joined(stand_in) == []
+            docker("tag", SANDBOX_IMAGE, image)
+    finally:
+        docker("rmi", image)
+        await inside.destroy(ONE)
+        await inside.close()
+
+
+async def test_a_service_that_began_without_the_engine_joins_what_runs(
+    ground: DockerGround, stand_in: str, tmp_path: Path
+) -> None:
+    await ground.make()
+    socket_path = tmp_path / "docker.sock"
+    late = ground.again(service_container=stand_in, url=f"unix://{socket_path}")
+    try:
+        await late.start()
+        assert (await late.probe(ONE)).condition is Condition.UNKNOWN
+        socket_path.symlink_to("/var/run/docker.sock")
+        await late.probe(ONE)
+        assert joined(stand_in) == [ground.name()]
+    finally:
+        await late.close()
 
 
 async def test_files_outlive_a_container_that_was_removed_by_hand(ground: DockerGround) -> None:

@@ -67,7 +67,7 @@ class DockerProvider:
         self._preparing = asyncio.Lock()
         self._prepared = False
         self._own_container = ""
-        self._joined: set[str] = set()
+        self._joined: dict[str, str] = {}
         self._ends: dict[str, str] = {}
 
     @cached_property
@@ -117,8 +117,7 @@ class DockerProvider:
     async def pause(self, sandbox_id: str) -> None:
         """Remove the container and its network; the files stay in their volume."""
         await self._engine.remove_container(self._name(sandbox_id))
-        await self._networks.remove(sandbox_id)
-        self._joined.discard(sandbox_id)
+        await self._remove_network(sandbox_id)
 
     async def destroy(self, sandbox_id: str) -> None:
         """Remove the container, the network and the volume."""
@@ -267,8 +266,12 @@ class DockerProvider:
         except (Taken, Missing, EngineAway):
             raise
         except ProviderError:
-            await self._networks.remove(sandbox_id)
+            await self._remove_network(sandbox_id)
             raise
+
+    async def _remove_network(self, sandbox_id: str) -> None:
+        self._joined.pop(sandbox_id, None)  # first: who is in a network is put out of it before it goes
+        await self._networks.remove(sandbox_id)
 
     async def _soon(self, sandbox_id: str, network: Network) -> Machine | None:
         """Return the machine if its server answers as soon as it should, without a look at the container."""
@@ -282,9 +285,9 @@ class DockerProvider:
 
     async def _join(self, sandbox_id: str, network: Network) -> None:
         """Put this service's own container into the sandbox's network."""
-        if self._own_container and sandbox_id not in self._joined:
+        if self._own_container and self._joined.get(sandbox_id) != network.id:
             await self._engine.join(network.id, self._own_container, network.service)
-            self._joined.add(sandbox_id)
+            self._joined[sandbox_id] = network.id
 
     async def _ask(self, sandbox_id: str, found: Json) -> tuple[Machine | None, bool]:
         """Ask the server; return the machine if it answers, and whether it refuses our token."""
@@ -292,6 +295,7 @@ class DockerProvider:
         if within is None or not within["IPAddress"]:
             return None, False
         network = Network(within["NetworkID"], self._name(sandbox_id), subnet_of(within["IPAddress"]))
+        await self._prepare()  # where the Engine was away at start
         await self._join(sandbox_id, network)
         return await self._heard(sandbox_id, network)
 
