@@ -79,9 +79,8 @@ class Machines:
     ) -> Sandbox:
         """Create a sandbox, once. Raise InvalidArgument for an unknown provider, FailedPrecondition if it fails."""
         if provider not in self.providers:
-            known = ", ".join(sorted(self.providers))
-            words = f'there is no provider "{provider}"; there are: {known}'
-            raise InvalidArgument("provider", words, ERROR_REASON_PROVIDER_UNKNOWN, provider=provider, providers=known)
+            told = self._told_of_providers(provider)
+            raise InvalidArgument("provider", self._no_provider(provider), ERROR_REASON_PROVIDER_UNKNOWN, **told)
         now = self.clock.timestamp()
         sandbox = Sandbox(
             id=sandbox_id,
@@ -119,14 +118,31 @@ class Machines:
 
     async def look(self, sandbox_id: str) -> Probe:
         """Look whether a sandbox's machine is there. One that is destroyed is gone."""
-        sandbox = await self.database.read(self.store.get, sandbox_id)
+        return await self._look(await self.database.read(self.store.get, sandbox_id))
+
+    async def _look(self, sandbox: Sandbox) -> Probe:
         if sandbox.state in GONE:
             return Probe(Condition.GONE)
-        return await self.providers[sandbox.provider].probe(sandbox_id)
+        if sandbox.provider not in self.providers:
+            return Probe(Condition.GONE, words=self._no_provider(sandbox.provider))
+        return await self.providers[sandbox.provider].probe(sandbox.id)
 
     async def provider(self, sandbox_id: str) -> SandboxProvider:
-        """Return the provider of a sandbox; raise NotFound."""
-        return self.providers[(await self.database.read(self.store.get, sandbox_id)).provider]
+        """Return the provider of a sandbox; raise NotFound, or FailedPrecondition if it is not there any more."""
+        return self._provider_of(await self.database.read(self.store.get, sandbox_id))
+
+    def _provider_of(self, sandbox: Sandbox) -> SandboxProvider:
+        provider = self.providers.get(sandbox.provider)
+        if provider is None:
+            words, told = self._no_provider(sandbox.provider), self._told_of_providers(sandbox.provider)
+            raise FailedPrecondition(ERROR_REASON_PROVIDER_UNKNOWN, words, **told)
+        return provider
+
+    def _no_provider(self, name: str) -> str:
+        return f'there is no provider "{name}"; there are: {", ".join(sorted(self.providers))}'
+
+    def _told_of_providers(self, name: str) -> dict[str, str]:
+        return {"provider": name, "providers": ", ".join(sorted(self.providers))}
 
     def server_of(self, machine: Machine) -> AgentServer:
         """Return the server of a machine that is known to run."""
@@ -141,7 +157,12 @@ class Machines:
                 return
             self._servers.pop(sandbox_id, None)
             try:
-                await self.providers[sandbox.provider].destroy(sandbox_id)
+                if sandbox.provider in self.providers:
+                    await self.providers[sandbox.provider].destroy(sandbox_id)
+                else:  # what it had is out of reach, and nobody can wait for it
+                    log.warning(
+                        "sandbox of a provider that is not there", sandbox=sandbox_id, provider=sandbox.provider
+                    )
             except ProviderError as error:
                 raise Unavailable(ERROR_REASON_SANDBOX_UNREACHABLE, f"it is not destroyed yet: {error}") from error
             await self.database.write(self.store.move, sandbox_id, sandboxes_pb2.SANDBOX_STATE_DESTROYED)
@@ -189,7 +210,7 @@ class Machines:
     async def _note_stopped(self, sandbox: Sandbox) -> None:
         if sandbox.state != sandboxes_pb2.SANDBOX_STATE_RUNNING:
             return
-        if (await self.providers[sandbox.provider].probe(sandbox.id)).condition is Condition.GONE:
+        if (await self._look(sandbox)).condition is Condition.GONE:
             log.warning("machine of a running sandbox is missing", sandbox=sandbox.id)
             await self.database.write(self.store.move, sandbox.id, sandboxes_pb2.SANDBOX_STATE_PAUSED)
 
@@ -216,7 +237,7 @@ class Machines:
         await for_each(running, "stop a machine", self._stop, _PARALLEL)
 
     async def _stop(self, sandbox: Sandbox) -> None:
-        await self.providers[sandbox.provider].pause(sandbox.id)
+        await self._provider_of(sandbox).pause(sandbox.id)
         await self.database.write(self.store.move, sandbox.id, sandboxes_pb2.SANDBOX_STATE_PAUSED)
 
     async def _fail(self, sandbox_id: str, words: str) -> None:
@@ -230,7 +251,7 @@ class Machines:
             if known is not None:
                 return known
             sandbox = await self.database.read(self.store.present, sandbox_id)
-            provider = self.providers[sandbox.provider]
+            provider = self._provider_of(sandbox)
             machine = await self._settled(provider, sandbox_id) or await self._start(sandbox, provider)
             workspace = f"{machine.home}/{WORKSPACE}"
             await self.database.write(self.store.started, sandbox_id, machine.isolation, workspace)

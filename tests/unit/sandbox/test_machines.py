@@ -201,6 +201,24 @@ async def test_what_the_database_does_not_know_is_stopped_and_kept(
     assert machines.orphans == {"sbx_people": "local"}
 
 
+async def test_a_sandbox_whose_provider_the_installation_has_no_more_says_so_and_can_be_destroyed(
+    machines: Machines, provider: Scripted
+) -> None:
+    """Such as a `local` one, where the installation has moved to Compose."""
+    await create(machines)
+    moved = Machines(machines.database, machines.store, Clock(), machines.http, {"docker": Scripted("docker")})
+    with pytest.raises(FailedPrecondition, match='there is no provider "local"; there are: docker') as refused:
+        await moved.server("sbx_1")
+    assert refused.value.reason == "PROVIDER_UNKNOWN"
+    assert (await moved.look("sbx_1")).condition is Condition.GONE
+    with pytest.raises(FailedPrecondition, match="there is no provider"):
+        await moved.provider("sbx_1")
+    await moved.reconcile()
+    assert await status(moved) == sandboxes_pb2.SANDBOX_STATE_PAUSED
+    await moved.destroy("sbx_1")
+    assert await status(moved) == DESTROYED
+
+
 async def test_a_machine_that_cannot_be_stopped_does_not_keep_the_service_from_starting_or_ending(
     machines: Machines, provider: Scripted
 ) -> None:
