@@ -22,7 +22,7 @@ def group() -> None:
 
 @app.command()
 def orphans(data_dir: DataDir = DEFAULT_DATA) -> None:
-    """List sandboxes that a provider has and no task knows. They are stopped; `sandbox.orphans` says what is kept."""
+    """List sandboxes that a provider has and no task knows, and leave them. The service stops them every hour."""
     run(_orphans(data_dir))
 
 

@@ -58,8 +58,8 @@ class Machines:
     remove_orphans: bool = False
     """Whether what the database does not know is removed, files and all, in the place of being kept."""
 
-    orphans: dict[str, str] = field(default_factory=dict[str, str])
-    """Sandboxes that providers have and the database does not know, with their provider, as last looked for."""
+    _warned: set[str] = field(default_factory=set[str])
+    """What is not known to the database, and was warned of."""
 
     _lanes: Lanes = field(default_factory=Lanes)
     _servers: dict[str, AgentServer] = field(default_factory=dict[str, AgentServer])
@@ -169,30 +169,48 @@ class Machines:
 
     async def reconcile(self) -> None:
         """Put right what a stop in between left."""
-        await self.look_for_orphans()
+        await self.end_orphans()
         there = await self.database.read(self.store.there)
         await for_each(there, "look at a sandbox", self._note_stopped, _PARALLEL)
 
-    async def look_for_orphans(self) -> None:
-        """Find what providers have and the database does not know: it is stopped, and removed only if that is wanted.
+    async def orphans(self) -> dict[str, str]:
+        """Return what providers have and the database does not know, with the provider. All of it stays as it is.
+
+        Raise Unavailable where a provider cannot say what it has.
+        """
+        found: dict[str, str] = {}
+        for provider in self.providers.values():
+            try:
+                orphans, _ = await self._strays(provider)
+            except ProviderError as error:
+                words = f"the provider {provider.name} cannot say what it has: {error}"
+                raise Unavailable(ERROR_REASON_SANDBOX_UNREACHABLE, words) from error
+            found.update(dict.fromkeys(orphans, provider.name))
+        return found
+
+    async def end_orphans(self) -> None:
+        """Stop what providers have and the database does not know, and remove it only if that is wanted.
 
         It may be people's work, after a restore. What is known to be destroyed is removed in any case.
         """
-        await for_each(self.providers.values(), "look for orphans", self._look_for_orphans)
+        await for_each(self.providers.values(), "end orphans", self._end_orphans)
 
-    async def _look_for_orphans(self, provider: SandboxProvider) -> None:
+    async def _end_orphans(self, provider: SandboxProvider) -> None:
+        orphans, destroyed = await self._strays(provider)
+        for orphan in orphans - self._warned:
+            becomes = "removed" if self.remove_orphans else "stopped, its files kept"
+            log.warning("sandbox unknown to the database", sandbox=orphan, provider=provider.name, becomes=becomes)
+        self._warned |= orphans
+        await for_each(destroyed, "remove what is gone", provider.destroy, _PARALLEL)
+        end = provider.destroy if self.remove_orphans else provider.pause
+        await for_each(orphans, "end what is unknown", end, _PARALLEL)
+
+    async def _strays(self, provider: SandboxProvider) -> tuple[set[str], set[str]]:
+        """Return what a provider has that the database does not know, and that it knows to be destroyed."""
         found = await provider.known()  # first: what is made from now on is in the database before the provider has it
         strays = found - {sandbox.id for sandbox in await self.database.read(self.store.there)}
         destroyed = await self.database.read(self.store.destroyed)
-        gone = strays if self.remove_orphans else strays & destroyed
-        orphans = strays - destroyed
-        for orphan in orphans - self.orphans.keys():
-            becomes = "removed" if self.remove_orphans else "stopped, its files kept"
-            log.warning("sandbox unknown to the database", sandbox=orphan, provider=provider.name, becomes=becomes)
-        await for_each(gone, "remove what is gone", provider.destroy, _PARALLEL)
-        await for_each(strays - gone, "stop what is unknown", provider.pause, _PARALLEL)
-        kept = {orphan: name for orphan, name in self.orphans.items() if name != provider.name}
-        self.orphans = {**kept, **dict.fromkeys(orphans - gone, provider.name)}
+        return strays - destroyed, strays & destroyed
 
     async def watch(self) -> None:
         """Watch for ever what sandboxes use. One that used too much has ended, and says so until it is woken."""

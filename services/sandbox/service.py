@@ -99,7 +99,7 @@ def build(config: SandboxConfig) -> Service:
     service.every(config.sweep_seconds, "see to unfinished sessions", sync.sweep)
     service.every(config.sweep_seconds, "see to processes", processes.sweep)
     service.every(config.sweep_seconds, "see to sandboxes in a passing state", machines.sweep)
-    service.every(_ORPHANS_SECONDS, "look for orphans", machines.look_for_orphans)
+    service.every(_ORPHANS_SECONDS, "end orphans", machines.end_orphans)
     docker = providers.get("docker")
     if config.docker is not None and docker is not None:
         door = _door(config, chassis, store, docker)

@@ -180,7 +180,6 @@ class SandboxServicer(sandbox_pb2_grpc.SandboxServiceServicer):
     ) -> sandbox_pb2.ListOrphansResponse:
         """List what providers have and the database does not know, to the operator alone."""
         current_principal().require_operator()
-        await self.ground.machines.look_for_orphans()
-        found = sorted(self.ground.machines.orphans.items())
+        found = sorted((await self.ground.machines.orphans()).items())
         orphans = [sandbox_pb2.Orphan(sandbox_id=sandbox_id, provider=provider) for sandbox_id, provider in found]
         return sandbox_pb2.ListOrphansResponse(orphans=orphans)

@@ -36,6 +36,8 @@ class Scripted:
     broken: str = ""
     """The sandbox that it can do nothing with."""
 
+    away: bool = False
+
     async def start(self) -> None:
         self.asked.append("start")
 
@@ -68,6 +70,8 @@ class Scripted:
             raise ProviderError("the disk is read only")
 
     async def known(self) -> set[str]:
+        if self.away:
+            raise ProviderError("it is away")
         return self.there
 
     async def agents(self, sandbox_id: str) -> set[str]:
@@ -196,9 +200,16 @@ async def test_what_the_database_does_not_know_is_stopped_and_kept(
     await machines.destroy("sbx_1")
     provider.asked.clear()
     provider.there = {"sbx_1", "sbx_people"}
+    assert await machines.orphans() == {"sbx_people": "local"}
+    assert not provider.asked
     await machines.reconcile()
     assert sorted(provider.asked) == ["destroy sbx_1", "pause sbx_people"]
-    assert machines.orphans == {"sbx_people": "local"}
+
+
+async def test_a_provider_that_is_away_is_not_said_to_have_no_orphans(machines: Machines, provider: Scripted) -> None:
+    provider.away = True
+    with pytest.raises(Unavailable, match="the provider local cannot say what it has: it is away"):
+        await machines.orphans()
 
 
 async def test_a_sandbox_whose_provider_the_installation_has_no_more_says_so_and_can_be_destroyed(

@@ -174,7 +174,7 @@ class SandboxServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListOrphans(self, request, context):
-        """Lists sandboxes that providers have and the service does not know, as they were last looked for. For operators.
+        """Lists sandboxes that providers have and the service does not know, and leaves them as they are. For operators.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

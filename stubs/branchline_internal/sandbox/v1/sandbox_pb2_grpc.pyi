@@ -47,7 +47,7 @@ class SandboxServiceStub:
     ForgetTask: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.ForgetTaskRequest, _sandbox_pb2.ForgetTaskResponse]
     """Forgets a task that is deleted: its sandboxes, destroyed first where they are not, and its sessions. Idempotent."""
     ListOrphans: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.ListOrphansRequest, _sandbox_pb2.ListOrphansResponse]
-    """Lists sandboxes that providers have and the service does not know, as they were last looked for. For operators."""
+    """Lists sandboxes that providers have and the service does not know, and leaves them as they are. For operators."""
 
 class SandboxServiceServicer:
     """What the task coordinator asks of its sandboxes and of the agents in them.
@@ -138,6 +138,6 @@ class SandboxServiceServicer:
         request: _sandbox_pb2.ListOrphansRequest,
         context: _aio.ServicerContext[_sandbox_pb2.ListOrphansRequest, _abc.Awaitable[_sandbox_pb2.ListOrphansResponse]],
     ) -> _abc.Awaitable[_sandbox_pb2.ListOrphansResponse]:
-        """Lists sandboxes that providers have and the service does not know, as they were last looked for. For operators."""
+        """Lists sandboxes that providers have and the service does not know, and leaves them as they are. For operators."""
 
 def add_SandboxServiceServicer_to_server(servicer: SandboxServiceServicer, server: _aio.Server) -> None: ...
