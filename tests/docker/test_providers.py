@@ -16,8 +16,10 @@ from services.sandbox.agent_server import AgentServer
 from services.sandbox.door.tokens import Minter
 from services.sandbox.http import Http
 from services.sandbox.providers.base import Condition, Overuse, ProviderError
+from services.sandbox.providers.docker import engine as engine_module
 from services.sandbox.providers.docker import provider as module
 from services.sandbox.providers.docker.config import DockerProviderConfig
+from services.sandbox.providers.docker.engine import Engine, EngineAway
 from services.sandbox.providers.docker.provider import DockerProvider
 from tests.support.engine import SANDBOX_IMAGE, docker
 from tests.support.provider_conformance import AGENT, ONE, OTHER, OWNER, Ground, ProviderConformance
@@ -256,6 +258,76 @@ async def test_a_sandbox_that_eats_all_memory_ends_alone_with_that_reason(ground
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
         await small.close()
+
+
+async def test_what_is_told_late_of_a_container_ends_no_other_of_the_same_sandbox(
+    ground: DockerGround, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Engine tells of each process that it killed; the sandbox may be awake again before the last is heard."""
+    machine = await ground.provider.create(ONE, OWNER)
+    first = docker("inspect", "--format", "{{.Id}}", ground.name())
+    told: list[Overuse] = []
+    events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+
+    async def heard(engine: Engine, kinds: object) -> AsyncGenerator[dict[str, Any], None]:
+        while True:
+            yield await events.get()
+            events.task_done()
+
+    async def ended(overuse: Overuse) -> None:
+        told.append(overuse)
+        if len(told) == 1:
+            await ground.provider.resume(ONE, OWNER)
+
+    monkeypatch.setattr(Engine, "events", heard)
+    watching = asyncio.ensure_future(ground.provider.watch(ended))
+    try:
+        for container_id in (first, first, "nonesuch"):
+            await events.put({"Actor": {"ID": container_id, "Attributes": {"branchline.sandbox": ONE}}})
+        async with asyncio.timeout(20):
+            await events.join()
+        assert len(told) == 1
+        assert await ground.answers(machine)
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+
+
+async def test_an_engine_that_refuses_to_say_leaves_a_sandbox_unknown_with_its_words(
+    ground: DockerGround, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(engine: Engine, name: str) -> None:
+        raise ProviderError("the Docker Engine refuses: layer does not exist")
+
+    monkeypatch.setattr(Engine, "find_container", refuse)
+    seen = await ground.provider.probe(ONE)
+    assert (seen.condition, seen.words) == (Condition.UNKNOWN, "the Docker Engine refuses: layer does not exist")
+
+
+async def test_a_removal_without_end_is_told_as_an_engine_that_is_away(
+    ground: DockerGround, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def removing(engine: Engine, name: str) -> dict[str, Any]:
+        return {"State": {"Status": "removing"}}
+
+    monkeypatch.setattr(Engine, "find_container", removing)
+    monkeypatch.setattr(engine_module, "_CALL_SECONDS", 0.5)
+    with pytest.raises(EngineAway, match="does not end the removal"):
+        await ground.provider.pause(ONE)
+
+
+async def test_an_image_that_runs_as_root_is_refused(ground: DockerGround, tmp_path: Path) -> None:
+    image = f"{SANDBOX_IMAGE}:{ground.installation}-root"
+    (tmp_path / "Dockerfile").write_text(f"FROM {SANDBOX_IMAGE}\nUSER root\n")
+    docker("build", "--quiet", "--tag", image, str(tmp_path))
+    careless = ground.again(image=image, host_firewall=False)
+    try:
+        with pytest.raises(ProviderError, match=f"the image {image} runs as root: give it a USER"):
+            await careless.create(ONE, OWNER)
+        assert ground.left() == []
+    finally:
+        await careless.close()
+        docker("rmi", image)
 
 
 async def test_a_sandbox_that_forks_without_end_ends_alone_with_that_reason(ground: DockerGround) -> None:

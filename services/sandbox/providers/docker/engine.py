@@ -59,6 +59,11 @@ class Engine:
         """Make a container, not started. Raise Taken if there is one of the name, Missing without the image."""
         await self._ask(lambda docker: docker.containers.create(config, name=name))
 
+    async def user_of(self, image: str) -> str:
+        """Return the user that an image's programs run as, as the image names it; empty for root."""
+        found = await self._ask(lambda docker: docker.images.inspect(image))
+        return found["Config"]["User"].partition(":")[0]
+
     async def start_container(self, name: str) -> None:
         """Start a container; leave one that runs."""
         await self._ask(lambda docker: docker.containers.container(name).start())
@@ -75,13 +80,17 @@ class Engine:
             await self._gone(name)
 
     async def _gone(self, name: str) -> None:
-        """Wait until what is being removed is gone."""
-        async with asyncio.timeout(_CALL_SECONDS):
-            while True:
-                found = await self.find_container(name)
-                if found is None or found["State"]["Status"] != "removing":
-                    return
-                await asyncio.sleep(0.05)
+        """Wait until what is being removed is gone. Raise EngineAway if it does not go."""
+        try:
+            async with asyncio.timeout(_CALL_SECONDS):
+                while True:
+                    found = await self.find_container(name)
+                    if found is None or found["State"]["Status"] != "removing":
+                        return
+                    await asyncio.sleep(0.05)
+        except TimeoutError as error:
+            words = f"the Docker Engine does not end the removal of {name} within {_CALL_SECONDS:g} seconds"
+            raise EngineAway(words) from error
 
     async def containers(self, *labels: str) -> list[DockerContainer]:
         """Return the containers with all of some labels, those that have ended included."""
@@ -203,10 +212,10 @@ class Engine:
         try:
             while (event := await listened.get()) is not None:
                 yield event
-            raise EngineAway("the Docker Engine ended its events")
+            raise EngineAway(f"the Docker Engine ended its events: {await _why(listening)}")
         finally:
             listening.cancel()
-            await asyncio.wait({listening})
+            await asyncio.gather(listening, return_exceptions=True)
 
     async def _ask(self, call: Callable[[Docker], Awaitable[T]], seconds: float = _CALL_SECONDS) -> T:
         try:
@@ -227,6 +236,12 @@ class Engine:
                 words = "there is no Docker Engine: neither sandbox.docker.url, nor DOCKER_HOST, nor its usual socket"
                 raise EngineAway(words) from error
         return self._client
+
+
+async def _why(listening: asyncio.Future[None]) -> str:
+    """Return why it was listened to no longer."""
+    (ended,) = await asyncio.gather(listening, return_exceptions=True)
+    return repr(ended) if ended is not None else "it is stopped"
 
 
 async def _last_lines(container: DockerContainer) -> list[str]:

@@ -9,6 +9,7 @@ import asyncio
 import json
 import secrets
 import socket
+from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import cached_property
@@ -41,6 +42,7 @@ _ATTEMPTS = 8
 _LOOK_SECONDS = 5.0
 _LOOKS = 16
 _KNOWN_ENDS = 1000
+_ROOT = ("", "0", "root")
 _PROGRAM = ["python3", "-I", "-S", "-c", Path(inside.__file__).read_text()]
 
 
@@ -69,6 +71,7 @@ class DockerProvider:
         self._own_container = ""
         self._joined: dict[str, str] = {}
         self._ends: dict[str, str] = {}
+        self._ended: deque[str] = deque(maxlen=_KNOWN_ENDS)
 
     @cached_property
     def _installation(self) -> str:
@@ -126,7 +129,7 @@ class DockerProvider:
         self._ends.pop(sandbox_id, None)
 
     async def probe(self, sandbox_id: str) -> Probe:
-        """Look at the container and ask its server. While the Engine is away nobody knows."""
+        """Look at the container and ask its server. While the Engine is away, or refuses to say, nobody knows."""
         try:
             found = await self._engine.find_container(self._name(sandbox_id))
             if found is None:
@@ -137,7 +140,7 @@ class DockerProvider:
             if state["Paused"]:
                 return Probe(Condition.UNKNOWN, words="its container is paused")
             machine, refused = await self._ask(sandbox_id, found)
-        except EngineAway as error:
+        except ProviderError as error:
             return Probe(Condition.UNKNOWN, words=str(error))
         if refused:
             return Probe(Condition.GONE, words="it was made with another signing key")
@@ -262,6 +265,8 @@ class DockerProvider:
     async def _create_container(self, sandbox_id: str, config: Json) -> None:
         """Make the container. Where none can be made, as without its image, the network is given back."""
         try:
+            if await self._engine.user_of(self._config.image) in _ROOT:
+                raise ProviderError(f"the image {self._config.image} runs as root: give it a USER")
             await self._engine.create_container(self._name(sandbox_id), config)
         except (Taken, Missing, EngineAway):
             raise
@@ -322,8 +327,8 @@ class DockerProvider:
             try:
                 async for event in self._engine.events(kinds):
                     backoff.reset()
-                    sandbox_id = event["Actor"]["Attributes"].get(SANDBOX, "")
-                    await self._end(sandbox_id, self._out_of_memory(), ended)
+                    actor = event["Actor"]
+                    await self._end(actor["Attributes"].get(SANDBOX, ""), actor["ID"], self._out_of_memory(), ended)
             except ProviderError as error:
                 log.info("the Engine's events are looked for again", reason=str(error))
             except Exception:
@@ -333,37 +338,47 @@ class DockerProvider:
     async def _watch_processes(self, ended: Callable[[Overuse], Awaitable[None]]) -> None:
         """End what is twice in a row seen to have as many processes as it may."""
         full: set[str] = set()
+        running: dict[str, str] = {}
 
-        async def look(sandbox_id: str) -> None:
-            count = await self._engine.processes(self._name(sandbox_id))
+        async def look(container_id: str) -> None:
+            count = await self._engine.processes(container_id)
             if count < self._config.processes - max(1, self._config.processes // 50):
-                full.discard(sandbox_id)
-            elif sandbox_id not in full:
-                full.add(sandbox_id)
+                full.discard(container_id)
+            elif container_id not in full:
+                full.add(container_id)
             else:
-                full.discard(sandbox_id)
+                full.discard(container_id)
                 words = f"it started more processes than it may have, which is {self._config.processes}"
-                await self._end(sandbox_id, words, ended)
+                await self._end(running[container_id], container_id, words, ended)
 
         while True:
             with suppress(ProviderError):
-                running = [
-                    one["Labels"][SANDBOX]
-                    for one in await self._engine.containers(self._ours)
-                    if one["State"] == "running"
-                ]
-                full &= set(running)
+                there = await self._engine.containers(self._ours)
+                running = {one["Id"]: one["Labels"][SANDBOX] for one in there if one["State"] == "running"}
+                full &= running.keys()
                 await for_each(running, "look at a sandbox's processes", look, _LOOKS)
             await asyncio.sleep(_LOOK_SECONDS)
 
-    async def _end(self, sandbox_id: str, words: str, ended: Callable[[Overuse], Awaitable[None]]) -> None:
-        """Kill a sandbox, and keep in mind why."""
+    async def _end(
+        self, sandbox_id: str, container_id: str, words: str, ended: Callable[[Overuse], Awaitable[None]]
+    ) -> None:
+        """Kill a sandbox, and keep in mind why. One that has another container by now, or none, is left alone."""
+        if container_id in self._ended:
+            return
+        try:
+            found = await self._engine.find_container(self._name(sandbox_id))
+            if found is None or found["Id"] != container_id:
+                return
+            await self._engine.kill_container(container_id)
+        except (Missing, Taken):  # it has ended by itself
+            pass
+        except ProviderError as error:
+            log.warning("a sandbox is not killed", sandbox=sandbox_id, reason=str(error))
+        self._ended.append(container_id)
         log.warning("a sandbox is ended", sandbox=sandbox_id, reason=words)
         self._ends[sandbox_id] = words
         while len(self._ends) > _KNOWN_ENDS:
             del self._ends[next(iter(self._ends))]
-        with suppress(Missing, Taken):
-            await self._engine.kill_container(self._name(sandbox_id))
         await ended(Overuse(sandbox_id, words))
 
 
