@@ -1,7 +1,7 @@
 """Configuration of the door."""
 
 from collections.abc import Sequence
-from ipaddress import ip_network
+from ipaddress import IPv4Address, ip_network
 
 from services.runtime.config import Config
 
@@ -10,7 +10,7 @@ class DoorConfig(Config, frozen=True):
     """Where the door is, and where it leads."""
 
     listen: str = "0.0.0.0:7710"
-    """Address and port. Who is not in a sandbox's network is turned away, whatever the address."""
+    """Address, of IPv4, and port. Who is not in a sandbox's network is turned away, whatever the address."""
 
     egress: Sequence[str] = ()
     """Where every sandbox may go besides its task's git remote: "api.example.com:443", "*.example.com:443"."""
@@ -20,10 +20,10 @@ class DoorConfig(Config, frozen=True):
     what stands in `egress` are within. Without them no remote, whatever people call it, leads to what is inside."""
 
     connections: int = 64
-    """Most connections of one sandbox at a time."""
+    """Most connections of one sandbox at a time. One more is told so, up to as many again."""
 
     head_seconds: float = 10.0
-    """How long a sandbox may take to say what it wants, and a destination to take the connection."""
+    """How long a sandbox may take to say what it wants and to hear the end, and a place to be found and reached."""
 
     idle_seconds: float = 900.0
     """A connection that nothing passes for so long is closed."""
@@ -39,6 +39,15 @@ class DoorConfig(Config, frozen=True):
                 raise ValueError(f'egress: "{place}" names no port')
         if not self.listen.rpartition(":")[2].isdigit():
             raise ValueError(f'listen: "{self.listen}" names no port')
+        try:
+            IPv4Address(self.host)
+        except ValueError:
+            raise ValueError(f'listen: "{self.host}" is no address of IPv4, which is all that sandboxes have') from None
+
+    @property
+    def host(self) -> str:
+        """The address."""
+        return self.listen.rpartition(":")[0]
 
     @property
     def port(self) -> int:

@@ -21,19 +21,18 @@ import h11
 from services.runtime.errors import DomainError, Unavailable
 from services.runtime.logging import get_logger
 from services.sandbox.door.config import DoorConfig
-from services.sandbox.door.destinations import Place, leads_to, outside, place_of
+from services.sandbox.door.destinations import Place, leads_to, place_of
+from services.sandbox.door.dialler import NO_WAY, READ_BYTES, Dialler, Ends, Refused
 from services.sandbox.door.tokens import DOOR, Minter
 from services.sandbox.providers.base import ProviderError
 
 log = get_logger(__name__)
 
 _HEAD_BYTES = 16 * 1024
-_READ_BYTES = 64 * 1024
 _LINGER_SECONDS = 1.0
-_NO_WAY = 421  # Misdirected Request; git would take a 403 for one of the remote's, about its credentials
-_HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"proxy-authorization", b"proxy-connection", b"upgrade"})
-
-Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+_FOR_THE_DOOR = frozenset(
+    {b"connection", b"host", b"keep-alive", b"proxy-authorization", b"proxy-connection", b"upgrade"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +42,6 @@ class Guest:
     sandbox_id: str
     task_id: str
     remote_url: str
-
-
-class Refused(Exception):
-    """A request is not done; status and words are what the sandbox is told."""
-
-    def __init__(self, status: int, words: str) -> None:
-        super().__init__(words)
-        self.status = status
 
 
 @dataclass(slots=True)
@@ -68,14 +59,17 @@ class Door:
     guest: Callable[[str], Awaitable[Guest]]
     """Returns what is known of a sandbox. Raises DomainError if there is none, or no more."""
 
+    _dialler: Dialler = field(init=False)
     _server: asyncio.Server | None = None
     _held: Counter[str] = field(default_factory=Counter[str])
     _passing: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
 
+    def __post_init__(self) -> None:
+        self._dialler = Dialler(self.config)
+
     async def start(self) -> None:
         """Listen. Raise OSError if the port is taken."""
-        host = self.config.listen.rpartition(":")[0]
-        self._server = await asyncio.start_server(self._take, host, self.config.port, limit=_READ_BYTES)
+        self._server = await asyncio.start_server(self._take, self.config.host, self.config.port, limit=READ_BYTES)
 
     async def stop(self) -> None:
         """Close the door, with all that pass."""
@@ -85,27 +79,32 @@ class Door:
             task.cancel()
         if self._passing:
             await asyncio.wait(self._passing)
+        self._dialler.close()
 
     def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.ensure_future(self._serve(reader, writer))
+        peer = writer.get_extra_info("peername")  # none, where it is gone already
+        address = str(peer[0]) if peer else ""
+        admitted = peer and ip_address(address) in self.admitted
+        if not admitted or self._held[address] >= 2 * self.config.connections:
+            writer.transport.abort()
+            return
+        self._held[address] += 1
+        task = asyncio.ensure_future(self._serve(reader, writer, address))
         self._passing.add(task)
         task.add_done_callback(self._passing.discard)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        address = str(writer.get_extra_info("peername")[0])
-        self._held[address] += 1
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, address: str) -> None:
         try:
-            if ip_address(address) in self.admitted:
-                await self._answer((reader, writer), address)
-        except (OSError, TimeoutError, h11.ProtocolError):
-            pass  # it is gone, or says what nobody understands
+            await self._answer((reader, writer), address)
+        except (OSError, TimeoutError):
+            pass  # it is gone, or hears nothing
         except Exception:
             log.exception("a connection at the door failed", address=address)
         finally:
             self._held[address] -= 1
             if not self._held[address]:
                 del self._held[address]
-            writer.close()
+            writer.transport.abort()  # closing would wait for who hears nothing
 
     async def _answer(self, client: Ends, address: str) -> None:
         reader, writer = client
@@ -129,7 +128,8 @@ class Door:
         except Refused as refused:
             log.info("refused at the door", address=address, reason=str(refused))
             _say(talk, writer, refused.status, str(refused))
-        await _part(client)
+        async with asyncio.timeout(self.config.head_seconds):
+            await _part(client)
 
     async def _known(self, request: h11.Request, address: str) -> Guest:
         """Return who asks. Raise Refused."""
@@ -153,22 +153,8 @@ class Door:
             raise Refused(400, "it names no host and port")
         if not leads_to(self.config, guest.remote_url, place):
             words = f"the door does not lead to {place}: a sandbox reaches its git remote and sandbox.door.egress"
-            raise Refused(_NO_WAY, words)
-        try:
-            async with asyncio.timeout(self.config.head_seconds):
-                address = await self._resolved(place)
-                return await asyncio.open_connection(address, place.port, limit=_READ_BYTES)
-        except (OSError, TimeoutError) as error:
-            raise Refused(502, f"{place} is not reached: {str(error) or 'it takes too long'}") from error
-
-    async def _resolved(self, place: Place) -> str:
-        """Return an address of a place that is not inside. It is that address which is dialled."""
-        found = await asyncio.get_running_loop().getaddrinfo(place.host, place.port, proto=6)
-        addresses = [str(one[4][0]) for one in found]
-        for address in addresses:
-            if outside(self.config, address):
-                return address
-        raise Refused(_NO_WAY, f"{place} is at {addresses[0]}, which is not public: see sandbox.door.private_networks")
+            raise Refused(NO_WAY, words)
+        return await self._dialler.reach(place, guest.sandbox_id)
 
     async def _tunnel(self, talk: h11.Connection, request: h11.Request, guest: Guest, client: Ends) -> None:
         beyond = await self._reach(place_of(request.target.decode(errors="replace"), 443), guest)
@@ -176,12 +162,9 @@ class Door:
         await self._carry(client, beyond, talk.trailing_data[0])
 
     async def _pass_on(self, talk: h11.Connection, request: h11.Request, guest: Guest, client: Ends) -> None:
-        url = urlsplit(request.target.decode(errors="replace"))
-        beyond = await self._reach(place_of(url.geturl(), 80), guest)
-        path = url._replace(scheme="", netloc="", fragment="").geturl() or "/"
-        headers = [(name, value) for name, value in request.headers if name not in _HOP_BY_HOP]
-        onward = h11.Request(method=request.method, target=path, headers=[*headers, (b"Connection", b"close")])
-        head = h11.Connection(h11.CLIENT).send(onward) or b""
+        url = request.target.decode(errors="replace")
+        head = _onward(request, url)
+        beyond = await self._reach(place_of(url, 80), guest)
         await self._carry(client, beyond, head + talk.trailing_data[0])
 
     async def _carry(self, client: Ends, beyond: Ends, first: bytes) -> None:
@@ -190,7 +173,8 @@ class Door:
             async with asyncio.timeout(self.config.idle_seconds) as silence:
 
                 def heard() -> None:
-                    silence.reschedule(asyncio.get_running_loop().time() + self.config.idle_seconds)
+                    if not silence.expired():
+                        silence.reschedule(asyncio.get_running_loop().time() + self.config.idle_seconds)
 
                 beyond[1].write(first)
                 outward = asyncio.ensure_future(_pump(client[0], beyond[1], heard))
@@ -198,9 +182,9 @@ class Door:
                     await _pump(beyond[0], client[1], heard)
                 finally:
                     outward.cancel()
-                    await asyncio.wait({outward})
+                    await asyncio.gather(outward, return_exceptions=True)
         finally:
-            beyond[1].close()
+            beyond[1].transport.abort()
 
 
 async def _head(talk: h11.Connection, reader: asyncio.StreamReader) -> h11.Request | None:
@@ -211,22 +195,23 @@ async def _head(talk: h11.Connection, reader: asyncio.StreamReader) -> h11.Reque
             return event
         if event is not h11.NEED_DATA:
             return None
-        talk.receive_data(await reader.read(_READ_BYTES))
+        talk.receive_data(await reader.read(READ_BYTES))
 
 
 async def _part(client: Ends) -> None:
     """Let the other side hear the last word before the connection is closed, whatever it says itself meanwhile."""
     reader, writer = client
+    writer.transport.set_write_buffer_limits(0)
     await writer.drain()
     writer.write_eof()
     with suppress(TimeoutError):
         async with asyncio.timeout(_LINGER_SECONDS):
-            while await reader.read(_READ_BYTES):
+            while await reader.read(READ_BYTES):
                 pass
 
 
 async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter, heard: Callable[[], None]) -> None:
-    while data := await source.read(_READ_BYTES):
+    while data := await source.read(READ_BYTES):
         heard()
         sink.write(data)
         await sink.drain()
@@ -235,9 +220,11 @@ async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter, heard:
 
 
 def _credentials(request: h11.Request) -> tuple[str, str]:
-    """Return the sandbox's id and the token that a request shows; empty ones where it shows none."""
+    """Return the sandbox's id and the token that a request shows the door; empty ones where it shows none."""
     headers = dict(request.headers)
-    shown = headers.get(b"proxy-authorization") or headers.get(b"authorization") or b""
+    shown = headers.get(b"proxy-authorization", b"")
+    if not shown and request.target.startswith(b"/"):  # of any other, it is for whom the request is passed on to
+        shown = headers.get(b"authorization", b"")
     scheme, _, value = shown.partition(b" ")
     if scheme.lower() != b"basic":
         return "", ""
@@ -246,6 +233,22 @@ def _credentials(request: h11.Request) -> tuple[str, str]:
     except (binascii.Error, ValueError):
         return "", ""
     return sandbox_id, token
+
+
+def _onward(request: h11.Request, url: str) -> bytes:
+    """Return the head of a request as it is passed on. Raise Refused if it cannot be."""
+    try:
+        parts = urlsplit(url)
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        named = {
+            word.strip().lower() for key, value in request.headers if key == b"connection" for word in value.split(b",")
+        }
+        kept = [(key, value) for key, value in request.headers if key not in _FOR_THE_DOOR | named]
+        host = parts.netloc.rpartition("@")[2]
+        headers = [(b"Host", host.encode()), *kept, (b"Via", b"1.1 door"), (b"Connection", b"close")]
+        return h11.Connection(h11.CLIENT).send(h11.Request(method=request.method, target=path, headers=headers)) or b""
+    except (ValueError, h11.LocalProtocolError) as error:
+        raise Refused(400, f"it cannot be passed on: {error}") from error
 
 
 def _own_answer(request: h11.Request, guest: Guest) -> tuple[int, str]:

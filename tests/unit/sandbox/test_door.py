@@ -2,15 +2,20 @@
 
 import asyncio
 import base64
+import socket
+import threading
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from ipaddress import IPv4Network
+from typing import Any
 
+import psutil
 import pytest
 import pytest_asyncio
 
+from services.sandbox.door import dialler
 from services.sandbox.door.config import DoorConfig
-from services.sandbox.door.destinations import Place, leads_to, outside, place_of
+from services.sandbox.door.destinations import Place, leads_to, named, place_of, public
 from services.sandbox.door.door import Door, Guest
 from services.sandbox.door.tokens import DOOR, SERVER, Minter
 from services.sandbox.providers.ports import free_port
@@ -18,7 +23,8 @@ from services.sandbox.providers.ports import free_port
 MINTER = Minter(b"a key")
 INSIDE = [
     *("127.0.0.1", "10.1.2.3", "172.18.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0", "224.0.0.1", "100.64.0.1"),
-    *("::1", "fe80::1%eth0", "fd00::1", "::ffff:127.0.0.1"),
+    *("::1", "fe80::1%eth0", "fd00::1", "::ffff:127.0.0.1", "fec0::1", "::7f00:1", "ff02::1"),
+    *("64:ff9b::a9fe:a9fe", "64:ff9b:1::a00:1", "2002:7f00:1::", "2001:0:7f00:1::1"),
 ]
 
 
@@ -56,14 +62,29 @@ def test_the_door_leads_to_the_remote_and_to_what_the_operator_named() -> None:
 
 @pytest.mark.parametrize("address", INSIDE)
 def test_what_is_inside_is_not_reached_unless_it_is_named(address: str) -> None:
-    assert not outside(DoorConfig(), address)
-    assert outside(DoorConfig(), "140.82.121.3")
-    assert outside(DoorConfig(private_networks=["10.1.0.0/16"]), "10.1.2.3")
-    assert not outside(DoorConfig(private_networks=["10.1.0.0/16"]), "10.2.2.3")
+    assert not public(address)
+    assert not named(DoorConfig(), address)
+
+
+def test_what_is_public_or_named_is_reached() -> None:
+    for address in ("140.82.121.3", "2606:50c0:8000::153", "64:ff9b::8c52:7903"):
+        assert public(address)
+    assert named(DoorConfig(private_networks=["10.1.0.0/16"]), "10.1.2.3")
+    assert named(DoorConfig(private_networks=["10.1.0.0/16"]), "::ffff:10.1.2.3")
+    assert not named(DoorConfig(private_networks=["10.1.0.0/16"]), "10.2.2.3")
+
+
+def test_what_the_operator_named_in_other_letters_or_as_an_address_is_reached() -> None:
+    config = DoorConfig(egress=["API.example.com:443", "[2001:db8::1]:443"])
+    for url in ("https://api.example.com/", "https://[2001:db8::1]/"):
+        place = place_of(url)
+        assert place is not None
+        assert leads_to(config, "", place)
 
 
 @pytest.mark.parametrize(
-    "given", [{"egress": ["example.com"]}, {"private_networks": ["10.0.0.1/8"]}, {"listen": "here"}]
+    "given",
+    [{"egress": ["example.com"]}, {"private_networks": ["10.0.0.1/8"]}, {"listen": "here"}, {"listen": "[::]:7710"}],
 )
 def test_settings_that_mean_nothing_are_refused(given: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=next(iter(given))):
@@ -93,13 +114,10 @@ async def echo() -> AsyncGenerator[int, None]:
         yield server.sockets[0].getsockname()[1]
 
 
-def a_door(remote: str, admitted: str = "127.0.0.0/8", **given: float) -> Door:
+def a_door(remote: str, admitted: str = "127.0.0.0/8", **given: Any) -> Door:
     """Return a door for one sandbox, which is at 127.0.0.1."""
-    config = DoorConfig(
-        listen=f"127.0.0.1:{free_port()}",
-        private_networks=["127.0.0.0/8"],
-        **given,  # pyright: ignore[reportArgumentType]
-    )
+    settings: dict[str, Any] = {"listen": f"127.0.0.1:{free_port()}", "private_networks": ["127.0.0.0/8"], **given}
+    config = DoorConfig(**settings)
 
     async def is_at(sandbox_id: str, address: str) -> bool:
         return (sandbox_id, address) == ("sbx_1", "127.0.0.1")
@@ -158,6 +176,128 @@ async def test_a_request_is_passed_on_without_the_sandboxs_token(echo: int) -> N
         await door.stop()
 
 
+async def test_a_request_is_passed_on_to_the_host_of_its_url_alone(echo: int) -> None:
+    """It may be of a time without a Host, and what stands under Connection is for the door."""
+    door = a_door(f"http://127.0.0.1:{echo}/x.git")
+    await door.start()
+    try:
+        head = f"GET http://me:word@127.0.0.1:{echo}?y=1 HTTP/1.0\r\nConnection: x-mine\r\nX-Mine: 1\r\n".encode()
+        said = (await told(door, head + shown() + b"\r\n", end=True)).lower()
+        assert said.startswith(f"get /?y=1 http/1.1\r\nhost: 127.0.0.1:{echo}\r\n".encode())
+        assert b"x-mine" not in said
+        assert b"via: 1.1 door" in said
+    finally:
+        await door.stop()
+
+
+async def test_a_token_that_is_not_for_the_door_opens_it_only_for_the_doors_own(echo: int) -> None:
+    door = a_door(f"http://127.0.0.1:{echo}/x.git")
+    await door.start()
+    mine = shown().removeprefix(b"Proxy-")
+    try:
+        assert b" 200 " in await told(door, b"GET /v1/sandbox HTTP/1.1\r\nHost: x\r\n" + mine + b"\r\n")
+        head = f"GET http://127.0.0.1:{echo}/x HTTP/1.1\r\nHost: x\r\n".encode()
+        assert (await told(door, head + mine + b"\r\n")).startswith(b"HTTP/1.1 407 ")
+    finally:
+        await door.stop()
+
+
+async def connect(door: Door, place: str) -> bytes:
+    """Return the first line that the door says to who wants a tunnel."""
+    answer = await told(door, f"CONNECT {place} HTTP/1.1\r\nHost: x\r\n".encode() + shown() + b"\r\n", end=True)
+    return answer.partition(b"\r\n")[0]
+
+
+async def test_every_address_of_a_place_is_tried(echo: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def two(*_: object, **__: object) -> list[tuple[object, ...]]:
+        kind = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
+        return [(*kind, ("127.0.0.2", echo)), (*kind, ("127.0.0.1", echo))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", two)
+    door = a_door(f"https://git.example:{echo}/x.git")
+    await door.start()
+    try:
+        assert b" 200 " in await connect(door, f"git.example:{echo}")
+    finally:
+        await door.stop()
+
+
+async def test_names_that_nobody_answers_for_hold_up_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+
+    def wait(*_: object, **__: object) -> list[object]:
+        answered.wait(20)
+        raise socket.gaierror("nobody answers")
+
+    door = a_door("", head_seconds=0.3, egress=["*.example:443"])
+    await door.start()
+    monkeypatch.setattr(socket, "getaddrinfo", wait)
+    try:
+        answers = await asyncio.gather(*(connect(door, f"git{number % 8}.example:443") for number in range(40)))
+        assert {answer.split(b" ")[1] for answer in answers} == {b"502", b"429"}
+        async with asyncio.timeout(2):
+            assert await asyncio.to_thread(lambda: True)
+        answered.set()
+    finally:
+        answered.set()
+        await door.stop()
+
+
+async def test_a_name_that_is_none_is_not_reached() -> None:
+    door = a_door("", egress=["*.example:443"])
+    await door.start()
+    try:
+        assert b" 502 " in await connect(door, f"{'x' * 70}.example:443")
+    finally:
+        await door.stop()
+
+
+async def test_this_host_is_not_reached_by_an_address_that_is_public(
+    echo: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its firewalls would not see it: what is sent to oneself comes in from oneself."""
+
+    def yes(address: str) -> bool:
+        return bool(address)
+
+    monkeypatch.setattr(dialler, "public", yes)  # as the host's own address is, where it has one
+    door = a_door(f"https://127.0.0.1:{echo}/x.git", private_networks=[])
+    await door.start()
+    try:
+        assert b" 421 " in await connect(door, f"127.0.0.1:{echo}")
+    finally:
+        await door.stop()
+
+
+async def test_who_hears_nothing_is_cut_off() -> None:
+    """All that a sandbox did not read would otherwise be kept, with its descriptor, for as long as it likes."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            for _ in range(100):
+                writer.write(b"x" * 100_000)
+                await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(talk, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        door = a_door(f"https://127.0.0.1:{port}/x.git", head_seconds=0.3, idle_seconds=0.3)
+        await door.start()
+        process = psutil.Process()
+        before = process.num_fds()
+        deaf = socket.create_connection(("127.0.0.1", door.config.port))
+        try:
+            deaf.sendall(f"CONNECT 127.0.0.1:{port} HTTP/1.1\r\nHost: x\r\n".encode() + shown() + b"\r\n")
+            async with asyncio.timeout(10):
+                while process.num_fds() <= before + 1:  # noqa: ASYNC110 - the kernel tells nobody
+                    await asyncio.sleep(0.01)
+                while process.num_fds() > before + 1:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+        finally:
+            deaf.close()
+            await door.stop()
+
+
 @pytest.mark.parametrize(
     ("said", "status"),
     [
@@ -210,6 +350,11 @@ async def test_connections_beyond_the_bound_are_refused(echo: int) -> None:
         held.write(b"GET ")
         await asyncio.sleep(0.1)
         assert (await told(door, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")).startswith(b"HTTP/1.1 429 ")
+        _, beyond = await asyncio.open_connection("127.0.0.1", door.config.port)
+        beyond.write(b"GET ")
+        await asyncio.sleep(0.1)
+        assert await told(door, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n") == b""
         held.close()
+        beyond.close()
     finally:
         await door.stop()
