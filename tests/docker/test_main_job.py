@@ -1,6 +1,7 @@
 """The main job with a Docker sandbox, the door on the way, and what is told when it goes wrong."""
 
 import json
+import os
 import socket
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ from tests.support.stack import Stack, git, make_remote, request_id, running_sta
 
 SUBNETS = "10.214.8.0/22"
 MEMORY_MIB = 300
+SANDBOX_USER = (1000, 1000)
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,14 @@ def git_host(tmp_path_factory: pytest.TempPathFactory, host_address: str) -> Ite
         yield host, root
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the host that sandboxes have, too."""
+    folder = tmp_path_factory.mktemp("shared")
+    folder.chmod(0o755)
+    return folder
+
+
 def image_of(installation: str) -> str:
     """Return a name of the image that is this installation's own, and can be taken away."""
     return f"branchline-sandbox:{installation}"
@@ -54,7 +64,7 @@ def image_of(installation: str) -> str:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def stack(
-    tmp_path_factory: pytest.TempPathFactory, installation: str, git_host: tuple[str, Path]
+    tmp_path_factory: pytest.TempPathFactory, installation: str, git_host: tuple[str, Path], shared: Path
 ) -> AsyncGenerator[Stack, None]:
     docker("tag", SANDBOX_IMAGE, image_of(installation))
     sandbox = {
@@ -64,6 +74,7 @@ async def stack(
             "image": image_of(installation),
             "subnets": SUBNETS,
             "memory_mib": MEMORY_MIB,
+            "binds": [str(shared)],
             "agents": {"mock": ["branchline-scripted-agent"]},
         },
         "door": {"listen": f"0.0.0.0:{free_port()}", "private_networks": [git_host[0].partition(":")[0]]},
@@ -103,6 +114,17 @@ async def test_a_task_is_done_in_a_container_and_pushed_through_the_door(
     done = await stack.until(task.id, activity=TASK_ACTIVITY_IDLE, turn=1)
     assert done.sandbox_provider == "docker"
     assert git("show", f"{done.branch}:NEWS.md", cwd=remote) == "some news"
+
+
+async def test_a_remote_that_is_a_folder_of_the_host_is_pushed_to(stack: Stack, shared: Path) -> None:
+    remote = make_remote(shared)
+    for path in (remote, *remote.rglob("*")):
+        os.chown(path, *SANDBOX_USER)
+    task = await stack.create_task(
+        await stack.add_repository(url=f"file://{remote}"), "write NEWS.md: some news\ncommit News\npush"
+    )
+    done = await stack.until(task.id, activity=TASK_ACTIVITY_IDLE, turn=1)
+    assert git("-c", "safe.directory=*", "show", f"{done.branch}:NEWS.md", cwd=remote) == "some news"
 
 
 async def test_the_door_leads_a_sandbox_to_its_remote_alone_and_knows_it_by_its_token(

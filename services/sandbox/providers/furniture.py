@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import PurePath
 
 ACP_TIMEOUT_MS = str(24 * 3600 * 1000)
 
@@ -28,7 +28,7 @@ _GITCONFIG = """[credential]
 """
 
 
-def furniture(home: Path, agents: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, int]]:
+def furniture(home: PurePath, agents: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, int]]:
     """Return the files of a home with their modes. `agents` are command lines by name."""
     launchers = home / ".local/share/sandbox-agent/bin/agent_processes"
     made = {
@@ -38,7 +38,7 @@ def furniture(home: Path, agents: Mapping[str, Sequence[str]]) -> dict[str, tupl
     return {str(home / ".gitconfig"): (_GITCONFIG, 0o644), **made}
 
 
-def environment(home: Path, path: str) -> dict[str, str]:
+def environment(home: PurePath, path: str) -> dict[str, str]:
     """Return the variables that every sandbox's server has."""
     return {
         "HOME": str(home),

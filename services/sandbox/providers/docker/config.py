@@ -2,8 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from ipaddress import IPv4Network
+from pathlib import PurePosixPath
 
 from services.runtime.config import Config
+
+HOME = PurePosixPath("/home/sandbox")
+"""Where the volume with all that is kept lies."""
+
+_OWN_FOLDERS = (HOME, *map(PurePosixPath, ("/dev", "/proc", "/run", "/sys", "/var/run")))
 
 SUBNET_PREFIX = 29
 """Six hosts: the bridge's, one of the sandbox service, and one of the sandbox; the rest is room for replicas."""
@@ -41,6 +47,10 @@ class DockerProviderConfig(Config, frozen=True):
     read_only: bool = True
     """Whether everything but the home and the folders for temporary files is read-only."""
 
+    binds: Sequence[str] = ()
+    """Folders of the Engine's host that every sandbox has at the same path, and may write to: such as a bare repository
+    that a `file://` remote names. The image's user needs the right to; what lies there is all sandboxes'."""
+
     service_container: str = ""
     """Container that the service itself runs in. Else the one whose id is the host name, as Docker has it by default;
     if there is none, the service runs on the host."""
@@ -65,3 +75,10 @@ class DockerProviderConfig(Config, frozen=True):
         for name in ("cpus", "memory_mib", "processes", "temporary_mib"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: must be more than nothing")
+        for bind in self.binds:
+            path = PurePosixPath(bind)
+            if not path.is_absolute() or str(path) != bind or ".." in path.parts:
+                raise ValueError(f'binds: "{bind}" is no absolute path in its plainest form')
+            for own in _OWN_FOLDERS:
+                if path.is_relative_to(own) or own.is_relative_to(path):
+                    raise ValueError(f'binds: "{bind}" would hide {own}, which is the sandbox\'s own')

@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.sandbox.providers import launcher
-from services.sandbox.providers.docker.config import DockerProviderConfig
+from services.sandbox.providers.docker.config import HOME, DockerProviderConfig
 from services.sandbox.providers.docker.engine import Json
 from services.sandbox.providers.docker.networks import Network
 from services.sandbox.providers.furniture import environment, furniture
-
-HOME = Path("/home/sandbox")
-"""Where the volume with all that is kept lies."""
 
 PORT = 2468
 """Of the sandbox-agent server."""
@@ -92,7 +89,8 @@ def config(
                     "Source": name,
                     "Target": str(HOME),
                     "VolumeOptions": {"Labels": dict(labels)},
-                }
+                },
+                *({"Type": "bind", "Source": path, "Target": path} for path in given.binds),
             ],
             "Memory": memory,
             "MemorySwap": memory,

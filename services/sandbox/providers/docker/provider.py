@@ -24,7 +24,7 @@ from services.sandbox.agent_server import Unreachable
 from services.sandbox.door.tokens import DOOR, SERVER, Minter
 from services.sandbox.providers.base import NOBODY, Condition, Machine, Overuse, Owner, Probe, ProviderError
 from services.sandbox.providers.docker import container, firewall, inside
-from services.sandbox.providers.docker.config import DockerProviderConfig
+from services.sandbox.providers.docker.config import HOME, DockerProviderConfig
 from services.sandbox.providers.docker.engine import Engine, EngineAway, Json, Missing, Taken
 from services.sandbox.providers.docker.labels import CONFIG, INSTALLATION, ORGANIZATION, SANDBOX, TASK
 from services.sandbox.providers.docker.networks import Network, Networks, subnet_of
@@ -314,7 +314,7 @@ class DockerProvider:
             return None, False
         if not answer.is_success:
             return None, answer.status_code in (401, 403)
-        return Machine(url, token, str(container.HOME), "docker"), False
+        return Machine(url, token, str(HOME), "docker"), False
 
     async def _inside(self, sandbox_id: str, *arguments: str) -> str:
         return await self._engine.run_inside(self._name(sandbox_id), [*_PROGRAM, *arguments], _INSIDE_SECONDS)
