@@ -5,7 +5,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.engine import docker, require_engine
+from services.sandbox.providers.docker.firewall import chain_of
+from services.sandbox.providers.docker.networks import bridges_of
+from tests.support.engine import SANDBOX_IMAGE, docker, require_engine
+
+_RULES_GO = """
+iptables --wait 5 -S INPUT | sed -n '/-j {chain}$/s/^-A/-D/p' | while read -r rule; do iptables --wait 5 $rule; done
+iptables --wait 5 -F {chain} 2>/dev/null && iptables --wait 5 -X {chain}
+! iptables --wait 5 -S | grep -e '{chain}'
+"""
+"""Takes an installation's rules out of the host's firewall, as docs/operating.md has it."""
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -22,3 +31,6 @@ def installation() -> Iterator[str]:
     for kind, listed in (("container", ("ls", "--all")), ("network", ("ls",)), ("volume", ("ls",))):
         for left in docker(kind, *listed, "--quiet", "--filter", label).split():
             docker(kind, "rm", "--force", left) if kind != "network" else docker(kind, "rm", left)
+    script = _RULES_GO.format(chain=chain_of(bridges_of(name)))
+    rights = ("--network", "host", "--user", "0:0", "--cap-add", "NET_ADMIN", "--cap-add", "NET_RAW")
+    docker("run", "--rm", *rights, SANDBOX_IMAGE, "sh", "-c", script)

@@ -25,9 +25,14 @@ iptables --wait 5 -C INPUT -i {bridges}+ -j {chain} 2>/dev/null || iptables --wa
 """
 
 
+def chain_of(bridges: str) -> str:
+    """Return the name of the chain that holds the rules of some bridges. One rule of INPUT leads to it."""
+    return f"BRANCHLINE-{bridges.strip('-')}"
+
+
 async def close_host(engine: Engine, image: str, bridges: str, door_port: int) -> None:
     """Let sandboxes reach no port of the host but the door. Raise ProviderError if that cannot be done."""
-    script = _SCRIPT.format(chain=f"BRANCHLINE-{bridges.strip('-')}", bridges=bridges, door=door_port)
+    script = _SCRIPT.format(chain=chain_of(bridges), bridges=bridges, door=door_port)
     config = {
         "Image": image,
         "Entrypoint": [],

@@ -60,11 +60,6 @@ class Networks:
     _taken: set[IPv4Network] = field(default_factory=set[IPv4Network])
     _owners: dict[IPv4Network, str] = field(default_factory=dict[IPv4Network, str])
 
-    @property
-    def bridges(self) -> str:
-        """What the names of all their bridges begin with."""
-        return f"b{hashlib.sha256(self.installation.encode()).hexdigest()[:5]}-"
-
     async def find(self, sandbox_id: str) -> Network | None:
         """Return the network of a sandbox, or None."""
         for network in await self._of(sandbox_id):
@@ -130,7 +125,7 @@ class Networks:
 
     def _config(self, name: str, subnet: IPv4Network, labels: dict[str, str]) -> Json:
         digest = hashlib.sha256(labels[SANDBOX].encode()).hexdigest()
-        options = {"com.docker.network.bridge.name": f"{self.bridges}{digest}"[:_BRIDGE_CHARACTERS]}
+        options = {"com.docker.network.bridge.name": f"{bridges_of(self.installation)}{digest}"[:_BRIDGE_CHARACTERS]}
         if not self.on_host:
             options["com.docker.network.bridge.inhibit_ipv4"] = "true"
         return {
@@ -143,6 +138,11 @@ class Networks:
             "Options": options,
             "Labels": labels,
         }
+
+
+def bridges_of(installation: str) -> str:
+    """Return what the names of all bridges of an installation begin with."""
+    return f"b{hashlib.sha256(installation.encode()).hexdigest()[:5]}-"
 
 
 def subnet_of(address: str) -> IPv4Network:

@@ -27,7 +27,7 @@ from services.sandbox.providers.docker import container, firewall, inside
 from services.sandbox.providers.docker.config import HOME, DockerProviderConfig
 from services.sandbox.providers.docker.engine import Engine, EngineAway, Json, Missing, Taken
 from services.sandbox.providers.docker.labels import CONFIG, INSTALLATION, ORGANIZATION, SANDBOX, TASK
-from services.sandbox.providers.docker.networks import Network, Networks, subnet_of
+from services.sandbox.providers.docker.networks import Network, Networks, bridges_of, subnet_of
 
 if TYPE_CHECKING:
     from services.sandbox.http import Http
@@ -188,7 +188,9 @@ class DockerProvider:
             self._own_container = await self._find_own_container()
             self._networks.on_host = not self._own_container
             if self._networks.on_host and self._config.host_firewall:
-                await firewall.close_host(self._engine, self._config.image, self._networks.bridges, self._door_port)
+                await firewall.close_host(
+                    self._engine, self._config.image, bridges_of(self._installation), self._door_port
+                )
             self._prepared = True
 
     async def _find_own_container(self) -> str:
