@@ -1,10 +1,10 @@
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aiodocker import Docker
 
 class DockerNetworks:
-    async def list(self, *, filters: Mapping[str, str] | None = None) -> list[dict[str, Any]]: ...
+    async def list(self, *, filters: Mapping[str, Sequence[str]] | None = None) -> list[dict[str, Any]]: ...
     async def create(self, config: dict[str, Any]) -> DockerNetwork: ...
 
 class DockerNetwork:

@@ -1,8 +1,8 @@
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 class DockerVolumes:
-    async def list(self, *, filters: Mapping[str, str] | None = None) -> dict[str, Any]: ...
+    async def list(self, *, filters: Mapping[str, Sequence[str]] | None = None) -> dict[str, Any]: ...
     async def get(self, id: str) -> DockerVolume: ...
 
 class DockerVolume:
