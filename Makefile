@@ -61,7 +61,8 @@ test-docker: setup images
 
 # In real containers: what is built, the main job, one kill, what sandboxes reach; then all that may befall a container.
 test-compose: setup
-	$(BIN)/pytest -q tests/compose/test_images.py tests/compose/test_main_job.py tests/compose/test_isolation.py
+	$(BIN)/pytest -q tests/compose/test_configuration.py tests/compose/test_images.py \
+	    tests/compose/test_main_job.py tests/compose/test_isolation.py
 
 test-compose-faults: setup
 	$(BIN)/pytest -q -s tests/compose

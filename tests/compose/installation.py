@@ -12,10 +12,11 @@ import secrets
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
@@ -26,7 +27,8 @@ from services.sandbox.providers.ports import free_port
 from tests.support.client import Client
 from tests.support.engine import docker
 
-FILE = ROOT / "deploy" / "compose" / "compose.yaml"
+FOLDER = ROOT / "deploy" / "compose"
+FILE, DOOR = FOLDER / "compose.yaml", FOLDER / "door.yaml"
 GIT_HOST = "git:8080"
 REMOTE = f"http://{GIT_HOST}/demo.git"
 GIT_NAME, GIT_PASSWORD = "git", "git"
@@ -62,9 +64,12 @@ class Composed:
     networks: IPv4Network
     """Of the services."""
 
+    files: tuple[Path, ...] = (FILE,)
+
     def compose(self, *arguments: str, seconds: float = _UP_SECONDS) -> str:
         """Run Docker Compose; return what it prints. Fail with what it says."""
-        command = [*compose_program(), "--project-name", self.project, "--file", str(FILE), *arguments]
+        files = [word for file in self.files for word in ("--file", str(file))]
+        command = [*compose_program(), "--project-name", self.project, *files, *arguments]
         environment = {**os.environ, **self.environment}
         ran = subprocess.run(
             command, env=environment, capture_output=True, text=True, check=False, timeout=seconds, cwd=ROOT
@@ -113,12 +118,17 @@ class Composed:
     @cached_property
     def token(self) -> str:
         """The first user's token."""
-        folder = Path(subprocess.run(["mktemp", "-d"], capture_output=True, text=True, check=True).stdout.strip())
-        try:
-            docker("cp", f"{self.container('operator')}:/var/lib/branchline/token", str(folder / "token"))
-            return (folder / "token").read_text()
-        finally:
-            shutil.rmtree(folder)
+        return self.read("operator", "/var/lib/branchline/token")
+
+    def read(self, service: str, path: str) -> str:
+        """Return a text file of a service's container, which need not run."""
+        with tempfile.TemporaryDirectory() as folder:
+            docker("cp", f"{self.container(service)}:{path}", f"{folder}/file")
+            return Path(folder, "file").read_text()
+
+    def beside(self, *files: Path, **environment: str) -> "Composed":
+        """Return the same installation as further files and settings have it from the next `up` on."""
+        return replace(self, files=(*self.files, *files), environment={**self.environment, **environment})
 
     def client(self) -> Client:
         """Return a client of the published port."""
@@ -192,7 +202,7 @@ def composed() -> Generator[Composed, None, None]:
     prefix = str(services.network_address).rpartition(".")[0]
     environment = {
         "POSTGRES_IMAGE": os.environ.get("POSTGRES_IMAGE", "branchline-postgres"),
-        "BRANCHLINE_LISTEN": f"127.0.0.1:{port}",
+        "BRANCHLINE_PORT": str(port),
         "BRANCHLINE_SUBNETS": prefix,
         "BRANCHLINE_SANDBOX_SUBNETS": str(sandboxes),
         "BRANCHLINE_PRIVATE_NETWORKS": json.dumps([f"{prefix}.72/29"]),

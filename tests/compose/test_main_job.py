@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 from branchline.v1.tasks_pb2 import Task
 
-from tests.compose.installation import Composed
+from cli.installation import ROOT
+from services.sandbox.providers.ports import free_port
+from tests.compose.installation import DOOR, Composed
 from tests.compose.work import PUSHED_SECONDS, create_task, finished
 from tests.support.client import Client
 from tests.support.people import get_task, sessions, transcript
@@ -99,3 +102,52 @@ async def test_a_service_that_is_killed_comes_back_and_the_turn_goes_on(
     said = "".join(entry.agent_message.text for entry in entries).split()
     assert [word for word in said if word.startswith("word")] == words
     assert [entry.position for entry in entries] == list(range(1, len(entries) + 1))
+
+
+def test_with_the_door_the_gateway_shows_its_certificate_and_takes_no_plaintext(
+    installation: Composed, tmp_path: Path
+) -> None:  # OPS-7
+    authority = tmp_path / "ca.crt"
+    authority.write_text(installation.read("gateway", "/keys/door/ca.crt"))
+    listen = f"127.0.0.1:{free_port()}"
+    published = installation.beside(DOOR, BRANCHLINE_LISTEN=listen)
+    published.address = listen
+    gateway = ("up", "--detach", "--wait", "--no-deps", "gateway")
+    published.compose(*gateway)
+    try:
+        method = (listen, "branchline.v1.UserService/GetCurrentUser")
+        bearer = ("-H", f"authorization: Bearer {installation.token}")
+        ask = str(PROGRAMS / "grpcurl")
+        assert "memberships" in run(published, ask, "-cacert", str(authority), *bearer, *method)
+        run(published, str(PROGRAMS / "branchline"), "--ca", str(authority), "task", "list")
+        plain = subprocess.run([ask, "-plaintext", *bearer, *method], capture_output=True, check=False, timeout=60)
+        assert plain.returncode
+    finally:
+        installation.compose(*gateway)
+
+
+def test_make_compose_shows_where_the_token_is_and_says_so_when_it_was_taken_away(
+    installation: Composed, tmp_path: Path
+) -> None:  # OPS-2
+    checkout = tmp_path / "checkout"
+    machine = shutil.ignore_patterns(".venv", "node_modules", "data", ".env", "__pycache__")
+    shutil.copytree(ROOT, checkout, ignore=machine, symlinks=True)
+    environment = {**os.environ, **installation.environment, "COMPOSE_PROJECT_NAME": installation.project}
+
+    def up() -> str:
+        ran = subprocess.run(
+            [checkout / "deploy" / "compose" / "up"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+        )
+        assert not ran.returncode, ran.stdout + ran.stderr
+        return ran.stdout
+
+    token = installation.token
+    assert f"gateway  {installation.address}" in up()
+    assert (checkout / "data" / "token").read_text() == token
+    installation.compose("run", "--rm", "--no-deps", "--entrypoint", "rm", "operator", "/var/lib/branchline/token")
+    assert "token issue EMAIL" in up()
