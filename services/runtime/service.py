@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -234,7 +235,7 @@ class Chassis:
         self.config = config
         self.clock = Clock()
         self.neighbours = Neighbours(name, config.addresses, config.signing_key, config.tls)
-        self._callers = frozenset(certified_name(caller) for caller in (*callers, OPERATOR))
+        self._callers = {certified_name(caller): caller for caller in (*callers, OPERATOR)}
         url = self.database_url = database_url(config.database_url, config.data_dir, name)
         self.database: Database = open_database(url)
         self._database_well = True
@@ -256,17 +257,25 @@ class Chassis:
             self.service.every(_DATABASE_LOOK_SECONDS, "look after the database", self.tell_database)
 
     async def _admit(self, call: Call) -> None:
-        """Let in only calls from next to us in the tree that carry a principal signed for us by one of our own."""
-        if self.service.secured:
-            self._know(call)
-        bind_principal(self.neighbours.signer.verify(call.metadata(METADATA_KEY)))
+        """Let in only calls from next to us in the tree that carry a principal signed for us by one of our own.
 
-    def _know(self, call: Call) -> None:
-        """Raise Unauthenticated unless the caller's certificate is of a service that may call."""
+        An operator is who shows an operator's certificate. What a service passes on is that service's, whatever the
+        key signs that all share.
+        """
+        known = self._known(call) if self.service.secured else {OPERATOR}
+        principal = self.neighbours.signer.verify(call.metadata(METADATA_KEY))
+        if principal.service == OPERATOR and OPERATOR not in known:
+            principal = replace(principal, service=min(known))
+        bind_principal(principal)
+
+    def _known(self, call: Call) -> set[str]:
+        """Return whose certificate the caller shows; raise Unauthenticated unless it is a service that may call."""
         names = call.certified_names()
-        if self._callers.isdisjoint(names):
+        known = {self._callers[name] for name in names if name in self._callers}
+        if not known:
             words = f"{' '.join(names) or 'a caller without a name'} may not call {self.name}"
             raise Unauthenticated(ERROR_REASON_PRINCIPAL_INVALID, words)
+        return known
 
     def serve(self, servicer: object, file: FileDescriptor, name: str) -> None:
         """Serve what a servicer implements of a gRPC service."""

@@ -66,10 +66,10 @@ class Certified:
 
     @asynccontextmanager
     async def admin(
-        self, caller: str, service: str, *, audience: str = "", meant: str = ""
+        self, caller: str, service: str, *, audience: str = "", meant: str = "", signed: str = ""
     ) -> AsyncGenerator[Any, None]:
-        """Give a call of a service as a caller makes it, who may mean another service, or sign for another."""
-        signer = Signer(self.processes.environment["BRANCHLINE_SIGNING_KEY"], caller)
+        """Give a call of a service as a caller makes it, who may mean another service, or sign for or as another."""
+        signer = Signer(self.processes.environment["BRANCHLINE_SIGNING_KEY"], signed or caller)
         channel = open_channel(meant or service, self.address_of(service), signer, self.certificate(caller))
         stub: Any = AdminServiceStub(channel)  # pyright: ignore[reportArgumentType]
         metadata = signer.metadata(audience or service)
@@ -213,6 +213,13 @@ async def test_a_service_is_let_in_only_by_those_next_to_it(certified: Certified
                 assert refused.message == f"{certified_name(caller)} may not call {service}"
 
     assert let_in == tree
+
+
+async def test_a_service_that_signs_as_the_operator_is_none(certified: Certified) -> None:
+    for caller, service in (("sandbox", "task"), ("gateway", "organization"), ("task", "repository")):
+        async with certified.admin(caller, service, signed=OPERATOR) as ask:
+            refused = await failure(ask())
+        assert (refused.code, refused.reason) == (grpc.StatusCode.PERMISSION_DENIED, "OPERATOR_REQUIRED")
 
 
 async def test_a_principal_for_one_service_is_refused_by_another(certified: Certified) -> None:
