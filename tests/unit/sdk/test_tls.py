@@ -10,7 +10,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from branchline import AsyncClient, Client, TlsError, TlsFault
+from branchline import AsyncClient, BranchlineError, Client, TlsError, TlsFault
 from branchline.tls import Endpoint, endpoint
 from branchline.v1.users_pb2 import GetCurrentUserRequest
 
@@ -107,6 +107,28 @@ async def test_tls_to_a_server_without_it_is_said(server: Server, folder: Path) 
 async def test_a_server_that_is_not_there_is_no_fault_of_certificates() -> None:
     assert await Endpoint("127.0.0.1:9", secure=True).fault() is None
     assert await Endpoint("127.0.0.1:9", secure=False).fault() is None
+
+
+async def test_looking_for_a_fault_takes_no_longer_than_the_call_may() -> None:
+    """The first connection is closed, and those that come to look at why are left without a word."""
+    connections: list[asyncio.StreamWriter] = []
+
+    async def say_nothing(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(writer)
+        if len(connections) == 1:
+            writer.close()
+
+    server = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server, AsyncClient(f"127.0.0.1:{port}", "secret", timeout_seconds=0.5) as client:
+        began = time.monotonic()
+        with pytest.raises(BranchlineError) as failed:
+            await client.users.get_current_user(GetCurrentUserRequest())
+        assert time.monotonic() - began < 3
+        assert not isinstance(failed.value, TlsError)
+        assert len(connections) > 1
+        for connection in connections:
+            connection.close()
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ class Caller:
                 failure = error_of(error)
                 if not looked:
                     looked = True
-                    await self._look(failure)
+                    await self._look(failure, deadline - loop.time())
                 wait = failure.retry_delay.total_seconds() if failure.retry_delay is not None else pause
                 again = error.code() in _TRANSIENT and _repeatable(method, request) and "limit" not in failure.metadata
                 if not again or loop.time() + wait >= deadline:
@@ -114,10 +114,10 @@ class Caller:
         finally:
             call.cancel()
 
-    async def _look(self, failure: BranchlineError) -> None:
-        """Raise TlsError if that is why the server could not be reached: gRPC does not say."""
+    async def _look(self, failure: BranchlineError, seconds: float | None = None) -> None:
+        """Raise TlsError if that is why the server could not be reached, and is seen in time: gRPC does not say."""
         if failure.code == grpc.StatusCode.UNAVAILABLE and failure.reason == ERROR_REASON_UNSPECIFIED:
-            fault = await self._endpoint.fault()
+            fault = await self._endpoint.fault(seconds)
             if fault is not None:
                 raise fault from failure
 

@@ -78,8 +78,11 @@ class Endpoint:
         credentials = grpc.ssl_channel_credentials(self.roots or _system_roots())
         return grpc.aio.secure_channel(self.address, credentials, options=options)
 
-    async def fault(self) -> TlsError | None:
-        """Say what keeps a connection from being made, if it is certificates or their want."""
+    async def fault(self, seconds: float | None = None) -> TlsError | None:
+        """Say what keeps a connection from being made, if it is certificates or their want, and is seen within a time.
+
+        Nobody waits for it longer than 5 seconds.
+        """
         if self.address.startswith("unix:"):
             return None
         context = ssl.create_default_context(cadata=self.roots.decode() if self.roots else None)
@@ -87,7 +90,8 @@ class Endpoint:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
         try:
-            await _shake_hands(self.address, context)
+            async with asyncio.timeout(_LOOK_SECONDS if seconds is None else min(seconds, _LOOK_SECONDS)):
+                await _shake_hands(self.address, context)
         except ssl.SSLCertVerificationError as error:
             return TlsError(self.address, _CODES.get(error.verify_code, TlsFault.UNTRUSTED), error.verify_message)
         except ssl.SSLError:
@@ -140,9 +144,8 @@ def _split(address: str) -> tuple[str, int]:
 async def _shake_hands(address: str, context: ssl.SSLContext) -> None:
     host, port = _split(address)
     context.set_alpn_protocols(["h2"])
-    async with asyncio.timeout(_LOOK_SECONDS):
-        _, writer = await asyncio.open_connection(host, port, ssl=context)
-        writer.close()
+    _, writer = await asyncio.open_connection(host, port, ssl=context)
+    writer.close()
 
 
 def _system_roots() -> bytes | None:
