@@ -123,7 +123,7 @@ def _examine(certificate: Path, key: Path, ca: Path | None, name: str) -> float:
     try:
         client.load_verify_locations(ca or certificate)
     except (ssl.SSLError, OSError) as error:
-        raise ValueError(f"{ca} holds no certificates: {error}") from error
+        raise ValueError(f"{ca or certificate} holds no certificates: {error}") from error
     if ca is None:  # whom its clients believe is not known here
         client.check_hostname = False
         client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
@@ -136,7 +136,8 @@ def _examine(certificate: Path, key: Path, ca: Path | None, name: str) -> float:
         except ssl.SSLWantReadError:
             continue
         except ssl.SSLCertVerificationError as error:
-            raise ValueError(f"{certificate} is refused by who trusts {ca}: {error.verify_message}") from error
+            believer = f" by who trusts {ca}" if ca else ""
+            raise ValueError(f"{certificate} is refused{believer}: {error.verify_message}") from error
     shown = asking.getpeercert() or {}
     return float(ssl.cert_time_to_seconds(str(shown["notAfter"])))
 

@@ -52,6 +52,13 @@ def test_what_peers_would_refuse_is_refused_at_the_start(
         shown(folder)
 
 
+def test_the_words_about_a_certificate_for_clients_name_no_authority(folder: Path) -> None:
+    place = replace(folder, "task", ["gateway.example"], days=-0.001)
+
+    with pytest.raises(ValueError, match=r"tls\.crt is refused: certificate has expired"):
+        Certificate(place / "tls.crt", place / "tls.key")
+
+
 def test_the_certificate_of_another_authority_is_refused(
     folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
