@@ -111,6 +111,11 @@ class Composed:
         """Name of the git server's container."""
         return f"{self.project}-git"
 
+    @property
+    def disk(self) -> str:
+        """Name of the container that has PostgreSQL's disk mounted, too."""
+        return f"{self.project}-disk"
+
     def in_git(self, *arguments: str) -> str:
         """Run git in the repository of the git server."""
         return docker("exec", self.git, "git", "-C", "/srv/git/demo.git", *arguments)
@@ -182,6 +187,27 @@ class Composed:
         yield
         await asyncio.to_thread(docker, "unpause", self.container(service))
 
+    @contextmanager
+    def disk_held(self) -> Generator[None, None, None]:
+        """Keep PostgreSQL's disk mounted, even while its server is down, for the length of the block."""
+        mounted = ("--volume", f"{self.project}_postgres:/disk", "--user", "0", "--network", "none")
+        docker(
+            "run", "--detach", "--name", self.disk, *mounted, "--entrypoint", "sleep", "branchline-postgres", "infinity"
+        )
+        try:
+            yield
+        finally:
+            docker("rm", "--force", self.disk)
+
+    @asynccontextmanager
+    async def disk_full(self) -> AsyncGenerator[None, None]:
+        """Have no byte left on PostgreSQL's disk for the length of the block."""
+        fill = "cat /dev/zero >/disk/ballast; df --output=avail /disk | tail -1"
+        left = await asyncio.to_thread(docker, "exec", self.disk, "sh", "-c", fill)
+        assert left == "0", f"{left} KiB are left"
+        yield
+        await asyncio.to_thread(docker, "exec", self.disk, "rm", "/disk/ballast")
+
     @asynccontextmanager
     async def cut_off(self, service: str) -> AsyncGenerator[None, None]:
         """Take a service off all its networks for the length of the block; it gets its addresses back."""
@@ -195,8 +221,11 @@ class Composed:
 
 
 @contextmanager
-def composed() -> Generator[Composed, None, None]:
-    """Bring an installation up for the length of the block, with a git server beside it."""
+def composed(*files: Path) -> Generator[Composed, None, None]:
+    """Bring an installation up for the length of the block, with a git server beside it.
+
+    `files` go on top of the one for all.
+    """
     services, sandboxes = _free_networks()
     project, port = f"branchline-test-{secrets.token_hex(3)}", free_port()
     prefix = str(services.network_address).rpartition(".")[0]
@@ -208,7 +237,7 @@ def composed() -> Generator[Composed, None, None]:
         "BRANCHLINE_PRIVATE_NETWORKS": json.dumps([f"{prefix}.72/29"]),
         "DOCKER_GROUP": str(Path("/var/run/docker.sock").stat().st_gid),
     }
-    made = Composed(project, environment, f"127.0.0.1:{port}", services)
+    made = Composed(project, environment, f"127.0.0.1:{port}", services, (FILE, *files))
     try:
         made.up()
         network = f"{project}_sandbox-outside"

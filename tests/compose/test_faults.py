@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -18,7 +19,7 @@ from branchline.v1.tasks_pb2 import Task
 from branchline.v1.transcripts_pb2 import TranscriptEntry
 from google.protobuf.message import Message
 
-from tests.compose.installation import OWNERS, Composed
+from tests.compose.installation import OWNERS, Composed, composed
 from tests.compose.work import git_repository, organization_of
 from tests.support.books import (
     Books,
@@ -76,11 +77,31 @@ async def cut_off(installation: Composed) -> None:
     await restarted(installation, "task")
 
 
+async def restarted_in_order(installation: Composed) -> None:
+    await asyncio.to_thread(installation.compose, "restart", "postgres")
+    await well(installation)
+
+
+async def filled(installation: Composed) -> None:
+    """The server may end for want of room, and is started again until there is some."""
+    async with installation.disk_full():
+        await asyncio.sleep(8)
+    await well(installation)
+
+
+async def well(installation: Composed) -> None:
+    """Wait until PostgreSQL and all that live on it are healthy."""
+    for name in ("postgres", *OWNERS):
+        await restarted(installation, name)
+
+
 FAULTS: dict[str, Fault] = {
     **{f"kill {name}": killed(name) for name in (*OWNERS, "gateway")},
     "pause repository": paused,
     "task off its network and back": cut_off,
     "kill postgres": killed("postgres"),
+    "restart postgres": restarted_in_order,
+    "fill the disk of postgres": filled,
     **{f"replace image of {name}": replaced(name) for name in (*OWNERS, "gateway")},
 }
 
@@ -99,6 +120,12 @@ class Row:
     acknowledged: int
     tasks: int
     problems: list[str] = field(default_factory=list[str])
+
+
+@pytest.fixture(scope="module")
+def installation(images: None) -> Iterator[Composed]:
+    with composed(Path(__file__).with_name("small-disk.yaml")) as made, made.disk_held():
+        yield made
 
 
 @pytest.fixture(scope="module")
