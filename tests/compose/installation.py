@@ -26,6 +26,7 @@ from cli.installation import ROOT, SERVICES
 from services.sandbox.providers.ports import free_port
 from tests.support.client import Client
 from tests.support.engine import docker
+from tests.support.stack import make_remote
 
 FOLDER = ROOT / "deploy" / "compose"
 FILE, DOOR = FOLDER / "compose.yaml", FOLDER / "door.yaml"
@@ -63,6 +64,9 @@ class Composed:
     address: str
     networks: IPv4Network
     """Of the services."""
+
+    remote: Path
+    """A bare repository of this machine that sandboxes may push to."""
 
     files: tuple[Path, ...] = (FILE,)
 
@@ -229,24 +233,32 @@ def composed(*files: Path) -> Generator[Composed, None, None]:
     services, sandboxes = _free_networks()
     project, port = f"branchline-test-{secrets.token_hex(3)}", free_port()
     prefix = str(services.network_address).rpartition(".")[0]
-    environment = {
-        "POSTGRES_IMAGE": os.environ.get("POSTGRES_IMAGE", "branchline-postgres"),
-        "BRANCHLINE_PORT": str(port),
-        "BRANCHLINE_SUBNETS": prefix,
-        "BRANCHLINE_SANDBOX_SUBNETS": str(sandboxes),
-        "BRANCHLINE_PRIVATE_NETWORKS": json.dumps([f"{prefix}.72/29"]),
-        "DOCKER_GROUP": str(Path("/var/run/docker.sock").stat().st_gid),
-    }
-    made = Composed(project, environment, f"127.0.0.1:{port}", services, (FILE, *files))
-    try:
-        made.up()
-        network = f"{project}_sandbox-outside"
-        docker(
-            "run", "--detach", "--name", made.git, "--network", network, "--network-alias", "git", "branchline-test-git"
-        )
-        yield made
-    finally:
-        made.down()
+    with tempfile.TemporaryDirectory() as folder:
+        remote = _opened(make_remote(Path(folder)))
+        environment = {
+            "POSTGRES_IMAGE": os.environ.get("POSTGRES_IMAGE", "branchline-postgres"),
+            "BRANCHLINE_PORT": str(port),
+            "BRANCHLINE_SUBNETS": prefix,
+            "BRANCHLINE_SANDBOX_SUBNETS": str(sandboxes),
+            "BRANCHLINE_PRIVATE_NETWORKS": json.dumps([f"{prefix}.72/29"]),
+            "BRANCHLINE_BINDS": json.dumps([str(remote)]),
+            "DOCKER_GROUP": str(Path("/var/run/docker.sock").stat().st_gid),
+        }
+        made = Composed(project, environment, f"127.0.0.1:{port}", services, remote, (FILE, *files))
+        try:
+            made.up()
+            reached = ("--network", f"{project}_sandbox-outside", "--network-alias", "git")
+            docker("run", "--detach", "--name", made.git, *reached, "branchline-test-git")
+            yield made
+        finally:
+            made.down()
+
+
+def _opened(remote: Path) -> Path:
+    """Let sandboxes push to a repository, as README.md has it."""
+    for folder in (remote / "objects", remote / "refs"):
+        subprocess.run(["find", folder, "-type", "d", "-exec", "chmod", "a+rwx", "{}", "+"], check=True)
+    return remote
 
 
 def build_images() -> None:

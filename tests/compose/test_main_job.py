@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from branchline.v1.tasks_pb2 import Task
+from branchline.v1.tasks_pb2 import TASK_STATE_FAILED, Task
 
 from cli.installation import ROOT
 from services.sandbox.providers.ports import free_port
 from tests.compose.installation import DOOR, Composed
-from tests.compose.work import PUSHED_SECONDS, create_task, finished
+from tests.compose.work import PUSHED_SECONDS, create_task, finished, organization_of
 from tests.support.client import Client
 from tests.support.people import get_task, sessions, transcript
-from tests.support.stack import eventually
+from tests.support.stack import eventually, git
 
 PROGRAMS = Path(sys.executable).parent
 
@@ -80,6 +80,24 @@ async def test_grpcurl_and_the_command_line_do_the_same(installation: Composed, 
 
     await eventually(said)
     assert task["id"] in run(installation, branchline, "task", "list")
+
+
+async def test_the_walk_of_the_readme_pushes_to_a_repository_of_this_machine(
+    installation: Composed, client: Client
+) -> None:  # OPS-2
+    organization_id, remote = await organization_of(client), installation.remote
+    adding = {"organization_id": organization_id, "remote_url": f"file://{remote}"}
+    repository = grpcurl(installation, "RepositoryService/CreateRepository", adding)["repository"]
+    request = {"repository_id": repository["id"], "prompt": {"text": "write NOTE.md: hello\ncommit Add a note\npush"}}
+    task = grpcurl(installation, "TaskService/CreateTask", request)["task"]
+
+    async def pushed() -> str:
+        shown = await get_task(client, task["id"])
+        assert shown.state != TASK_STATE_FAILED, shown.failure
+        return shown.head_commit
+
+    commit = await eventually(pushed, PUSHED_SECONDS)
+    assert git("ls-remote", str(remote), f"refs/heads/{task['branch']}").split()[0] == commit
 
 
 async def test_a_service_that_is_killed_comes_back_and_the_turn_goes_on(

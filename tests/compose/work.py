@@ -24,8 +24,9 @@ async def git_repository(client: Client) -> str:
     listed = await client.repositories.ListRepositories(
         repositories_pb2.ListRepositoriesRequest(organization_id=organization_id)
     )
-    if listed.repositories:
-        return listed.repositories[0].id
+    for repository in listed.repositories:
+        if repository.remote_url == REMOTE:
+            return repository.id
     credential = secrets_pb2.GitCredential(host=GIT_HOST, username=GIT_NAME)
     await client.secrets.CreateSecret(
         secrets_pb2.CreateSecretRequest(
