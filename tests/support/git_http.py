@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 def serve_git(
     root: Path, username: str, password: str, host: str = "127.0.0.1", port: int = 0
 ) -> Generator[str, None, None]:
-    """Serve the bare repositories of a folder; yield the host with its port."""
+    """Serve the bare repositories of a folder; yield the host with its port. Without a password all may push."""
     wanted = "Basic " + base64.b64encode(f"{username}:{password}".encode()).decode()
 
     class Handler(BaseHTTPRequestHandler):
@@ -27,7 +27,7 @@ def serve_git(
 
         def _serve(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            if self.headers.get("Authorization") != wanted:
+            if password and self.headers.get("Authorization") != wanted:
                 self.send_response(401)
                 self.send_header("WWW-Authenticate", 'Basic realm="git"')
                 self.end_headers()
