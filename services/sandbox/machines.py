@@ -13,6 +13,7 @@ from branchline.v1 import sandboxes_pb2
 from branchline.v1.common_pb2 import FAILURE_REASON_SANDBOX_FAILED
 from branchline.v1.errors_pb2 import (
     ERROR_REASON_PROVIDER_UNKNOWN,
+    ERROR_REASON_SANDBOX_GONE,
     ERROR_REASON_SANDBOX_NOT_STARTED,
     ERROR_REASON_SANDBOX_UNREACHABLE,
 )
@@ -79,8 +80,8 @@ class Machines:
     ) -> Sandbox:
         """Create a sandbox, once. Raise InvalidArgument for an unknown provider, FailedPrecondition if it fails."""
         if provider not in self.providers:
-            told = self._told_of_providers(provider)
-            raise InvalidArgument("provider", self._no_provider(provider), ERROR_REASON_PROVIDER_UNKNOWN, **told)
+            words, names = self._no_provider(provider), ", ".join(sorted(self.providers))
+            raise InvalidArgument("provider", words, ERROR_REASON_PROVIDER_UNKNOWN, provider=provider, providers=names)
         now = self.clock.timestamp()
         sandbox = Sandbox(
             id=sandbox_id,
@@ -134,15 +135,11 @@ class Machines:
     def _provider_of(self, sandbox: Sandbox) -> SandboxProvider:
         provider = self.providers.get(sandbox.provider)
         if provider is None:
-            words, told = self._no_provider(sandbox.provider), self._told_of_providers(sandbox.provider)
-            raise FailedPrecondition(ERROR_REASON_PROVIDER_UNKNOWN, words, **told)
+            raise FailedPrecondition(ERROR_REASON_SANDBOX_GONE, self._no_provider(sandbox.provider))
         return provider
 
     def _no_provider(self, name: str) -> str:
         return f'there is no provider "{name}"; there are: {", ".join(sorted(self.providers))}'
-
-    def _told_of_providers(self, name: str) -> dict[str, str]:
-        return {"provider": name, "providers": ", ".join(sorted(self.providers))}
 
     def server_of(self, machine: Machine) -> AgentServer:
         """Return the server of a machine that is known to run."""

@@ -220,7 +220,7 @@ async def test_a_sandbox_whose_provider_the_installation_has_no_more_says_so_and
     moved = Machines(machines.database, machines.store, Clock(), machines.http, {"docker": Scripted("docker")})
     with pytest.raises(FailedPrecondition, match='there is no provider "local"; there are: docker') as refused:
         await moved.server("sbx_1")
-    assert refused.value.reason == "PROVIDER_UNKNOWN"
+    assert refused.value.reason == "SANDBOX_GONE"
     assert (await moved.look("sbx_1")).condition is Condition.GONE
     with pytest.raises(FailedPrecondition, match="there is no provider"):
         await moved.provider("sbx_1")
