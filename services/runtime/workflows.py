@@ -75,7 +75,7 @@ class WorkflowEngine:
         config: DBOSConfig = {
             "name": "branchline",
             "application_version": _APPLICATION_VERSION,
-            "executor_id": "local",
+            "executor_id": "local",  # who starts with this name recovers all: the service is one process at a time
             "console_log_level": "ERROR",
             "log_level": "ERROR",
         }
